@@ -1,0 +1,56 @@
+"""What every aMUSEd config shares; the settings are the fine-tuning config's."""
+
+from diffengine.datasets import Crop, DropCaption, Flip, ImageTextDataset, Resize, ToTensor
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.models.amused import AmusedModel
+from torch.optim import AdamW
+
+data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of pictures, or a parquet file
+pretrained = "amused/amused-512"  # a hub name, or a folder with the five components
+resolution = 512  # side of the square pictures, in pixels
+prompts = 4  # captions to preview, or how many to take from the data
+batch_size = 8  # pictures per optimizer step, of all GPUs together
+micro_batch_size = None  # pictures per forward on one GPU; None: a GPU's whole share
+max_epochs = None  # one of the two counts, and the intervals below count in its unit
+max_iters = None
+preview_every = 1
+checkpoint_every = 1
+keep_checkpoints = 3
+learning_rate = 1e-4
+lr_schedule = "constant"
+warmup_iters = 0
+weight_decay = 1e-2
+clip_grad = 1.0
+precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
+caption_dropout = 0.1  # share of samples trained without caption, for guidance
+flip = 0.5  # share of samples mirrored
+random_crop = True
+num_workers = 4
+log_every = 10
+
+model = dict(type=AmusedModel, pretrained="${pretrained}", train=["transformer"], mask_schedule="cosine")
+train_dataloader = dict(
+    dataset=dict(type=ImageTextDataset, path="${data}"),
+    image_transforms=[
+        dict(type=Resize, size="${resolution}"),
+        dict(type=Flip, p="${flip}"),
+        dict(type=Crop, size="${resolution}", random="${random_crop}"),
+        dict(type=ToTensor),
+    ],
+    transforms=[dict(type=DropCaption, p="${caption_dropout}")],
+    batch_size="${batch_size}",
+    num_workers="${num_workers}",
+)
+optim_wrapper = dict(
+    optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"),
+    precision="${precision}",
+    clip_grad="${clip_grad}",
+)
+param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
+train_cfg = dict(max_epochs="${max_epochs}", max_iters="${max_iters}", micro_batch_size="${micro_batch_size}")
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every="${log_every}"),
+    preview=dict(type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}"),
+    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
+    export=dict(type=ExportHook),
+)

@@ -1,0 +1,26 @@
+"""aMUSEd 512 on your own captioned pictures, 1,000 steps.
+
+    diffengine train amused_512_own --data FOLDER
+
+FOLDER holds pictures with a metadata.csv (file_name,text), or NAME.txt beside each picture. One caption for all:
+--cfg-options caption="a photo of sks dog". Pictures are not mirrored, since lettering and faces should not be.
+"""
+
+extends = "amused"
+
+data = "pictures"
+caption = None  # one caption for all pictures
+prefix = ""  # put before every caption
+pretrained = "amused/amused-512"
+resolution = 512
+prompts = 4  # previews: how many captions of the data to draw, or captions of your own
+batch_size = 8
+max_iters = 1000
+preview_every = 100
+checkpoint_every = 250
+learning_rate = 8e-5  # the published 512 fine-tuning recipe
+precision = "auto"
+caption_dropout = 0.1
+flip = 0.0
+
+train_dataloader = dict(dataset=dict(caption="${caption}", prefix="${prefix}"))

@@ -1,0 +1,193 @@
+"""A folder of pictures with captions beside them, as a list of (picture file, caption)."""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffengine.errors import UserError
+
+PICTURE_ENDINGS = frozenset(
+    "." + ending
+    for ending in (
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpeg"),
+        *("jpg", "jxl", "pgm", "png", "ppm", "tif", "tiff", "webp"),
+    )
+)
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # looked for in this order
+
+Caption = str | list[str]
+Row = tuple[str, Caption]
+
+
+def list_files(root: Path) -> list[Path]:
+    """Every file below `root`, sorted by path; links are followed, each folder is visited once.
+
+    Names that start with a dot, and __MACOSX, are left out.
+    """
+    files = []
+    visited = set()
+    for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def is_picture(file: Path) -> bool:
+    return file.suffix.lower() in PICTURE_ENDINGS
+
+
+def read_folder(
+    root: Path,
+    files: list[Path],
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    caption: str | None = None,
+    captions_from_file_names: bool = False,
+) -> list[Row]:
+    """The pictures among `files` (all files of `root`) with their captions, sorted by path.
+
+    Captions are, in this order: the one `caption`; the file names, if asked; the metadata files, if there are
+    any; else NAME.txt beside each picture. A picture with several metadata rows appears once for each.
+    Raises UserError, among others where a picture has no caption.
+    """
+    pictures = [file for file in files if is_picture(file)]
+    metadata = [file for file in files if file.name in METADATA_NAMES]
+    if not pictures:
+        raise UserError(
+            f"no pictures in {root}; expected files that end in {', '.join(sorted(PICTURE_ENDINGS))}"
+        )
+    by_metadata = bool(metadata) and caption is None and not captions_from_file_names
+    if (image_column or caption_column) and not by_metadata:
+        raise UserError(
+            f"got column '{caption_column or image_column}', but the captions of {root} come from no "
+            "metadata.csv or metadata.jsonl; leave image_column and caption_column unset, or write one"
+        )
+    if caption is not None:
+        return [(str(file), caption) for file in pictures]
+    if captions_from_file_names:
+        return [(str(file), caption_of_name(file)) for file in pictures]
+    if by_metadata:
+        rows = _from_metadata(metadata, image_column or "file_name", caption_column)
+    else:
+        rows = _from_text_files(root, pictures)
+    captioned = {os.path.normpath(name) for name, _ in rows}
+    missing = [file for file in pictures if os.path.normpath(file) not in captioned]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(pictures)} pictures in {root} have no caption, the first is "
+            f"{missing[0]}; give each {'a row in the metadata' if by_metadata else 'a NAME.txt'}, or remove it"
+        )
+    return rows
+
+
+def caption_of_name(file: Path) -> str:
+    """red_fox.jpg -> "red fox". Composed letters (NFC), since macOS stores names decomposed."""
+    return " ".join(unicodedata.normalize("NFC", file.stem).replace("_", " ").split())
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a file, without a byte order mark; UserError for another encoding."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if "\0" in text:  # plain English in UTF-16 without its mark is valid UTF-8, full of NUL
+        raise UserError(f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
+    return text
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _from_text_files(root: Path, pictures: list[Path]) -> list[Row]:
+    texts = {file: file.with_suffix(".txt") for file in pictures}
+    rows: list[Row] = [(str(file), read_text(text).strip()) for file, text in texts.items() if text.is_file()]
+    if not rows:
+        raise UserError(
+            f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) "
+            "or NAME.txt beside each picture, or set caption= or captions_from_file_names=True"
+        )
+    return rows
+
+
+def _from_metadata(metadata: list[Path], image_column: str, caption_column: str | None) -> list[Row]:
+    rows: list[Row] = []
+    for file in metadata:
+        if file.name == METADATA_NAMES[0] and file.with_name(METADATA_NAMES[1]) in metadata:
+            raise UserError(f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
+        records = list(_records(file))
+        columns = list(dict.fromkeys(key for _, record in records for key in record))
+        column = caption_column or next(
+            (name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0]
+        )
+        for wanted, option in ((image_column, "image_column"), (column, "caption_column")):
+            if wanted not in columns:
+                raise UserError(
+                    f"{file} has no column '{wanted}'; it has {', '.join(columns) or 'no rows'}; set {option}"
+                )
+        rows += [_row(file, line, record, image_column, column) for line, record in records]
+    return sorted(rows, key=lambda row: Path(row[0]))
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of each row of a metadata file."""
+    return _csv_records(file) if file.suffix == ".csv" else _json_records(file)
+
+
+def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
+    try:
+        for record in reader:
+            if None in record:  # the parser's place for what is left over
+                raise UserError(
+                    f"{file}, line {reader.line_num} has more fields than the first line; "
+                    "put quotes around a text that holds a comma"
+                )
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}") from error
+
+
+def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(read_text(file).split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{file}, line {line} is not JSON: {error.msg}; write one object a line"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
+        yield line, record
+
+
+def _row(file: Path, line: int, record: dict[str, Any], image_column: str, caption_column: str) -> Row:
+    name, caption = record.get(image_column), record.get(caption_column)
+    if not isinstance(name, str) or not (file.parent / name).is_file():
+        raise UserError(
+            f"{file}, line {line} names the picture {name!r}, which is no file; "
+            "expected a path relative to the metadata file"
+        )
+    texts = caption if isinstance(caption, list) else [caption]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{file}, line {line}: '{caption_column}' got {caption!r}; expected a text, empty for none, "
+            "or a list of texts"
+        )
+    return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

@@ -1,0 +1,291 @@
+"""Pictures with captions from the hub, Arrow or Parquet files, or a folder of pictures."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets as hf
+
+from diffengine.datasets.folder import (
+    CAPTION_COLUMNS,
+    METADATA_NAMES,
+    Caption,
+    is_picture,
+    list_files,
+    read_folder,
+)
+from diffengine.datasets.pictures import Sample, UnreadablePicture, read_picture, read_size
+from diffengine.errors import UserError
+
+# What `datasets` raises for what the user can mend: no network, no such data, split or configuration,
+# damaged files. (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty
+# data set saved to disk is an IndexError.)
+LOAD_FAULTS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
+
+
+class ImageTextDataset:
+    """A map-style data set of {"image": PIL RGB, "text": str, or list of str}.
+
+    path: an existing file or folder, else a name on the Hugging Face hub. Locally one of
+        - data written by `save_to_disk`,
+        - a Parquet file, or a folder of them,
+        - a picture, or a folder of pictures with subfolders. Captions come from metadata.csv or
+          metadata.jsonl (column file_name, relative to that file, which may lie in any subfolder), or from
+          NAME.txt beside each picture, in UTF-8. Order is by path.
+    split: default "train". A folder of pictures has only that one.
+    image_column: default `image`, or else the only column of pictures; in metadata files `file_name`.
+    caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which
+        the stream draws one each time.
+    caption: one caption for all pictures, in place of a column.
+    prefix: put before every caption, also before empty ones. Default "".
+    captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for pictures.
+    revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
+    max_samples: keep only the first so many. Default all.
+
+    Raises UserError for data that is not there or not usable, and UnreadablePicture on reading a damaged one.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "train",
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        caption: str | None = None,
+        prefix: str = "",
+        captions_from_file_names: bool = False,
+        revision: str | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise UserError(f"max_samples got {max_samples}; expected at least 1, or None for all")
+        given = {
+            "caption": caption is not None,
+            "caption_column": caption_column is not None,
+            "captions_from_file_names": captions_from_file_names,
+        }
+        if sum(given.values()) > 1:
+            names = " and ".join(name for name, is_given in given.items() if is_given)
+            raise UserError(
+                f"got {names} for {path}; expected one source of captions, so leave out the others"
+            )
+        self.path = path
+        self.prefix = prefix
+        self._caption = caption
+        pictures = _find_pictures(path)
+        if pictures is None:
+            if captions_from_file_names:
+                raise UserError(
+                    f"captions_from_file_names needs a folder of pictures; {path} is none, so leave it out"
+                )
+            rows = _load(path, split, revision)
+            rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
+        else:
+            _refuse_hub_options(path, split, revision)
+            rows = _rows_of(
+                read_folder(
+                    *pictures,
+                    image_column=image_column,
+                    caption_column=caption_column,
+                    caption=caption,
+                    captions_from_file_names=captions_from_file_names,
+                )
+            )
+        self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
+        self._check_captions()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._sample(index, self._rows[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
+        """The samples of many indices: rows are read at once, each picture is decoded when it is taken."""
+        rows = self._rows.__getitems__(list(indices))
+        return (self._sample(index, row) for index, row in zip(indices, rows))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of the upright picture in pixels, from its header alone."""
+        return read_size(*self._source(index, self._rows[index]))
+
+    def captions(self) -> Iterator[str]:
+        """Every caption in order, prefixed, lists flattened; no picture is read."""
+        return chain.from_iterable(
+            [text] if isinstance(text, str) else text for text in map(self._text, self._caption_cells())
+        )
+
+    def _sample(self, index: int, row: dict[str, Any]) -> Sample:
+        picture = read_picture(*self._source(index, row))
+        return {"image": picture, "text": self._text(row["text"] if self._caption is None else self._caption)}
+
+    def _text(self, caption: Caption) -> Caption:
+        return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
+
+    def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
+        """The bytes or the path of a row's picture, and what errors call it."""
+        cell = row["image"]
+        encoded, file = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if encoded is not None:
+            return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
+        if file is None:
+            raise UnreadablePicture(
+                f"row {index} of {self.path} has no picture; remove it, or set skip_unreadable=True"
+            )
+        return file, file
+
+    def _caption_cells(self) -> list[Caption]:
+        if self._caption is not None:
+            return [self._caption] * len(self)
+        return self._rows.select_columns("text")[:]["text"]
+
+    def _check_captions(self) -> None:
+        cells = self._caption_cells()
+        missing = [row for row, cell in enumerate(cells) if _is_missing(cell)]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row "
+                f'{missing[0]}; give each picture a text ("" for none)'
+            )
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or (not isinstance(cell, str) and (len(cell) == 0 or None in cell))
+
+
+def _find_pictures(path: str) -> tuple[Path, list[Path]] | None:
+    """(folder, its files) where `path` is a picture or a folder of pictures, else None."""
+    local = Path(path).expanduser()
+    if not path or not local.exists() or _is_saved(local):
+        return None
+    if local.is_file():
+        return (local.parent, [local]) if is_picture(local) else None
+    files = list_files(local)
+    wanted = any(is_picture(file) or file.name in METADATA_NAMES for file in files)
+    if not wanted and not any(file.suffix == ".parquet" for file in files):
+        raise UserError(
+            f"no pictures in {path}; expected pictures, Parquet files, or what save_to_disk writes"
+        )
+    return (local, files) if wanted else None
+
+
+def _is_saved(local: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder, one split or many."""
+    return (local / "state.json").exists() or (local / "dataset_dict.json").exists()
+
+
+def _rows_of(pictures: Sequence[tuple[str, Caption]]) -> hf.Dataset:
+    """Pictures from a folder as an Arrow table, which workers share without copying."""
+    files, captions = (list(column) for column in zip(*pictures))
+    text: Any = hf.Value("string")
+    if any(isinstance(caption, list) for caption in captions):
+        captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
+        text = hf.List(text)
+    return hf.Dataset.from_dict(
+        {"image": files, "text": captions}, features=hf.Features(image=hf.Image(decode=False), text=text)
+    )
+
+
+def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
+    if split != "train":
+        raise UserError(
+            f"split got '{split}', but a folder of pictures has no splits; give the path of a subfolder"
+        )
+    if revision is not None:
+        raise UserError(f"revision got '{revision}', but {path} is here and has no revisions; leave it out")
+
+
+def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
+    """The rows of one split as `datasets` reads them; every fault of the data becomes one line."""
+    local = Path(path).expanduser()
+    try:
+        if path and local.exists():
+            _refuse_hub_options(path, "train", revision)
+            return _load_local(local, split)
+        if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(
+                f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name"
+            )
+        rows = hf.load_dataset(path, split=split, revision=revision)
+    except LOAD_FAULTS as error:
+        what, check = f"no folder {path} is here, and as a hub data set it", "the name, the network"
+        if local.exists():
+            what, check = path, "the files"
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'"
+        ) from error
+    _check_revision(rows, path, revision)
+    return rows
+
+
+def _load_local(local: Path, split: str) -> hf.Dataset:
+    if _is_saved(local):
+        saved = hf.load_from_disk(str(local))
+        splits = saved if isinstance(saved, hf.DatasetDict) else {str(saved.split or "train"): saved}
+        if split not in splits:
+            raise UserError(f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
+        return splits[split]
+    if local.is_dir():
+        return hf.load_dataset("parquet", data_dir=str(local), split=split)
+    if local.suffix == ".parquet":
+        return hf.load_dataset("parquet", data_files=str(local), split=split)
+    raise UserError(f"{local} is neither a picture nor a Parquet file; expected one of them, or a folder")
+
+
+def _check_revision(rows: hf.Dataset, path: str, revision: str | None) -> None:
+    """Without a network `datasets` takes whichever revision is cached, without a word."""
+    cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if revision and re.fullmatch("[0-9a-f]{40}", revision) and revision not in cached:
+        raise UserError(
+            f"revision {revision} of {path} is not in the cache, which has {', '.join(cached)}; "
+            "go online once, or set another revision"
+        )
+
+
+def _two_columns(
+    rows: hf.Dataset, path: str, image_column: str | None, caption_column: str | None, *, needs_captions: bool
+) -> hf.Dataset:
+    """Only the columns `image` (undecoded) and, unless one caption serves all, `text`."""
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, hf.Image)]
+    only = pictures[0] if len(pictures) == 1 and "image" not in rows.features else "image"
+    chosen = {"image": _column(rows, path, "image_column", image_column or only, _holds_pictures)}
+    if needs_captions:
+        known = next((name for name in CAPTION_COLUMNS if name in rows.features), CAPTION_COLUMNS[0])
+        chosen["text"] = _column(rows, path, "caption_column", caption_column or known, _holds_text)
+    # Data saved to disk may carry a format (torch, numpy): take it off.
+    rows = rows.with_format(None).select_columns(list(chosen.values()))
+    if isinstance(rows.features[chosen["image"]], hf.Image):
+        rows = rows.cast_column(chosen["image"], hf.Image(decode=False))
+    return rows.rename_columns({old: new for new, old in chosen.items() if old != new})
+
+
+def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[[Any], bool]) -> str:
+    if name not in rows.features:
+        raise UserError(f"{path} has no column '{name}'; it has {', '.join(rows.features)}; set {option}")
+    if not fits(rows.features[name]):
+        expected = "pictures" if option == "image_column" else "text, or lists of texts"
+        columns = ", ".join(rows.features)
+        raise UserError(
+            f"column '{name}' of {path} holds {rows.features[name]}; expected {expected}; "
+            f"set {option} to one of {columns}"
+        )
+    return name
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """Pictures as `datasets` keeps them, or encoded bytes, bare or as a struct of bytes and path."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return isinstance(feature, hf.Image) or (
+        isinstance(feature, hf.Value) and feature.dtype.endswith("binary")
+    )
+
+
+def _holds_text(feature: Any) -> bool:
+    if isinstance(feature, hf.List | hf.LargeList):
+        feature = feature.feature
+    return isinstance(feature, hf.Value) and "string" in feature.dtype

@@ -1,0 +1,289 @@
+"""The endless stream of samples, and how steps, ranks and workers slice it.
+
+All randomness of training lives here: whatever is drawn for a sample comes from (seed, running position) by a
+counter-based generator. Step s of global batch G takes the positions [s G, (s + 1) G); a position says epoch
+and index. Nothing is stored or replayed: where a run goes on, and with how many workers or ranks, changes
+nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffengine.datasets.pictures import Sample, UnreadablePicture
+from diffengine.datasets.transforms import Transform
+from diffengine.errors import UserError
+
+Batch = dict[str, Any]
+
+ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
+
+
+class Domain(IntEnum):
+    """What a generator's draws are for. Equal counters in two domains give unrelated draws."""
+
+    ORDER = 0
+    PICTURE = 1
+    SAMPLE = 2
+
+
+class Pictures(Protocol):
+    """What a data set offers. With `__getitems__(indices) -> samples` as well, batches are read at once."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def generator(seed: int, domain: int, *counter: int) -> np.random.Generator:
+    """A generator of its own for each (seed, domain, counter of up to three words).
+
+    The counter fills Philox's high words and the draws count in the low one, so two streams could only meet
+    after 2^64 draws. Raises UserError for a seed outside of [0, 2^64).
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed got {seed}; expected a whole number from 0 to 2^64 - 1")
+    assert len(counter) <= 3
+    words = np.array([0, *counter, *[0] * (3 - len(counter))], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, domain], dtype=np.uint64), counter=words))
+
+
+class Stream(Dataset):
+    """The samples of a data set by running position, without end; `stream[position]` is a pure function.
+
+    dataset: gives {"image": PIL RGB, "text": str or list of str}; of a list one caption is drawn.
+    image_transforms: change the picture. They draw from (seed, position), or, with image_variations=V, from
+        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold.
+    transforms: run after them, and after the caption is drawn, from (seed, position).
+    seed: default 0.
+    skip_unreadable: put the next readable picture in the place of one that cannot be decoded, and count the
+        steps taken in `skipped` (int, else 0). By default it is an error.
+
+    Raises UnreadablePicture, and UserError where no picture can be read at all.
+    """
+
+    def __init__(
+        self,
+        dataset: Pictures,
+        image_transforms: Sequence[Transform],
+        transforms: Sequence[Transform],
+        *,
+        seed: int = 0,
+        image_variations: int | None = None,
+        skip_unreadable: bool = False,
+    ) -> None:
+        if len(dataset) == 0:
+            raise UserError("the data set is empty; expected at least one picture")
+        if image_variations is not None and image_variations < 1:
+            raise UserError(
+                f"image_variations got {image_variations}; expected at least 1, or None for no repeats"
+            )
+        self.dataset = dataset
+        self.image_transforms = list(image_transforms)
+        self.transforms = list(transforms)
+        self.seed = seed
+        self.image_variations = image_variations
+        self.skip_unreadable = skip_unreadable
+        self._orders: dict[int, np.ndarray] = {}
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, index into the data set) of a position; each epoch is a permutation of its own."""
+        epoch, place = divmod(position, len(self.dataset))
+        if epoch not in self._orders:
+            if len(self._orders) == ORDERS_KEPT:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = generator(self.seed, Domain.ORDER, epoch).permutation(len(self.dataset))
+        return epoch, int(self._orders[epoch][place])
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Sample]:
+        """The samples of many positions: read at once where the data set can, then handled one by one."""
+        samples: list[Sample] = []
+        while len(samples) < len(positions):
+            rest = positions[len(samples) :]
+            indices = [self.locate(position)[1] for position in rest]
+            try:
+                for position, index, raw in zip(rest, indices, self._read(indices)):
+                    samples.append(self._finish(position, index, raw, skipped=0))
+            except UnreadablePicture:
+                if not self.skip_unreadable:
+                    raise
+                position = positions[len(samples)]
+                samples.append(self._finish(position, *self._next_readable(position)))
+        return samples
+
+    def image_sample(self, index: int, variation: int) -> Sample:
+        """The sample of `dataset[index]` after the image transforms, in one of `image_variations` forms."""
+        assert self.image_variations is not None
+        rng = generator(self.seed, Domain.PICTURE, index, variation)
+        return _run(self.image_transforms, self.dataset[index], rng)
+
+    def _read(self, indices: list[int]) -> Iterable[Sample]:
+        read_many = getattr(self.dataset, "__getitems__", None)
+        return read_many(indices) if read_many else (self.dataset[index] for index in indices)
+
+    def _finish(self, position: int, index: int, raw: Sample, skipped: int) -> Sample:
+        if self.image_variations is None:
+            picture_rng = generator(self.seed, Domain.PICTURE, position)
+        else:
+            epoch, _ = self.locate(position)
+            picture_rng = generator(self.seed, Domain.PICTURE, index, epoch % self.image_variations)
+        sample = _run(self.image_transforms, raw, picture_rng)
+        rng = generator(self.seed, Domain.SAMPLE, position)
+        share = rng.random()  # drawn for a single caption too, so that the draws after it stay the same
+        if not isinstance(sample["text"], str):
+            sample = {**sample, "text": sample["text"][int(share * len(sample["text"]))]}
+        return {**_run(self.transforms, sample, rng), "skipped": skipped}
+
+    def _next_readable(self, position: int) -> tuple[int, Sample, int]:
+        """(index, raw sample, steps taken) of the first readable picture from this position's index on."""
+        _, first = self.locate(position)
+        for skipped in range(len(self.dataset)):
+            index = (first + skipped) % len(self.dataset)
+            try:
+                return index, self.dataset[index], skipped
+            except UnreadablePicture as error:
+                last = error
+        raise UserError(f"none of the {len(self.dataset)} pictures can be read; the last: {last}")
+
+
+def _run(transforms: Sequence[Transform], sample: Sample, rng: np.random.Generator) -> Sample:
+    for transform in transforms:
+        sample = transform(sample, rng)
+    return sample
+
+
+def steps_for_epochs(epochs: int, num_samples: int, batch_size: int) -> int:
+    """Steps until `epochs` epochs are through: the last one ends with the first step that reaches its end."""
+    return -(-epochs * num_samples // batch_size)
+
+
+class PositionSampler(Sampler[list[int]]):
+    """For each step, this rank's share of the step's positions, in order.
+
+    batch_size: of all ranks together. rank, world_size: default 0 of 1. start_step: the first step to give,
+    default 0. num_steps: the step to stop before, counted from 0 and not from start_step; default
+    without end. Raises UserError where a rank would get nothing.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        num_steps: int | None = None,
+    ) -> None:
+        if batch_size < world_size:
+            raise UserError(
+                f"batch size {batch_size} is split over {world_size} processes; expected at least one "
+                f"sample for each; set it to {world_size} or more, or start fewer processes"
+            )
+        assert 0 <= rank < world_size
+        self.start_step = start_step
+        self.num_steps = num_steps
+        self.batch_size = batch_size
+        self._first = rank * batch_size // world_size
+        self._end = (rank + 1) * batch_size // world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while self.num_steps is None or step < self.num_steps:
+            start = step * self.batch_size
+            yield list(range(start + self._first, start + self._end))
+            step += 1
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("a PositionSampler without num_steps has no end, so no length")
+        return max(0, self.num_steps - self.start_step)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Tensors are stacked; all else becomes a list that stays on the host: texts, ints, ragged numpy arrays.
+
+    `num_targets`, how many tokens of each sample the loss counts, is 1 each where no transform set it.
+    """
+    batch: Batch = {"num_targets": [1] * len(samples)}
+    for key, value in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(value, torch.Tensor):
+            shapes = {tuple(tensor.shape) for tensor in values}
+            if len(shapes) > 1:
+                got = ", ".join(map(str, sorted(shapes)))
+                raise UserError(
+                    f"samples of one batch have {key} of shapes {got}; expected one shape; "
+                    "put Resize and Crop of one size among the image transforms"
+                )
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = values
+    return batch
+
+
+def split(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch in micro-batches of at most `size` rows, their tensors views of it; None: in one."""
+    rows = len(batch["num_targets"])
+    if size is None:
+        return [batch]
+    if size < 1:
+        raise UserError(f"micro-batch size got {size}; expected at least 1, or None for the whole batch")
+    return [
+        {key: value[start : start + size] for key, value in batch.items()} for start in range(0, rows, size)
+    ]
+
+
+class _Batches(Dataset):
+    """The stream by lists of positions, collated. A UserError is handed over as a value.
+
+    Raised in a worker, torch would put a whole traceback into its text.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | UserError:
+        try:
+            return collate(self.stream.__getitems__(positions))
+        except UserError as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """Raises in the main process what a worker handed over."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def make_loader(
+    stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of collated batches; its workers live as long as it does and use one thread each.
+
+    It has a generator of its own, since torch would otherwise draw the workers' seeds from the global one.
+    """
+    if num_workers < 0:
+        raise UserError(f"num_workers got {num_workers}; expected 0 or more")
+    return _Loader(
+        _Batches(stream),
+        batch_sampler=sampler,
+        collate_fn=_same,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,152 @@
+"""From a resolved config to a run: every part built, in the order they need one another."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from diffengine.datasets import PositionSampler, Stream, make_loader, survey
+from diffengine.engine import checkpoint, distributed
+from diffengine.engine.loop import StepLoop, count_iters
+from diffengine.engine.optim import build_optim_wrapper, build_param_scheduler, resolve_precision
+from diffengine.engine.runner import Runner
+from diffengine.engine.state import check_same_run, restore
+from diffengine.engine.workdir import begin
+from diffengine.errors import UserError
+from diffengine.models.base import TrainableModel
+from diffengine.registry import build, resolve
+
+DEFAULT_BACKENDS = ({"type": "mmengine.visualization.TensorboardVisBackend"},)
+
+
+def build_dataloader(
+    dataset: Any,
+    image_transforms: list,
+    batch_size: int,
+    transforms: list | None = None,
+    num_workers: int = 0,
+    image_variations: int | None = None,
+    skip_unreadable: bool = False,
+    *,
+    model: TrainableModel,
+    seed: int,
+    start_iter: int,
+) -> DataLoader:
+    """The `train_dataloader` section.
+
+    Args:
+        dataset: `dict(type=ImageTextDataset, ...)`, or any class with `__len__` and `__getitem__`.
+        image_transforms: change the picture.
+        batch_size: samples per optimizer step, of all GPUs together: what is learnt from does not depend on how
+            many there are.
+        transforms: run after them.
+        num_workers: processes per GPU that read and transform.
+        image_variations: forms of crop and flip per picture; None for a new one each time.
+        skip_unreadable: replace and count pictures that cannot be read, rather than stop.
+        model, seed, start_iter: given by the run.
+    """
+    draw = model.sample_draw
+    stream = Stream(
+        build(dataset),
+        [build(transform) for transform in image_transforms],
+        [build(transform) for transform in transforms or []] + ([draw] if draw else []),
+        seed=seed,
+        image_variations=image_variations,
+        skip_unreadable=skip_unreadable,
+    )
+    sampler = PositionSampler(
+        batch_size, rank=distributed.rank(), world_size=distributed.world_size(), start_step=start_iter
+    )
+    return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
+
+
+def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: int) -> TrainableModel:
+    """The `model` section, on the host.
+
+    Raises:
+        UserError: it is no TrainableModel.
+    """
+    model = build(resolved["model"], assets=assets, seed=seed)
+    if not isinstance(model, TrainableModel):
+        raise UserError(f"model got {type(model).__name__}; expected a subclass of diffengine.models.base.TrainableModel")
+    return model
+
+
+def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
+    """What a model learns from the captions before it is built: on rank 0, then told to all."""
+    kind = resolve(resolved["model"]["type"])
+    options = {key: value for key, value in resolved["model"].items() if key != "type"}
+    learnt = kind.learn_assets(options, dataset.captions) if distributed.rank() == 0 else {}
+    return distributed.from_rank_0(learnt)
+
+
+def build_run(
+    settings: dict[str, Any],
+    resolved: Mapping[str, Any],
+    name: str,
+    work_dir: Path,
+    device: torch.device,
+    resume: Path | None = None,
+) -> Runner:
+    """A run that is ready to train.
+
+    Args:
+        settings, resolved: of `config.load`.
+        name: the config's name.
+        work_dir: of `workdir.claim`; a run that is still in it is to be deleted.
+        resume: the checkpoint to go on from.
+    """
+    seed = resolved["seed"]
+    precision, why = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
+    state = checkpoint.read(resume) if resume else None
+    if state and resume:
+        check_same_run(state, settings, resume)
+    data = dict(resolved["train_dataloader"])
+    data["dataset"] = build(data["dataset"])
+    train_cfg = dict(resolved["train_cfg"])
+    num_iters = count_iters(
+        train_cfg.get("max_epochs"), train_cfg.get("max_iters"), len(data["dataset"]), data["batch_size"]
+    )
+    assets = state["assets"] if state else learn_assets(resolved, data["dataset"])
+    model = build_model(resolved, assets, seed).to(device).train()
+    start_iter = state["counters"]["iter"] if state else 0
+    dataloader = build_dataloader(**data, model=model, seed=seed, start_iter=start_iter)
+    stream = dataloader.dataset.stream  # type: ignore[attr-defined]
+    stream[start_iter * data["batch_size"]]  # a fault in the data or its shape shows before anything is written
+
+    if distributed.rank() == 0:
+        begin(work_dir, settings, name, anew=resume is None)
+    distributed.barrier()
+    runner = Runner(
+        model, work_dir, build_hooks(resolved), resolved.get("vis_backends", DEFAULT_BACKENDS), settings, name, seed
+    )
+    optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
+    schedule = build_param_scheduler(
+        **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=num_iters
+    )
+    runner.set_training(StepLoop(runner, dataloader, **train_cfg), optim, schedule)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    runner.logger.info(
+        f"{name}: {len(stream.dataset)} pictures, {num_iters} steps of {data['batch_size']}, {trained:,} trained "
+        f"parameters, {precision} ({why}) on {distributed.world_size()} x {device.type}, in {work_dir}"
+    )
+    report_survey(runner, stream)
+    if state and resume:
+        restore(runner, state, resume)
+        runner.logger.info(f"resumed {resume} at step {start_iter}")
+    return runner
+
+
+def build_hooks(resolved: Mapping[str, Any]) -> list[Any]:
+    """Default hooks by name (None switches one off), then custom ones."""
+    default = [hook for hook in resolved.get("default_hooks", {}).values() if hook is not None]
+    return [build(hook) for hook in [*default, *resolved.get("custom_hooks", [])]]
+
+
+def report_survey(runner: Runner, stream: Stream) -> None:
+    """What the square crop costs these pictures, where the data can tell sizes without decoding."""
+    sizes: Sequence[int] = [transform.size for transform in stream.image_transforms if hasattr(transform, "size")]
+    if sizes and hasattr(stream.dataset, "size") and distributed.rank() == 0:
+        runner.logger.info(survey(stream.dataset, sizes[-1]))

@@ -1,0 +1,65 @@
+"""Writing checkpoints while training."""
+
+from pathlib import Path
+from typing import Any, final
+
+from mmengine.hooks import Hook
+
+from diffengine.engine import checkpoint, distributed
+from diffengine.engine.state import collect
+from diffengine.errors import UserError
+
+
+@final
+class CheckpointHook(Hook):
+    """Saves every `every` epochs or steps (the unit the config counts), at the end, and when asked to stop.
+
+    Args:
+        every: None for the end only.
+        keep: the newest to keep; None for all. The old one goes when the new one is whole.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, every: int | None = 1, keep: int | None = 3) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint `{name}` got {value}; expected at least 1, or None")
+        self.every = every
+        self.keep = keep
+        self._saved_at: int | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Refuse to start where the disk would fill up on the way."""
+        if distributed.rank() == 0:
+            loop = runner.train_loop
+            length = loop.max_epochs if loop.by_epoch else loop.max_iters
+            count = 1 + length // self.every if self.every else 1
+            kept = count if self.keep is None else min(count, self.keep)
+            checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), kept + 1)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if runner.train_loop.due(self.every) or runner.train_loop.done == runner.train_loop.max_iters:
+            self.on_interrupt(runner)
+
+    def on_interrupt(self, runner: Any) -> None:
+        """Save this moment, unless it is saved."""
+        if self._saved_at == runner.train_loop.done:
+            return
+        self._saved_at = runner.train_loop.done
+        state = collect(runner)
+        if distributed.rank() == 0:
+            work_dir = Path(runner.work_dir)
+            path = work_dir / f"{runner.train_loop.name}.pth"
+            checkpoint.write(path, state)
+            checkpoint.prune(work_dir, self.keep)
+            runner.logger.info(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        distributed.barrier()
+
+
+def expected_size(runner: Any) -> int:
+    """Bytes of one checkpoint: what is trained, and an optimizer state of two values per parameter."""
+    trained = sum(tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values())
+    return 3 * trained

@@ -1,0 +1,114 @@
+"""Pictures of what the model can do now."""
+
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from mmengine.hooks import Hook
+from PIL import Image
+
+from diffengine.datasets import Crop, Resize, generator
+from diffengine.engine import distributed
+from diffengine.errors import UserError
+from diffengine.models.base import PreviewRequest
+from diffengine.grids import save_grid, stack
+
+
+@final
+class PreviewHook(Hook):
+    """Draws previews before the first step, every `every` epochs or steps, and at the end.
+
+    Writes `previews/NNNNNN.png` (the number of steps), shows them in the visualizer's backends, and ends with
+    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without them.
+
+    Args:
+        prompts: captions to draw; or a number, to take that many distinct captions (with their pictures) from the
+            data, evenly spaced.
+        every: in the unit the config counts; None for the beginning and the end only.
+        resolution: side in pixels; None for the model's own.
+        seed: picture i draws from seed + i.
+        options: the model's drawing options: for aMUSEd `guidance_scale`, `num_inference_steps`, `temperature`, and
+            `strip=True` for the first prompt after every drawing step.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | int = 4,
+        every: int | None = 1,
+        resolution: int | None = None,
+        seed: int = 0,
+        options: dict | None = None,
+    ) -> None:
+        if isinstance(prompts, int) and prompts < 1:
+            raise UserError(f"preview prompts got {prompts}; expected captions, or how many to take from the data")
+        if every is not None and every < 1:
+            raise UserError(f"preview `every` got {every}; expected at least 1, or None")
+        self.prompts = prompts
+        self.every = every
+        self.request = PreviewRequest([], [], seed, resolution, options or {})
+        self._drawn_at: int | None = None
+
+    def before_train(self, runner: Any) -> None:
+        if isinstance(self.prompts, int):
+            samples = distinct(runner.train_loop.dataloader.dataset.stream.dataset, self.prompts)
+            self.request.prompts = [caption for caption, _ in samples]
+            self.request.pictures = [self._square(picture) for _, picture in samples]
+        else:
+            self.request.prompts = list(self.prompts)
+        if runner.train_loop.done == 0:
+            self._draw(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if runner.train_loop.due(self.every):
+            self._draw(runner)
+
+    def after_train(self, runner: Any) -> None:
+        self._draw(runner)
+        folder = self._folder(runner)
+        if distributed.rank() == 0 and (folder / _name(0)).exists() and self.request.prompts:
+            before, after = (Image.open(folder / _name(step)) for step in (0, runner.train_loop.done))
+            path = Path(runner.work_dir) / "before_after.png"
+            stack([("before", before), (f"after {runner.train_loop.done} steps", after)]).save(path)
+
+    def _folder(self, runner: Any) -> Path:
+        return Path(runner.work_dir) / "previews"
+
+    def _draw(self, runner: Any) -> None:
+        if self._drawn_at == runner.train_loop.done or not self.request.prompts:
+            return
+        self._drawn_at = runner.train_loop.done
+        if distributed.rank() == 0:
+            with runner.optim_wrapper.autocast():
+                pictures = runner.trainable.preview(self.request)
+            path = self._folder(runner) / _name(runner.train_loop.done)
+            grid = save_grid([(picture.label, picture.image) for picture in pictures], path)
+            runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)
+            runner.logger.info(f"drew {path}")
+        distributed.barrier()
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        """The centre of a picture, as training sees it."""
+        size = self.request.resolution or min(picture.size)
+        sample: dict[str, Any] = {"image": picture, "text": ""}
+        rng = generator(0, 0, 0)
+        return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
+
+
+def _name(step: int) -> str:
+    return f"{step:06}.png"
+
+
+def distinct(dataset: Any, count: int) -> list[tuple[str, Image.Image]]:
+    """Up to `count` distinct captions with their pictures, evenly spaced over the data."""
+    found: dict[str, Image.Image] = {}
+    size = len(dataset)
+    places = [size * place // count for place in range(min(count, size))] if size >= count else range(size)
+    for place in [*places, *range(min(size, 4 * count))]:
+        if len(found) == count:
+            break
+        sample = dataset[place]
+        caption = sample["text"] if isinstance(sample["text"], str) else sample["text"][0]
+        found.setdefault(caption, sample["image"])
+    return list(found.items())

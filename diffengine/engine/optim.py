@@ -1,0 +1,145 @@
+"""The optimizer, its two groups, its schedule, and the precision a step runs in."""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, final
+
+import torch
+from diffusers.optimization import get_scheduler
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+
+from diffengine.errors import UserError
+from diffengine.registry import build, resolve
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, str]:
+    """What a step computes in, and why.
+
+    "auto" is bf16 where the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
+    if precision != "auto":
+        return precision, "as configured"
+    if device.type == "cpu":
+        return "fp32", "auto, on a CPU"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "auto, this GPU has bf16"
+    return "fp16", "auto, this GPU has no bf16"
+
+
+def decays(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a module's parameter.
+
+    It does on matrices and kernels. It does not on embeddings and on what is a vector once axes of size 1 are
+    dropped: norms, biases, and GRN's gamma and beta of shape (1,1,1,C), which names alone would miss.
+    """
+    return not isinstance(module, nn.Embedding) and parameter.squeeze().ndim >= 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters in two groups: with and without decay."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                groups[decays(module, parameter)].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """Any torch-style optimizer class; fused where the class can (one kernel over all parameters)."""
+    options = dict(optimizer)
+    fusable = "fused" in inspect.signature(resolve(options["type"])).parameters
+    if fusable and options.get("fused") is None and not options.get("foreach"):
+        options["fused"] = True
+    return build(options, params=parameter_groups(model, options.get("weight_decay", 0.0)))
+
+
+def build_optim_wrapper(
+    optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None, *, model: nn.Module
+) -> "StepOptimWrapper":
+    """The `optim_wrapper` section.
+
+    Args:
+        optimizer: `dict(type=AdamW, lr=..., weight_decay=...)`, any torch-style optimizer class.
+        precision: of autocast over fp32 weights, see `resolve_precision`.
+        clip_grad: the largest norm of all gradients together; None for no limit.
+        model: given by the run.
+    """
+    if clip_grad is not None and clip_grad <= 0:
+        raise UserError(f"clip_grad got {clip_grad}; expected a number above 0, or None for no clipping")
+    device = next(model.parameters()).device
+    name, _ = resolve_precision(precision, device)
+    return StepOptimWrapper(build_optimizer(optimizer, model), name, clip_grad, device)
+
+
+def build_param_scheduler(
+    name: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant",
+    warmup_iters: int = 0,
+    *,
+    optimizer: torch.optim.Optimizer,
+    num_iters: int,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The `param_scheduler` section: diffusers' schedules by name, counted in optimizer steps.
+
+    Args:
+        name: as the reference script's `--lr_scheduler`.
+        warmup_iters: steps in which the rate rises from 0 (every schedule but "constant").
+        optimizer, num_iters: given by the run.
+    """
+    if warmup_iters and name == "constant":
+        raise UserError(
+            f"param_scheduler got warmup_iters={warmup_iters} with 'constant', which has no warm-up; "
+            "use 'constant_with_warmup'"
+        )
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_iters, num_training_steps=num_iters)
+
+
+@final
+class StepOptimWrapper(OptimWrapper):
+    """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
+
+    (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.)
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, precision: str, clip_grad: float | None, device: torch.device
+    ) -> None:
+        super().__init__(optimizer)
+        self.precision = precision
+        self.max_norm = clip_grad
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that `forward` runs in."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self.scaler.scale(loss).backward(**kwargs)
+
+    def step(self, **kwargs: Any) -> Tensor | None:  # type: ignore[override]
+        """Clip, step, clear the gradients. Returns the norm before clipping, on the device, if it was taken."""
+        norm = None
+        if self.max_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, foreach=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,128 @@
+"""mmengine's Runner with our own parts in it.
+
+mmengine gives the life cycle, the hooks with their priorities, and the visualizer with its backends, so that a hook
+written for mmengine works here. What it does not serve for is replaced at the points that it leaves open: process
+start-up, logging, the run dir's layout, wrapping, and `train`, which never calls its resume or its loop.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner as MMRunner
+from mmengine.visualization import Visualizer
+from torch import nn
+
+from diffengine.engine import distributed
+from diffengine.engine.loop import StepLoop
+from diffengine.engine.optim import StepOptimWrapper
+from diffengine.models.base import TrainableModel
+
+# mmengine's default hooks read one value per step off the device, write in place, or step by epoch: all off.
+NO_DEFAULT_HOOKS = dict.fromkeys(
+    ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+)
+
+
+@final
+class Runner(MMRunner):
+    """One run of training.
+
+    Attributes:
+        trainable: the model behind any DDP wrapper.
+        settings: the config as written, with references; what the run keeps.
+        name: the config's name.
+    """
+
+    trainable: TrainableModel
+    param_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        work_dir: Path,
+        hooks: Sequence[Hook],
+        vis_backends: Sequence[dict[str, Any]],
+        settings: dict[str, Any],
+        name: str,
+        seed: int,
+    ) -> None:
+        self.trainable = model
+        self.settings = settings
+        self.name = name
+        backends = [{"save_dir": str(work_dir / "tensorboard"), **backend} for backend in vis_backends]
+        experiment = f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
+        super().__init__(
+            model=model,
+            work_dir=str(work_dir),
+            default_hooks=NO_DEFAULT_HOOKS,
+            custom_hooks=list(hooks),
+            visualizer=Visualizer.get_instance(
+                experiment, vis_backends=backends if distributed.rank() == 0 else None, save_dir=str(work_dir)
+            ),
+            randomness={"seed": seed},
+            experiment_name=experiment,
+            cfg=Config(settings),
+        )
+        self.logger.setLevel(logging.INFO if self._rank == 0 else logging.ERROR)
+        Path(self.log_dir).rmdir()  # mmengine makes a folder per start; our run dir is one folder
+
+    # ------------------------------------------------------------------------------------------ mmengine's points
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """The process group stands already (`distributed.start`); only its numbers are noted."""
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._distributed = self._world_size > 1
+        self._timestamp = time.strftime("%Y%m%d_%H%M%S")
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> logging.Logger:  # type: ignore[override]
+        """Plain lines to the console and, with the time, to `log.txt`; other ranks are silent."""
+        logger = logging.getLogger("diffengine.run")
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = False
+        logger.setLevel(logging.ERROR)  # mmengine's own lines; ours are let through once it stands
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(console)
+        if self._rank == 0:
+            file = logging.FileHandler(Path(self.work_dir) / "log.txt", encoding="utf-8")
+            file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            logger.addHandler(file)
+        return logger
+
+    def _log_env(self, env_cfg: dict) -> None:
+        """Nothing: mmengine starts compilers to ask for their versions."""
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        return distributed.wrap(model)
+
+    def dump_config(self) -> None:
+        """`config.py` is written with the run dir, before anything else."""
+
+    def train(self) -> nn.Module:
+        """Run the loop between `before_run` and `after_run`."""
+        self.call_hook("before_run")
+        self.train_loop.run()
+        self.call_hook("after_run")
+        return self.model
+
+    # ------------------------------------------------------------------------------------------ ours
+
+    def set_training(
+        self,
+        loop: StepLoop,
+        optim_wrapper: StepOptimWrapper,
+        param_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """The parts that are built over the model."""
+        self._train_loop = loop
+        self.optim_wrapper = optim_wrapper
+        self.param_scheduler = param_scheduler

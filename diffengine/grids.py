@@ -1,0 +1,95 @@
+"""Grids of captioned pictures, for people to look at."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+Captioned = tuple[str, Image.Image]
+INK, PAPER = (20, 20, 20), (255, 255, 255)
+
+
+def grid(pictures: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
+    """Captioned pictures in rows, as near to a square as they come.
+
+    Args:
+        pictures: (caption, RGB picture); captions are wrapped to the picture's width.
+        columns: None for the square root of their number, rounded up.
+        smallest: pictures narrower than this, in pixels, are enlarged by a whole factor.
+    """
+    columns = columns or min(len(pictures), math.ceil(math.sqrt(len(pictures))))
+    shown = [(caption, enlarge(picture, smallest)) for caption, picture in pictures]
+    width, height = (max(picture.size[axis] for _, picture in shown) for axis in (0, 1))
+    font = ImageFont.load_default(size=max(11, min(width // 18, 20)))
+    lines = [wrap(caption, font, width) for caption, _ in shown]
+    line = math.ceil(sum(font.getmetrics()) * 1.1)  # type: ignore[union-attr]
+    foot = line * max(map(len, lines)) + line // 2
+    gap = 8
+    rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), PAPER)
+    ink = ImageDraw.Draw(sheet)
+    for place, ((_, picture), words) in enumerate(zip(shown, lines)):
+        left = gap + (place % columns) * (width + gap)
+        top = gap + (place // columns) * (height + foot + gap)
+        sheet.paste(picture, (left, top))
+        for number, text in enumerate(words):
+            ink.text((left, top + height + 2 + number * line), text, INK, font)
+    return sheet
+
+
+def save_grid(pictures: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
+    """Write a grid as PNG. Captions that the font cannot draw become numbers, listed in `captions.txt` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = [
+        (caption if drawable(caption) else f"[{place + 1}]", picture)
+        for place, (caption, picture) in enumerate(pictures)
+    ]
+    if any(new != old for (new, _), (old, _) in zip(numbered, pictures)):
+        lines = [f"[{place + 1}] {caption}\n" for place, (caption, _) in enumerate(pictures)]
+        (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
+    sheet = grid(numbered, columns)
+    beside = path.with_name(f".{path.name}.part")
+    sheet.save(beside, format="PNG")
+    beside.replace(path)
+    return sheet
+
+
+def stack(parts: Sequence[Captioned]) -> Image.Image:
+    """Pictures one above the other, each under its title."""
+    font = ImageFont.load_default(size=16)
+    title, width = 26, max(picture.width for _, picture in parts)
+    sheet = Image.new("RGB", (width, sum(picture.height + title for _, picture in parts)), PAPER)
+    ink, top = ImageDraw.Draw(sheet), 0
+    for caption, picture in parts:
+        ink.text((8, top + 4), caption, INK, font)
+        sheet.paste(picture, (0, top + title))
+        top += picture.height + title
+    return sheet
+
+
+def enlarge(picture: Image.Image, smallest: int) -> Image.Image:
+    """A small picture, enlarged by a whole factor without smoothing, so that its own pixels are seen."""
+    factor = max(1, math.ceil(smallest / picture.width))
+    return picture if factor == 1 else picture.resize((picture.width * factor, picture.height * factor), 0)
+
+
+def drawable(caption: str) -> bool:
+    """Whether the font has a sign for every letter: a letter it lacks is drawn as the same box as any other."""
+    font = ImageFont.load_default(size=14)
+    box = font.getmask("\U0010ffff")
+    return all(
+        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box) for letter in set(caption)
+    )
+
+
+def wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken at spaces, at most four."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]

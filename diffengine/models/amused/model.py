@@ -1,0 +1,234 @@
+"""The masked-token model that is trained: caption and visible tokens in, the masked tokens' cross entropy out.
+
+Legend: B batch, h w token grid, T text length, D text width, V codebook size, M masked tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from diffusers import AmusedPipeline, UVit2DModel
+from torch import Tensor, nn
+
+from diffengine.errors import UserError
+from diffengine.models.amused.components import Components
+from diffengine.models.amused.drawing import draw, draw_strip
+from diffengine.models.amused.preprocessor import AmusedPreprocessor
+from diffengine.models.amused.vocabulary import learn_vocabulary
+from diffengine.models.base import Batch, Frozen, MaskedImageModel, Picture, PreviewRequest, SampleDraw
+from diffengine.models.masking import DrawMask, Schedule, mask_tokens
+
+
+@final
+class AmusedModel(MaskedImageModel):
+    """aMUSEd, trained as its authors did: cross entropy over masked tokens.
+
+    Args:
+        pretrained: a folder or hub name that holds all five components, such as "amused/amused-512".
+        vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or hub
+            name, or `dict(...)` of sizes to build it from nothing. `tokenizer` sizes are `vocab_size` and
+            `max_length`: a byte-pair vocabulary is learnt from the captions. Sizes that follow from other
+            components need not be given.
+        train: the components to train; "transformer", "text_encoder" or both.
+        mask_schedule: "cosine" or "linear", see `masking.mask_ratio`.
+        label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
+        vq_batch_size: pictures that the VQ model encodes at once.
+        assets: files of a learnt vocabulary, given by the run.
+        seed: of the weights built from sizes, given by the run.
+
+    Raises:
+        UserError: a component cannot be loaded, components do not fit together, or one built from sizes is frozen.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        vqvae: str | dict | None = None,
+        tokenizer: str | dict | None = None,
+        text_encoder: str | dict | None = None,
+        transformer: str | dict | None = None,
+        train: list[Literal["transformer", "text_encoder"]] | tuple[str, ...] = ("transformer",),
+        mask_schedule: Schedule = "cosine",
+        label_smoothing: float = 0.0,
+        vq_batch_size: int = 8,
+        assets: Mapping[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        origins = {
+            "vqvae": vqvae, "tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer,
+        }  # fmt: skip
+        self.components = Components(pretrained, origins, assets or {}, seed)
+        self._check_options(train, label_smoothing)
+        self.components.check()
+        self._assets = dict(assets or {})
+        self.label_smoothing = label_smoothing
+        self.mask_schedule = mask_schedule
+        self.mask_id: int = self.components.scheduler.config.mask_token_id
+        if "transformer" in train:
+            self.transformer = self.components.transformer
+        if "text_encoder" in train:
+            self.text_encoder = self.components.text_encoder
+        self.requires_grad_(True)
+        self._frozen = {
+            name: Frozen(getattr(self.components, name))
+            for name in ("vqvae", "text_encoder", "transformer")
+            if name not in train
+        }
+        self.preprocessor = AmusedPreprocessor(self._frozen["vqvae"], self.components.tokenizer, vq_batch_size)
+
+    def _check_options(self, train: Iterable[str], label_smoothing: float) -> None:
+        known = ["transformer", "text_encoder"]
+        if not list(train) or any(name not in known for name in train):
+            raise UserError(f"model.train got {list(train)}; expected one or both of {known}")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"model.label_smoothing got {label_smoothing}; expected a number in [0, 1)")
+        for name in ("vqvae", "text_encoder", "transformer"):
+            if name not in train and self.components.from_sizes(name):
+                raise UserError(
+                    f"model.{name} is built from sizes and not trained, so its random weights would be lost: give a "
+                    f"folder for it{'' if name == 'vqvae' else ', or name it in model.train'}"
+                )
+
+    # ------------------------------------------------------------------------------------------ training
+
+    @classmethod
+    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
+        sizes = options.get("tokenizer")
+        if not isinstance(sizes, Mapping):
+            return {}
+        unknown = sizes.keys() - {"vocab_size", "max_length"}
+        if unknown:
+            raise UserError(f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length")
+        return learn_vocabulary(captions(), sizes.get("vocab_size", 1024), sizes.get("max_length", 77))
+
+    @property
+    def assets(self) -> dict[str, str]:
+        return self._assets
+
+    @property
+    def sample_draw(self) -> SampleDraw:
+        factor = 2 ** (len(self.components.vqvae_config["block_out_channels"]) - 1)
+        multiple = 2 if self.components.transformer_config["downsample"] else 1
+        return DrawMask(factor, multiple, self.mask_schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.preprocessor(batch, self.device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds` (B,5), `masked_index`."""
+        index = batch["masked_index"]
+        hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
+        transformer = self.module("transformer")
+        with head_on(transformer, index):
+            logits = transformer(
+                input_ids=mask_tokens(batch["token_ids"], index, self.mask_id),
+                encoder_hidden_states=hidden_BTD,
+                pooled_text_emb=pooled_BD,
+                micro_conds=batch["micro_conds"],
+            )
+        logits_MV = logits[0, :, :, 0].T.float()
+        targets = batch["token_ids"].flatten().index_select(0, index)
+        loss = F.cross_entropy(logits_MV, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        with torch.no_grad():
+            correct = (logits_MV.argmax(dim=1) == targets).sum().float()
+        return loss, {"accuracy": correct}
+
+    def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Caption ids (B,T) as AmusedPipeline encodes them: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
+        with torch.set_grad_enabled("text_encoder" in self.exportable and torch.is_grad_enabled()):
+            output = self.module("text_encoder")(text_ids, output_hidden_states=True, return_dict=True)
+        return output.hidden_states[-2], output.text_embeds
+
+    def module(self, name: str) -> Any:
+        """A component on the model's device, trained or frozen."""
+        return self._frozen[name].on(self.device) if name in self._frozen else getattr(self, name)
+
+    def after_step(self, step: int) -> None:
+        """Nothing: the optimizer's step is all there is."""
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def chance_loss(self) -> tuple[str, float]:
+        codes = self.components.transformer_config["codebook_size"]
+        return f"ln {codes}", math.log(codes)
+
+    # ------------------------------------------------------------------------------------------ showing, saving
+
+    @property
+    def exportable(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
+
+    def build_pipeline(self) -> AmusedPipeline:
+        pipeline = AmusedPipeline(
+            vqvae=self.module("vqvae"),
+            tokenizer=self.components.tokenizer,
+            text_encoder=self.module("text_encoder"),
+            transformer=self.module("transformer"),
+            scheduler=self.components.scheduler,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def preview(self, request: PreviewRequest) -> list[Picture]:
+        """Draws the prompts.
+
+        `request.options` are `guidance_scale`, `num_inference_steps`, `temperature` of AmusedPipeline, and
+        `strip=True` to show the first prompt after every drawing step as well.
+        """
+        options = dict(request.options)
+        known = ["guidance_scale", "num_inference_steps", "temperature", "strip"]
+        if unknown := [name for name in options if name not in known]:
+            raise UserError(f"preview option '{unknown[0]}' is unknown; expected one of {', '.join(known)}")
+        strip = options.pop("strip", False)
+        pipeline = self.build_pipeline()
+        with evaluating(self):
+            pictures = [
+                Picture(prompt, draw(pipeline, prompt, request.seed + place, request.resolution, **options))
+                for place, prompt in enumerate(request.prompts)
+            ]
+            if strip and request.prompts:
+                steps = draw_strip(pipeline, request.prompts[0], request.seed, request.resolution, **options)
+                pictures += [Picture(f"step {place + 1}", image) for place, image in enumerate(steps)]
+        return pictures
+
+
+@contextmanager
+def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
+    """Run the token head at the flat positions `index` (M,) only; the transformer then gives logits (1,V,M,1).
+
+    Exact, since the head is 1x1 convolutions and a norm over channels: each position stands alone.
+    """
+
+    def gather(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        rows_MC = arguments[0].permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index)
+        return (rows_MC.T[None, :, :, None],)
+
+    handle = transformer.mlm_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; the mode before is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

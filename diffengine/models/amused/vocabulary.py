@@ -1,0 +1,72 @@
+"""A small byte-pair vocabulary learnt from the captions, kept as plain text files.
+
+Learning is not deterministic across processes (the `tokenizers` library breaks ties by hash order), so it happens
+once per run and the files travel with the checkpoint.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from diffengine.errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+
+def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dict[str, str]:
+    """Learn a CLIP-style vocabulary.
+
+    Args:
+        captions: what to learn from.
+        size: the most entries it may have, the two special ones counted in; at least 514 (256 bytes, each alone
+            and at the end of a word).
+        max_length: tokens per caption, the two special ones counted in.
+
+    Returns:
+        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where CLIP's
+        text model looks for it.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = 2 * len(alphabet) + 2
+    if size < smallest:
+        raise UserError(f"tokenizer.vocab_size got {size}; expected at least {smallest}, the bytes alone")
+    clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
+    learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # so words split as CLIP's do
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    words = alphabet + [letter + END_OF_WORD for letter in alphabet] + ["".join(pair) for pair in merges]
+    vocab = {word: place for place, word in enumerate(dict.fromkeys([*words[: size - 2], START, END]))}
+    merges = [pair for pair in merges if "".join(pair) in vocab]
+    return to_assets(make_tokenizer(vocab, merges, max_length))
+
+
+def make_tokenizer(vocab: Mapping[str, int], merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
+    """A CLIPTokenizer over a vocabulary; captions are padded with the end token, as CLIP's are."""
+    return CLIPTokenizer(
+        vocab=dict(vocab), merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END,
+        model_max_length=max_length,
+    )  # fmt: skip
+
+
+def to_assets(tokenizer: CLIPTokenizer) -> dict[str, str]:
+    """The files that `save_pretrained` writes, as text by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+
+
+def from_assets(assets: Mapping[str, str]) -> CLIPTokenizer:
+    """The tokenizer that `to_assets` wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in assets.items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)

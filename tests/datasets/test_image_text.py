@@ -1,0 +1,237 @@
+"""Arrow, Parquet and the hub's cache."""
+
+import io
+import pickle
+
+import datasets as hf
+import numpy as np
+import pytest
+import torch
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image
+
+from diffengine.datasets import (
+    Crop,
+    ImageTextDataset,
+    PositionSampler,
+    Resize,
+    Stream,
+    ToTensor,
+    UnreadablePicture,
+    make_loader,
+)
+from diffengine.errors import UserError
+
+REVISION = "0123456789" * 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, so that the user's is neither read nor written."""
+    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hf.disable_progress_bars()
+    return tmp_path / "cache"
+
+
+def png(shade, size=(3, 2)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows(count=4, image="image", **columns):
+    """A table like those on the hub: a column of pictures and one of texts."""
+    columns = columns or {"text": [f"caption {number}" for number in range(count)]}
+    pictures = {image: [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]}
+    return hf.Dataset.from_dict(pictures | columns).cast_column(image, hf.Image())
+
+
+def shades(samples):
+    return [sample["image"].getpixel((0, 0))[0] for sample in samples]
+
+
+def refused(match, *arguments, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        ImageTextDataset(*arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(cache):
+    """What `load_dataset` leaves in its cache for a data set of the hub."""
+    folder = cache / "owner___name" / "default" / "0.0.0" / REVISION
+    folder.mkdir(parents=True)
+    table = rows(5)
+    writer = ArrowWriter(path=str(folder / "name-train.arrow"), features=table.features)
+    for row in table.cast_column("image", hf.Image(decode=False)):
+        writer.write(row)
+    count, num_bytes = writer.finalize()
+    writer.close()
+    split = {"name": "train", "num_bytes": num_bytes, "num_examples": count, "dataset_name": "name"}
+    info = {"builder_name": "name", "dataset_name": "name", "config_name": "default", "version": "0.0.0"}
+    hf.DatasetInfo(features=table.features, splits=[split], **info).write_to_directory(str(folder))
+    return "owner/name"
+
+
+def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
+    dataset = ImageTextDataset(hub, prefix="a ", revision=REVISION)
+    samples = [dataset[index] for index in range(5)]
+    assert shades(samples) == [0, 1, 2, 3, 4]
+    assert [sample["text"] for sample in samples] == [f"a caption {number}" for number in range(5)]
+    assert len(ImageTextDataset(hub, split="train[:3]")) == 3
+    assert len(ImageTextDataset(hub, max_samples=2)) == 2
+    assert len(ImageTextDataset(hub, max_samples=99)) == 5
+
+
+def test_faults_of_hub_names_are_one_line(hub):
+    refused(
+        "no folder owner/other is here, and as a hub data set it cannot be loaded: .*network", "owner/other"
+    )
+    refused("owner/name .*Unknown split .test.", hub, split="test")
+    # `datasets` itself would read the cached revision without a word
+    refused(
+        f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40
+    )
+
+
+def test_workers_read_the_same_table(hub):
+    stream = Stream(ImageTextDataset(hub), [Resize(4), Crop(4), ToTensor()], [], seed=2)
+    alone, helped = (
+        list(make_loader(stream, PositionSampler(4, num_steps=5), workers)) for workers in (0, 2)
+    )
+    assert [batch["text"] for batch in alone] == [batch["text"] for batch in helped]
+    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(alone, helped, strict=True))
+    copied = pickle.loads(pickle.dumps(stream))  # what workers that are spawned start from
+    assert torch.equal(copied[3]["image"], stream[3]["image"])
+
+
+@pytest.mark.parametrize("path", ["", "./gone", "/gone", "~/gone-for-good", "data/my/pictures"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(path):
+    refused("no file or folder .*expected one that exists, or a hub name as owner/name", path)
+
+
+def test_batches_read_the_same_as_rows(hub):
+    dataset = ImageTextDataset(hub)
+    batch = list(dataset.__getitems__([3, 0, 3]))
+    assert shades(batch) == [3, 0, 3]
+    assert [sample["text"] for sample in batch] == ["caption 3", "caption 0", "caption 3"]
+
+
+def test_data_saved_to_disk(tmp_path):
+    table = rows()
+    table.with_format("numpy").save_to_disk(tmp_path / "one")  # a saved format must not reach the samples
+    hf.DatasetDict(train=table, test=rows(2)).save_to_disk(tmp_path / "many")
+    one = ImageTextDataset(str(tmp_path / "one"))
+    assert (shades([one[2]]), one[2]["text"]) == ([2], "caption 2")
+    assert len(ImageTextDataset(str(tmp_path / "many"), split="test")) == 2
+    refused("has no split 'val'; it has train, test; set split", str(tmp_path / "many"), split="val")
+    refused("has no split 'test'; it has train", str(tmp_path / "one"), split="test")
+    refused("revision got 'v1'", str(tmp_path / "one"), revision="v1")
+
+
+def test_parquet_file_and_folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows(4).select([0, 1]).to_parquet(folder / "train-00000-of-00002.parquet")
+    rows(4).select([2, 3]).to_parquet(folder / "train-00001-of-00002.parquet")
+    rows(1).to_parquet(folder / "test-00000-of-00001.parquet")
+    whole = ImageTextDataset(str(folder))
+    assert shades(whole[index] for index in range(4)) == [0, 1, 2, 3]
+    assert len(ImageTextDataset(str(folder), split="test")) == 1
+    assert list(ImageTextDataset(str(folder / "train-00001-of-00002.parquet")).captions()) == [
+        "caption 2",
+        "caption 3",
+    ]
+    (tmp_path / "broken.parquet").write_bytes(b"junk")
+    refused("broken.parquet cannot be loaded: Parquet file size is 4 bytes", str(tmp_path / "broken.parquet"))
+    (tmp_path / "notes.txt").write_text("x")
+    refused("notes.txt is neither a picture nor a Parquet file", str(tmp_path / "notes.txt"))
+
+
+def test_bare_bytes_serve_as_pictures(tmp_path):
+    hf.Dataset.from_dict({"image": [png(7)], "text": ["x"]}).save_to_disk(tmp_path / "bytes")
+    assert shades([ImageTextDataset(str(tmp_path / "bytes"))[0]]) == [7]
+
+
+def test_columns_are_found_or_named(tmp_path):
+    path = str(tmp_path / "it")
+    rows(2, "picture", prompt=["p0", "p1"], caption=["c0", "c1"], label=[0, 1]).save_to_disk(path)
+    dataset = ImageTextDataset(path)
+    assert (shades([dataset[1]]), dataset[1]["text"]) == ([1], "c1")
+    assert ImageTextDataset(path, caption_column="prompt")[0]["text"] == "p0"
+    everything = "picture, prompt, caption, label"
+    refused(f"has no column 'image'; it has {everything}; set image_column", path, image_column="image")
+    refused(f"has no column 'txt'; it has {everything}; set caption_column", path, caption_column="txt")
+    refused(
+        "column 'label' of .* expected text, or lists of texts; set caption_column",
+        path,
+        caption_column="label",
+    )
+    refused("column 'prompt' of .* expected pictures; set image_column", path, image_column="prompt")
+    refused("captions_from_file_names needs a folder of pictures", path, captions_from_file_names=True)
+    refused("got caption and caption_column", path, caption="x", caption_column="prompt")
+
+
+def test_one_caption_needs_no_column(tmp_path):
+    rows(2, label=[0, 1]).save_to_disk(tmp_path / "it")
+    dataset = ImageTextDataset(str(tmp_path / "it"), caption="x", prefix="an ")
+    assert [dataset[1]["text"], *dataset.captions()] == ["an x", "an x", "an x"]
+
+
+def test_a_column_named_text_does_not_clash_with_the_caption_column(tmp_path):
+    rows(1, text=["long"], title=["short"]).save_to_disk(tmp_path / "it")
+    assert ImageTextDataset(str(tmp_path / "it"), caption_column="title")[0]["text"] == "short"
+
+
+def test_lists_of_captions(tmp_path):
+    rows(2, text=[["a", "b"], ["c"]]).save_to_disk(tmp_path / "it")
+    dataset = ImageTextDataset(str(tmp_path / "it"), prefix="the ")
+    assert dataset[0]["text"] == ["the a", "the b"]
+    assert list(dataset.captions()) == ["the a", "the b", "the c"]
+
+
+@pytest.mark.parametrize("texts", [["a", None, None], [["a"], [], ["b", None]]])
+def test_missing_captions_are_counted(tmp_path, texts):
+    rows(3, text=texts).save_to_disk(tmp_path / "it")
+    refused("2 of 3 captions of .* are missing, the first in row 1", str(tmp_path / "it"))
+
+
+def test_a_damaged_or_missing_picture_is_named_by_its_row(tmp_path):
+    cells = [{"bytes": png(0), "path": None}, {"bytes": png(0)[:44], "path": "x.png"}, None]
+    table = hf.Dataset.from_dict({"image": cells, "text": ["a", "b", "c"]}).cast_column("image", hf.Image())
+    table.save_to_disk(tmp_path / "it")
+    dataset = ImageTextDataset(str(tmp_path / "it"))
+    with pytest.raises(UnreadablePicture, match=r"^row 1 of .*it \(x.png\) cannot be read as a picture"):
+        dataset[1]
+    with pytest.raises(UnreadablePicture, match=r"^row 2 of .*it has no picture"):
+        dataset.size(2)
+    samples = dataset.__getitems__([0, 1])
+    assert next(iter(samples))["text"] == "a"  # decoded one by one: the good one comes before the error
+
+
+def test_size_and_captions_decode_nothing(tmp_path):
+    header = png(0, (50, 40))
+    header = header[: header.index(b"IDAT") + 4]
+    hf.Dataset.from_dict({"image": [header], "text": ["x"]}).save_to_disk(tmp_path / "it")
+    dataset = ImageTextDataset(str(tmp_path / "it"))
+    assert dataset.size(0) == (50, 40)
+    assert list(dataset.captions()) == ["x"]
+
+
+def test_no_rows(tmp_path):
+    table = hf.Dataset.from_dict({"image": [png(0)], "text": ["x"]})
+    table.select([]).save_to_disk(tmp_path / "it")
+    refused("it cannot be loaded", str(tmp_path / "it"))
+    table.to_parquet(tmp_path / "it.parquet")
+    refused(
+        "it.parquet cannot be loaded: .*corresponds to no data",
+        str(tmp_path / "it.parquet"),
+        split="train[:0]",
+    )
+
+
+def test_pictures_on_disk_named_by_a_table(tmp_path):
+    Image.fromarray(np.full((2, 2, 3), 8, np.uint8)).save(tmp_path / "a.png")
+    table = hf.Dataset.from_dict({"image": [str(tmp_path / "a.png")], "text": ["x"]})
+    table.cast_column("image", hf.Image()).save_to_disk(tmp_path / "it")
+    assert shades([ImageTextDataset(str(tmp_path / "it"))[0]]) == [8]

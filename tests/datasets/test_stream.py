@@ -1,0 +1,313 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffengine.datasets import (
+    Crop,
+    Domain,
+    DropCaption,
+    Flip,
+    PositionSampler,
+    Resize,
+    Stream,
+    ToTensor,
+    UnreadablePicture,
+    collate,
+    generator,
+    make_loader,
+    split,
+    steps_for_epochs,
+)
+from diffengine.errors import UserError
+
+
+class Photos:
+    """Pictures of noise that tell their index in the caption; some cannot be read."""
+
+    def __init__(self, count, broken=(), size=(14, 11), captions=1):
+        self.count, self.broken, self.size, self.captions = count, set(broken), size, captions
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadablePicture(f"picture {index} cannot be read")
+        pixels = np.random.default_rng(index).integers(0, 256, (*self.size[::-1], 3), dtype=np.uint8)
+        texts = [f"{index}.{number}" for number in range(self.captions)]
+        return {"image": Image.fromarray(pixels), "text": texts if self.captions > 1 else str(index)}
+
+
+class Batched(Photos):
+    """Reads many at once, as a list: one that cannot be read spoils the whole read."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class Lazy(Photos):
+    def __getitems__(self, indices):
+        return (self[index] for index in indices)
+
+
+class Order:
+    """Stands for masking: adds what is drawn, ragged arrays and a count among it."""
+
+    def __call__(self, sample, rng):
+        count = int(rng.integers(1, 5))
+        return {**sample, "order": rng.permutation(8)[:count], "num_targets": count, "t": rng.random()}
+
+
+def stream(dataset=None, seed=3, **options):
+    image_transforms = [Resize(10), Crop(8), Flip(0.5), ToTensor()]
+    return Stream(dataset or Photos(5), image_transforms, [DropCaption(0.3), Order()], seed=seed, **options)
+
+
+def plain(value):
+    """A sample or batch as plain values, for exact comparison."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+
+
+def test_generators_differ_by_each_of_their_words():
+    words = [(0, 0), (1, 0), (0, 1), (0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0, 1), (0, 0, 1, 1), (2**64 - 1, 0)]
+    firsts = [tuple(generator(*word).integers(0, 2**63, 4)) for word in words]
+    assert len(set(firsts)) == len(words)
+    assert generator(5, 1, 2).random() == generator(5, 1, 2).random()
+
+
+def test_neighbouring_positions_do_not_share_draws():
+    """With the position in the low word, position 1 would go on where position 0 is after four draws."""
+    draws = [set(generator(0, Domain.SAMPLE, position).random(1000)) for position in range(4)]
+    assert len(set.union(*draws)) == 4000
+
+
+def test_a_seed_out_of_range():
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=r"seed got .*expected a whole number"):
+            generator(seed, 0)
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    numbers = Stream(Photos(7), [], [])
+    indices = [int(numbers[position]["text"]) for position in range(21)]
+    epochs = [indices[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [numbers.locate(position) for position in range(21)] == [
+        (position // 7, index) for position, index in enumerate(indices)
+    ]
+    other_seed = Stream(Photos(7), [], [], seed=1)
+    assert [int(other_seed[position]["text"]) for position in range(7)] != epochs[0]
+
+
+def test_batches_cross_epoch_borders_and_drop_nothing():
+    loader = make_loader(Stream(Photos(5), [ToTensor()], []), PositionSampler(4, num_steps=5))
+    seen = [int(text) for batch in loader for text in batch["text"]]
+    assert [len(batch["text"]) for batch in loader] == [4] * 5
+    assert sorted(seen) == sorted(list(range(5)) * 4)
+    assert sorted(seen[5:10]) == list(range(5))
+
+
+@pytest.mark.parametrize("kind", [Photos, Batched, Lazy])
+def test_a_position_gives_the_same_sample_in_any_company(kind):
+    reference = [plain(stream()[position]) for position in range(12)]
+    ours = stream(kind(5))
+    assert plain(ours.__getitems__([11, 2, 2, 7])) == [reference[position] for position in (11, 2, 2, 7)]
+    assert [plain(ours[position]) for position in reversed(range(12))] == reference[::-1]
+    assert plain(stream(seed=4)[0]) != reference[0]
+
+
+def test_two_workers_give_the_same_batches_as_none():
+    alone, helped = (
+        list(make_loader(stream(), PositionSampler(3, num_steps=7), workers)) for workers in (0, 2)
+    )
+    assert len(alone) == 7
+    assert plain(alone) == plain(helped)
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 8), (4, 8), (3, 8), (8, 8), (3, 4)])
+def test_ranks_share_a_step(world_size, batch_size):
+    whole = list(PositionSampler(batch_size, num_steps=3))
+    assert whole == [list(range(start, start + batch_size)) for start in range(0, 3 * batch_size, batch_size)]
+    ranks = [
+        list(PositionSampler(batch_size, rank=rank, world_size=world_size, num_steps=3))
+        for rank in range(world_size)
+    ]
+    assert [list(chain.from_iterable(parts)) for parts in zip(*ranks)] == whole
+    assert all(part for parts in ranks for part in parts)
+
+
+def test_ranks_and_micro_batches_hold_the_same_samples():
+    (whole,) = make_loader(stream(), PositionSampler(8, start_step=2, num_steps=3))
+    halves = [
+        next(iter(make_loader(stream(), PositionSampler(8, rank=rank, world_size=2, start_step=2))))
+        for rank in (0, 1)
+    ]
+    micro = split(whole, 4)
+    assert plain(halves) == plain(micro)
+    rows = plain([stream()[position] for position in range(16, 24)])
+    assert [plain(whole)["image"][row] for row in range(8)] == [row["image"] for row in rows]
+    assert plain(whole)["order"] == [row["order"] for row in rows]
+
+
+def test_resuming_goes_on_where_it_stopped():
+    through = list(make_loader(stream(), PositionSampler(3, num_steps=9)))
+    resumed = list(make_loader(stream(), PositionSampler(3, start_step=4, num_steps=9)))
+    assert plain(resumed) == plain(through[4:])
+    assert len(PositionSampler(3, start_step=4, num_steps=9)) == 5
+    assert list(PositionSampler(3, start_step=9, num_steps=9)) == []
+
+
+def test_a_sampler_without_end_has_no_length():
+    steps = iter(PositionSampler(2, start_step=10**12))
+    assert [next(steps), next(steps)] == [[2 * 10**12, 2 * 10**12 + 1], [2 * 10**12 + 2, 2 * 10**12 + 3]]
+    with pytest.raises(TypeError, match="no length"):
+        len(PositionSampler(2))
+
+
+def test_fewer_samples_than_processes():
+    with pytest.raises(
+        UserError, match=r"batch size 2 is split over 3 processes; expected .*set it to 3 or more"
+    ):
+        PositionSampler(2, world_size=3)
+
+
+def test_image_variations_repeat_the_picture_but_not_the_rest():
+    ours = stream(Photos(6, size=(90, 20)), seed=1, image_variations=2)
+    forms, rest = {}, {}
+    for position in range(6 * 8):
+        epoch, index = ours.locate(position)
+        sample = ours[position]
+        forms.setdefault((index, epoch % 2), set()).add(sample["image"].numpy().tobytes())
+        rest.setdefault(index, set()).add((sample["t"], sample["num_targets"]))
+        cached = ours.image_sample(index, epoch % 2)
+        assert torch.equal(cached["image"], sample["image"])
+        assert torch.equal(cached["micro_conds"], sample["micro_conds"])
+    assert all(len(pictures) == 1 for pictures in forms.values())
+    assert len(set().union(*forms.values())) == 12
+    assert all(len(draws) == 8 for draws in rest.values())
+    free = stream(Photos(6, size=(90, 20)))
+    assert len({free[position]["image"].numpy().tobytes() for position in range(48)}) > 40
+
+
+def test_changing_the_dropout_shifts_no_other_draw():
+    never, always = (Stream(Photos(5), [], [DropCaption(p), Order()], seed=1) for p in (0, 1))
+    for position in range(20):
+        assert plain(never[position]["order"]) == plain(always[position]["order"])
+        assert (never[position]["text"] == "", always[position]["text"] == "") == (False, True)
+
+
+def test_one_of_several_captions_is_drawn_and_the_draw_shifts_nothing():
+    several = Stream(Photos(1, captions=3), [], [Order()])
+    single = Stream(Photos(1), [], [Order()])
+    drawn = [several[position]["text"] for position in range(600)]
+    assert set(drawn) == {"0.0", "0.1", "0.2"}
+    assert all(150 < drawn.count(text) < 250 for text in set(drawn))
+    assert all(several[position]["t"] == single[position]["t"] for position in range(20))
+
+
+@pytest.mark.parametrize("kind", [Photos, Batched, Lazy])
+def test_unreadable_pictures_are_an_error_or_replaced_and_counted(kind):
+    broken = {1, 2, 5}
+    with pytest.raises(UnreadablePicture, match=r"picture [125] cannot be read"):
+        Stream(kind(6, broken), [], []).__getitems__(range(6))
+    ours = Stream(kind(6, broken), [], [], skip_unreadable=True)
+    replacement = {0: (0, 0), 1: (3, 2), 2: (3, 1), 3: (3, 0), 4: (4, 0), 5: (0, 1)}
+    for samples in (ours.__getitems__(range(12)), [ours[position] for position in range(12)]):
+        for position, sample in enumerate(samples):
+            _, index = ours.locate(position)
+            assert (int(sample["text"]), sample["skipped"]) == replacement[index]
+
+
+def test_a_replaced_picture_takes_the_forms_of_its_own_index():
+    ours = stream(Photos(3, broken=[0]), image_variations=1, skip_unreadable=True)
+    for position in range(6):
+        _, index = ours.locate(position)
+        assert torch.equal(ours[position]["image"], ours.image_sample(index or 1, 0)["image"])
+
+
+def test_no_picture_can_be_read():
+    with pytest.raises(
+        UserError, match=r"none of the 3 pictures can be read; the last: picture . cannot be read"
+    ):
+        Stream(Photos(3, broken=range(3)), [], [], skip_unreadable=True)[0]
+
+
+def test_faults_of_a_stream():
+    with pytest.raises(UserError, match="data set is empty"):
+        Stream(Photos(0), [], [])
+    with pytest.raises(UserError, match="image_variations got 0"):
+        Stream(Photos(1), [], [], image_variations=0)
+    with pytest.raises(UserError, match="num_workers got -1"):
+        make_loader(stream(), PositionSampler(1), -1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_comes_out_as_the_same_line(workers):
+    ours = Stream(Photos(4, broken=[2]), [ToTensor()], [])
+    loader = iter(make_loader(ours, PositionSampler(1, num_steps=4), workers))
+    good = [ours.locate(position)[1] for position in range(4)].index(2)
+    assert [int(next(loader)["text"][0]) for _ in range(good)] == [
+        ours.locate(place)[1] for place in range(good)
+    ]
+    with pytest.raises(UnreadablePicture) as caught:
+        next(loader)
+    assert str(caught.value) == "picture 2 cannot be read"
+
+
+class Threads:
+    def __call__(self, sample, rng):
+        return {**sample, "threads": torch.get_num_threads()}
+
+
+def test_workers_use_one_thread_and_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    (batch,) = make_loader(Stream(Photos(2), [], [Threads()]), PositionSampler(2, num_steps=1), 1)
+    assert batch["threads"] == [1, 1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_collate_stacks_tensors_and_lists_the_rest():
+    arrays = [np.arange(2), np.arange(3)]
+    samples = [
+        {"image": torch.full((3, 2, 2), row), "text": "ab"[row], "order": arrays[row]} for row in (0, 1)
+    ]
+    batch = collate(samples)
+    assert batch["image"].shape == (2, 3, 2, 2)
+    assert batch["image"][1].unique().tolist() == [1]
+    assert plain({key: batch[key] for key in ("text", "order", "num_targets")}) == {
+        "text": ["a", "b"],
+        "order": [[0, 1], [0, 1, 2]],
+        "num_targets": [1, 1],
+    }
+    assert collate([{"num_targets": 3}, {"num_targets": 4}])["num_targets"] == [3, 4]
+    with pytest.raises(
+        UserError, match=r"image of shapes \(3, 1, 1\), \(3, 2, 2\); expected one shape; put Resize"
+    ):
+        collate([samples[0], {**samples[1], "image": torch.zeros(3, 1, 1)}])
+
+
+def test_split_gives_views_by_rows():
+    batch = collate([{"image": torch.full((2,), row), "text": str(row)} for row in range(5)])
+    parts = split(batch, 2)
+    assert [part["text"] for part in parts] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [len(part["num_targets"]) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
+    assert parts[1]["image"].data_ptr() == batch["image"][2:].data_ptr()
+    assert split(batch, None) == [batch]
+    with pytest.raises(UserError, match="micro-batch size got 0"):
+        split(batch, 0)
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(5, 4), (8, 4), (3, 8)])
+def test_an_epoch_ends_with_the_first_step_that_reaches_it(num_samples, batch_size):
+    for epochs in range(1, 6):
+        steps = steps_for_epochs(epochs, num_samples, batch_size)
+        assert steps * batch_size >= epochs * num_samples > (steps - 1) * batch_size

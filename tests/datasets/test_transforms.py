@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffengine.datasets import Crop, DropCaption, Flip, Resize, ToTensor
+from diffengine.errors import UserError
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def coordinates(width, height):
+    """A picture whose red is x and whose green is y."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+
+
+def run(transforms, sample, generator):
+    for transform in transforms:
+        sample = transform(sample, generator)
+    return sample
+
+
+@pytest.mark.parametrize("order", ["flip, crop", "crop, flip"])
+def test_micro_conditions_tell_where_the_shown_square_lies(order):
+    """Recomputed from the pixels: in the whole flipped picture, where is the square that is shown?"""
+    generator, flips, places = rng(), 0, set()
+    for _ in range(60):
+        steps = [Flip(0.5), Crop(16)] if order == "flip, crop" else [Crop(16), Flip(0.5)]
+        sample = run([*steps, ToTensor(5.5)], {"image": coordinates(40, 20), "text": ""}, generator)
+        pixels = (sample["image"] * 255).round().to(torch.int64)
+        x, y = pixels[0], pixels[1]
+        flipped = bool(x[0, 1] < x[0, 0])
+        left = 39 - int(x[0, 0]) if flipped else int(x[0, 0])
+        assert sample["micro_conds"].tolist() == [40, 20, int(y[0, 0]), left, 5.5]
+        flips += flipped
+        places.add((int(y[0, 0]), left))
+    assert 15 < flips < 45
+    assert len(places) > 40
+
+
+def test_original_size_is_the_one_before_resizing():
+    sample = run([Resize(16), Crop(16, random=False), ToTensor()], {"image": coordinates(100, 50)}, rng())
+    # 100x50 becomes 32x16, and its centre square starts at left 8
+    assert sample["micro_conds"].tolist() == [100, 50, 0, 8, 6]
+    assert sample["micro_conds"].dtype == torch.float32
+    assert set(sample) == {"image", "micro_conds"}
+
+
+def test_pixels_are_exact_in_0_to_1():
+    sample = ToTensor()({"image": coordinates(256, 3)}, rng())
+    assert (sample["image"].shape, sample["image"].dtype) == ((3, 3, 256), torch.float32)
+    assert torch.equal(sample["image"][0, 0], torch.arange(256) / 255)
+    assert sample["micro_conds"].tolist() == [256, 3, 0, 0, 6]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 50), (32, 16)),
+        ((50, 100), (16, 32)),
+        ((16, 16), (16, 16)),
+        ((5, 4), (20, 16)),
+        ((33, 17), (31, 16)),
+    ],
+)
+def test_resize_brings_the_short_side_to_size(size, expected):
+    sample = Resize(16)({"image": Image.new("RGB", size)}, rng())
+    assert sample["image"].size == expected
+    assert sample["original_size"] == size
+
+
+def triangle(pixels, length):
+    """Bilinear shrinking with antialiasing along the first axis: triangles as wide as the scale."""
+    scale = len(pixels) / length
+    places = np.arange(len(pixels)) + 0.5
+    weights = np.maximum(0, 1 - np.abs((np.arange(length)[:, None] + 0.5) * scale - places) / scale)
+    return np.tensordot(weights / weights.sum(axis=1, keepdims=True), pixels, axes=1)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [(128, 1.5), (32, 8)])
+def test_resize_is_antialiased(size, tolerance):
+    """Against the formula on a real photo; far below a sixth of the size a box filter goes first."""
+    skimage = pytest.importorskip("skimage")
+    with Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png") as image:
+        photo = image.convert("RGB")
+    shown = np.asarray(Resize(size)({"image": photo}, rng())["image"], float)
+    expected = triangle(triangle(np.asarray(photo, float), size).swapaxes(0, 1), size).swapaxes(0, 1)
+    assert np.abs(shown - expected).max() <= tolerance
+    plain = np.asarray(photo, float)[:: 512 // size, :: 512 // size]
+    assert np.abs(plain - expected).max() > 60  # what skipping pixels would give
+
+
+def test_random_crops_reach_every_place_equally():
+    generator = rng()
+    tops = [Crop(4)({"image": coordinates(6, 5)}, generator)["crop_top_left"] for _ in range(1200)]
+    counts = {place: tops.count(place) for place in sorted(set(tops))}
+    assert list(counts) == [(top, left) for top in range(2) for left in range(3)]
+    assert all(150 < count < 250 for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("p", "low", "high"), [(0, 0, 0), (0.1, 160, 240), (0.9, 1760, 1840), (1, 2000, 2000)]
+)
+def test_captions_are_dropped_with_probability_p_and_not_kept_with_it(p, low, high):
+    generator, transform = rng(), DropCaption(p)
+    dropped = sum(transform({"text": "a fox"}, generator)["text"] == "" for _ in range(2000))
+    assert low <= dropped <= high
+
+
+def test_draws_do_not_depend_on_options():
+    sample = {"image": coordinates(9, 9), "text": "a fox"}
+    for first, second in [
+        (DropCaption(0), DropCaption(1)),
+        (Flip(0), Flip(1)),
+        (Crop(4), Crop(4, random=False)),
+    ]:
+        after = []
+        for transform in (first, second):
+            generator = rng(7)
+            transform(sample, generator)
+            after.append(generator.random())
+        assert after[0] == after[1]
+    assert DropCaption(0)(sample, rng())["text"] == "a fox"
+    assert np.array_equal(Flip(0)(sample, rng())["image"], sample["image"])
+
+
+def test_a_sample_is_not_changed_in_place():
+    sample = {"image": coordinates(9, 9), "text": "a fox"}
+    run([Resize(5), Crop(4), Flip(1), DropCaption(1), ToTensor()], sample, rng())
+    assert list(sample) == ["image", "text"]
+    assert sample["image"].size == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: Resize(0), "Resize got size=0; expected at least 1"),
+        (lambda: Crop(-1), "Crop got size=-1"),
+        (lambda: Flip(1.5), "Flip got p=1.5; expected a probability from 0 to 1"),
+        (lambda: DropCaption(float("nan")), "DropCaption got p=nan"),
+        (
+            lambda: Crop(8)({"image": coordinates(9, 7)}, rng()),
+            r"picture of 9x7; expected at least 8x8; put Resize\(8\)",
+        ),
+    ],
+)
+def test_faults(build, match):
+    with pytest.raises(UserError, match=match):
+        build()

@@ -1,0 +1,87 @@
+"""A Hugging Face cache made of local things, so that hub names work word for word with no network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo, Features, Image, SplitDict, SplitInfo, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.naming import camelcase_to_snakecase
+
+from .pictures import captioned_photos
+
+Row = Mapping[str, Any]
+
+
+def _revision(name: str) -> str:
+    """40 hex digits, as a commit has."""
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+def photo_rows(n: int | None = None, size: int | None = None) -> list[dict[str, Any]]:
+    """Rows of columns image (PIL) and text, the form of the captioned data sets on the hub."""
+    return [{"image": picture, "text": caption} for _, picture, caption in captioned_photos(n, size)]
+
+
+def _add_model(hub: Path, name: str, folder: Path) -> None:
+    """hub/models--OWNER--NAME/{refs/main, snapshots/REVISION/...}, with links as in a real cache."""
+    revision = _revision(name)
+    model = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder.resolve(), model / "snapshots" / revision, copy_function=os.symlink)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)  # without a newline: it is read as it stands
+
+
+def _add_dataset(cache: Path, name: str, rows: Iterable[Row]) -> None:
+    """cache/OWNER___NAME/default/0.0.0/REVISION/{dataset_info.json, NAME-train.arrow}, one split."""
+    owner, short = name.split("/")
+    short = camelcase_to_snakecase(short)  # as the reader looks for it
+    folder = cache / f"{owner}___{short}" / "default" / "0.0.0" / _revision(name)
+    folder.mkdir(parents=True)
+    features = Features({"image": Image(), "text": Value("string")})
+    with ArrowWriter(features=features, path=str(folder / f"{short}-train.arrow")) as writer:
+        for row in rows:
+            writer.write(features.encode_example(dict(row)))
+        examples, size = writer.finalize()
+    split = SplitInfo("train", size, examples, dataset_name=short)
+    DatasetInfo(
+        features=features,
+        builder_name="parquet",
+        dataset_name=short,
+        config_name="default",
+        version="0.0.0",
+        splits=SplitDict({"train": split}, dataset_name=short),
+        dataset_size=size,
+    ).write_to_directory(str(folder))
+
+
+def make_hub_cache(
+    root: str | Path,
+    *,
+    models: Mapping[str, str | Path] | None = None,
+    datasets: Mapping[str, Iterable[Row]] | None = None,
+) -> dict[str, str]:
+    """Lays out a cache under root; gives the environment variables with which a process finds it.
+
+    models: hub name -> local model folder, linked to, so it must stay. datasets: hub name -> rows of image
+    (PIL picture) and text, its only split being "train". May be called again on one root to add others.
+
+    The libraries read these variables once, when first imported: pass them to a *child*
+    (`subprocess.run(..., env={**os.environ, **variables})`). Setting them within a running test does nothing.
+    """
+    root = Path(root).resolve()
+    for name, folder in (models or {}).items():
+        _add_model(root / "hub", name, Path(folder))
+    for name, rows in (datasets or {}).items():
+        _add_dataset(root / "datasets", name, rows)
+    return {
+        "HF_HOME": str(root),
+        "HF_HUB_CACHE": str(root / "hub"),
+        "HF_DATASETS_CACHE": str(root / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }

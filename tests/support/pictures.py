@@ -1,0 +1,110 @@
+"""Real colour photos with captions, none of them downloaded.
+
+scikit-image ships them as plain files. They are opened straight from its folder: `skimage.data.NAME()` goes
+by a registry, and to the network for what it does not find.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+CaptionForm = Literal["csv", "jsonl", "txt"]
+
+# name -> (file, caption). The commas, the quotes and the accent are on purpose: captions have them.
+_PHOTOS: dict[str, tuple[str, str]] = {
+    "astronaut": ("astronaut.png", "a portrait of an astronaut, smiling in an orange suit"),
+    "cat": ("chelsea.png", "a close photo of a cat"),
+    "coffee": ("coffee.png", "a cup of coffee on a wooden table, with a spoon"),
+    "galaxies": ("hubble_deep_field.jpg", 'galaxies in the "Hubble deep field"'),
+    "tissue": ("ihc.png", "stained tissue under a microscope"),
+    "motorcycle": ("motorcycle_left.png", "a motorcycle in a garage"),
+    "motorcycle_right": ("motorcycle_right.png", "a motorcycle in a garage, from further right"),
+    "retina": ("retina.jpg", "the retina of an eye, photographed à la carte"),
+    "rocket": ("rocket.jpg", "a rocket on its launch pad at night"),
+}
+
+
+@lru_cache
+def _photo(name: str) -> Image.Image:
+    """The RGB picture, decoded once: nobody may change it."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the photos need: pip install 'scikit-image>=0.26'")
+    with Image.open(Path(spec.origin).parent / "data" / _PHOTOS[name][0]) as picture:
+        return picture.convert("RGB")
+
+
+def photos() -> dict[str, Image.Image]:
+    """Name -> RGB picture, nine of them, from 451x300 (cat) to 1411x1411 (retina). A fresh copy each call."""
+    return {name: _photo(name).copy() for name in _PHOTOS}
+
+
+def captions() -> dict[str, str]:
+    """Name -> caption of photos(). All differ."""
+    return {name: caption for name, (_, caption) in _PHOTOS.items()}
+
+
+def captioned_photos(n: int | None = None, size: int | None = None) -> list[tuple[str, Image.Image, str]]:
+    """(name, RGB picture, caption) n times, all names, pictures and captions distinct; always the same.
+
+    The first nine are the whole photos, those after them crops at drawn places ("..., detail 1"). n: nine if
+    None. size: pixels of a square side, the middle of each; None keeps sizes, which all differ.
+    """
+    names, said = list(_PHOTOS), captions()
+    draw = random.Random(0)
+    rows = []
+    for k in range(len(names) if n is None else n):
+        turn, index = divmod(k, len(names))
+        name = names[index]
+        picture, caption = _photo(name).copy(), said[name]
+        if turn:
+            width, height = picture.size
+            side = int(min(width, height) * draw.uniform(0.4, 0.8))
+            left, top = draw.randint(0, width - side), draw.randint(0, height - side)
+            picture = picture.crop((left, top, left + side, top + side))
+            name, caption = f"{name}_{turn}", f"{caption}, detail {turn}"
+        if size is not None:
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            box = (left, top, left + side, top + side)
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
+        rows.append((name, picture, caption))
+    return rows
+
+
+def write_photo_folder(
+    path: str | Path, n: int | None = None, size: int | None = None, captions: CaptionForm = "csv"
+) -> dict[str, str]:
+    """Writes captioned_photos(n, size), JPG and PNG in turn; gives file name -> caption, in order.
+
+    captions: "csv" or "jsonl" for metadata.csv or metadata.jsonl with columns file_name and text, as the
+    image folders of `datasets` have them; "txt" for NAME.txt beside NAME.jpg.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    said = {}
+    for k, (name, picture, caption) in enumerate(captioned_photos(n, size)):
+        file = f"{name}.png" if k % 2 else f"{name}.jpg"
+        picture.save(path / file, quality=95)  # PNG knows no quality and ignores it
+        said[file] = caption
+    if captions == "csv":
+        with open(path / "metadata.csv", "w", newline="", encoding="utf-8") as table:
+            csv.writer(table).writerows([("file_name", "text"), *said.items()])
+    elif captions == "jsonl":
+        rows = [{"file_name": file, "text": text} for file, text in said.items()]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (path / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    elif captions == "txt":
+        for file, text in said.items():
+            (path / file).with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    else:
+        raise ValueError(f'captions is "csv", "jsonl" or "txt", got {captions!r}')
+    return said
