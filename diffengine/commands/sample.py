@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from diffengine.grids import save_grid
-    from diffengine.models.amused.drawing import draw
+    from diffengine.models.drawing import draw
     from diffengine.models.loading import quiet_libraries
 
     quiet_libraries()

@@ -86,7 +86,8 @@ def read_folder(
     if missing:
         raise UserError(
             f"{len(missing)} of {len(pictures)} pictures in {root} have no caption, the first is "
-            f"{missing[0]}; give each {'a row in the metadata' if by_metadata else 'a NAME.txt'}, or remove it"
+            f"{missing[0]}; give each {'a row in the metadata' if by_metadata else 'a NAME.txt'}, "
+            "or remove it"
         )
     return rows
 
@@ -159,7 +160,7 @@ def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield reader.line_num, record
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}") from error
+        raise UserError(f"{file}, line {reader.reader.line_num} is not CSV: {error}") from error
 
 
 def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -184,7 +185,7 @@ def _row(file: Path, line: int, record: dict[str, Any], image_column: str, capti
             f"{file}, line {line} names the picture {name!r}, which is no file; "
             "expected a path relative to the metadata file"
         )
-    texts = caption if isinstance(caption, list) else [caption]
+    texts: list[Any] = caption if isinstance(caption, list) else [caption]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{file}, line {line}: '{caption_column}' got {caption!r}; expected a text, empty for none, "

@@ -131,8 +131,9 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
     (tmp_path / "b.txt").write_text("only this")
     refused("2 of 3 pictures in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
     refused(
-        "has no metadata.csv or metadata.jsonl, so no column 'title'", str(tmp_path), caption_column="title"
+        "got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title"
     )
+    refused("got column 'file', but", str(tmp_path), caption="x", image_column="file")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
     refused("1 of 3 pictures in .* the first is .*b.png; give each a row", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nnope.png,y\n")
@@ -147,7 +148,7 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
     ("content", "match"),
     [
         ("a.png,a fox, running", "line 2 has more fields than the first line; put quotes around"),
-        ('a.png,"a fox', "line 2 is not CSV: unexpected end of data"),
+        ('a.png,"a fox', "line [23] is not CSV: unexpected end of data"),
     ],
 )
 def test_faults_of_csv(tmp_path, content, match):

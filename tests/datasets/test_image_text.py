@@ -119,7 +119,7 @@ def test_batches_read_the_same_as_rows(hub):
 
 def test_data_saved_to_disk(tmp_path):
     table = rows()
-    table.with_format("numpy").save_to_disk(tmp_path / "one")  # a saved format must not reach the samples
+    table.with_format("arrow").save_to_disk(tmp_path / "one")  # a saved format must not reach the samples
     hf.DatasetDict(train=table, test=rows(2)).save_to_disk(tmp_path / "many")
     one = ImageTextDataset(str(tmp_path / "one"))
     assert (shades([one[2]]), one[2]["text"]) == ([2], "caption 2")

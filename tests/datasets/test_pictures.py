@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from diffengine.datasets.pictures import UnreadablePicture, read_picture, read_size
 
@@ -145,9 +145,13 @@ def test_text_and_missing_files_are_named(tmp_path):
         read_size(str(tmp_path / "gone.png"), "gone.png")
 
 
-def test_size_comes_from_the_header_alone():
+def test_size_comes_from_the_header_alone(monkeypatch):
     data = encoded(Image.fromarray(gradient()))
-    header = data[: data.index(b"IDAT") + 4]
-    assert read_size(header, "it") == (6, 4)
-    with pytest.raises(UnreadablePicture):
-        read_picture(header, "it")
+
+    def load(self):
+        raise AssertionError("the pixels were read")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    assert read_size(data, "it") == (6, 4)
+    with pytest.raises(AssertionError, match="the pixels were read"):
+        read_picture(data, "it")

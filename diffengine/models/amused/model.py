@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffengine.errors import UserError
 from diffengine.models.amused.components import Components
-from diffengine.models.amused.drawing import draw, draw_strip
+from diffengine.models.drawing import draw, draw_strip
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import Batch, Frozen, MaskedImageModel, Picture, PreviewRequest, SampleDraw

@@ -1,0 +1,40 @@
+# Every target runs in the project's own virtual environment, .venv, with the tested versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := work_dirs/emoji_demo
+# One thread per test process: two processes on two cores, and no pool waits for another.
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: install lint test soak gpu demo clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(TEST) -n 2
+
+soak: install
+	$(TEST) -m soak --durations=0
+
+gpu: install
+	$(TEST) -m gpu
+
+demo: install
+	$(BIN)/diffengine train vq_32_emoji --overwrite
+	$(BIN)/diffengine train amused_32_emoji --overwrite
+	$(BIN)/diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth $(DEMO)/pipeline --pipeline
+	$(BIN)/python tools/emoji_demo.py $(DEMO)/pipeline $(DEMO)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,94 @@
+"""aMUSEd for 32 px emoji, from nothing: text encoder and transformer on the tokens of `vq_32_emoji`.
+
+    diffengine train vq_32_emoji
+    diffengine train amused_32_emoji
+    diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth emoji --pipeline
+    diffengine sample emoji "penguin on a blue background" --guidance 1
+
+It draws what it is told, also an emoji on a background on which it has never seen it.
+"""
+
+from diffengine.datasets import DropCaption, EmojiDataset, ToTensor
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.models.amused import AmusedModel
+from diffusers import UVit2DModel
+from torch.optim import AdamW
+from transformers import CLIPTextConfig
+
+emoji = 128
+backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
+min_transparent = 0.35
+resolution = 32
+vqvae = "work_dirs/vq_32_emoji"  # where `vq_32_emoji` was trained
+prompts = 16
+batch_size = 64
+max_iters = 600
+preview_every = 200
+checkpoint_every = 200
+keep_checkpoints = 2
+learning_rate = 2e-3
+precision = "auto"
+caption_dropout = 0.05
+dropout = 0.1  # in the transformer: what makes it compose what it has not seen
+num_workers = 0
+log_every = 25
+
+model = dict(
+    type=AmusedModel,
+    train=["transformer", "text_encoder"],
+    vqvae="${vqvae}",
+    tokenizer=dict(vocab_size=2048, max_length=8),
+    text_encoder=dict(
+        type=CLIPTextConfig,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        projection_dim=128,
+    ),
+    transformer=dict(
+        type=UVit2DModel,
+        hidden_size=128,
+        hidden_dropout="${dropout}",
+        micro_cond_encode_dim=32,
+        in_channels=128,
+        block_out_channels=128,
+        num_res_blocks=1,
+        downsample=True,  # the layers see 4x4 positions: this is what makes it fast
+        upsample=True,
+        block_num_heads=4,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=344,
+        sample_size=8,
+    ),
+)
+train_dataloader = dict(
+    dataset=dict(
+        type=EmojiDataset,
+        count="${emoji}",
+        backgrounds="${backgrounds}",
+        min_transparent="${min_transparent}",
+        size="${resolution}",
+    ),
+    image_transforms=[dict(type=ToTensor)],
+    transforms=[dict(type=DropCaption, p="${caption_dropout}")],
+    batch_size="${batch_size}",
+    num_workers="${num_workers}",
+)
+optim_wrapper = dict(
+    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1),
+    precision="${precision}",
+    clip_grad=1.0,
+)
+param_scheduler = dict(name="cosine", warmup_iters=100)
+train_cfg = dict(max_iters="${max_iters}")
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every="${log_every}"),
+    preview=dict(
+        type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}",
+        options=dict(guidance_scale=1.0, strip=True),
+    ),
+    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
+    export=dict(type=ExportHook),
+)

@@ -1,0 +1,74 @@
+"""A VQ tokenizer for 32 px emoji, from nothing, in two minutes on a laptop.
+
+    diffengine train vq_32_emoji
+
+128 emoji on four backgrounds; one background per emoji is never shown, to this model or to `amused_32_emoji`.
+8x8 tokens of 256 codes. Pictures come with the packages of `pip install diffengine[emoji]`: no download.
+"""
+
+from diffengine.datasets import EmojiDataset, ToTensor
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.models.vq import VQTokenizerModel
+from diffusers import VQModel
+from torch.optim import AdamW
+
+emoji = 128
+backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
+min_transparent = 0.35  # an emoji that covers more of its background is left out
+resolution = 32
+codes = 256
+batch_size = 32
+max_iters = 500
+reseed_until = 350  # 70 % of the steps
+preview_every = 250
+checkpoint_every = 250
+keep_checkpoints = 2
+learning_rate = 1e-3
+precision = "auto"
+num_workers = 0  # the pictures are in memory
+log_every = 25
+
+model = dict(
+    type=VQTokenizerModel,
+    vqvae=dict(
+        type=VQModel,
+        block_out_channels=[16, 32, 64],  # three levels: 4 pixels per token and side
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        num_vq_embeddings="${codes}",
+        sample_size="${resolution}",
+        mid_block_add_attention=False,
+        lookup_from_codebook=True,
+        force_upcast=True,
+    ),
+    reseed_every=25,
+    reseed_until="${reseed_until}",
+)
+train_dataloader = dict(
+    dataset=dict(
+        type=EmojiDataset,
+        count="${emoji}",
+        backgrounds="${backgrounds}",
+        min_transparent="${min_transparent}",
+        size="${resolution}",
+    ),
+    image_transforms=[dict(type=ToTensor)],
+    batch_size="${batch_size}",
+    num_workers="${num_workers}",
+)
+optim_wrapper = dict(
+    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.99], weight_decay=1e-4),
+    precision="${precision}",
+    clip_grad=1.0,
+)
+param_scheduler = dict(name="cosine", warmup_iters=20)
+train_cfg = dict(max_iters="${max_iters}")
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every="${log_every}"),
+    preview=dict(type=PreviewHook, prompts=16, every="${preview_every}"),
+    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
+    export=dict(type=ExportHook),
+)

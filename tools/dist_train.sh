@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# tools/dist_train.sh CONFIG GPUS [ARGS ...]: one config on several GPUs of one machine, or of NNODES machines.
+set -euo pipefail
+CONFIG=${1:?usage: tools/dist_train.sh CONFIG GPUS [ARGS ...]}
+GPUS=${2:?usage: tools/dist_train.sh CONFIG GPUS [ARGS ...]}
+NPROC_PER_NODE=$GPUS exec "${PYTHON:-python}" "$(dirname "$0")/train.py" "$CONFIG" "${@:3}"

@@ -1,0 +1,136 @@
+"""Draw every caption of the emoji data with an exported pipeline, and count how often the right picture came out.
+
+    python tools/emoji_demo.py PIPELINE_FOLDER OUT_FOLDER
+
+retrieval@1: a drawn picture counts when, of all originals, its own caption's is nearest in L2 over pixels. The
+numbers come from the pictures that the exported pipeline drew, nothing else.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AmusedInpaintPipeline, AmusedPipeline, AmusedScheduler
+from PIL import Image, ImageDraw
+
+from diffengine import config
+from diffengine.datasets import EmojiDataset
+from diffengine.grids import enlarge, grid, stack
+from diffengine.models.amused.drawing import draw_strip
+from diffengine.models.loading import quiet_libraries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    quiet_libraries()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    data = config.resolve(config.read("amused_32_emoji"))["train_dataloader"]["dataset"]
+    data = {key: value for key, value in data.items() if key not in ("type", "split")}
+    dataset = EmojiDataset(**data, split="all")
+    samples = [dataset[place] for place in range(len(dataset))]
+    unseen = set(EmojiDataset(**data, split="unseen").captions())
+    captions = [sample["text"] for sample in samples]
+    originals = [sample["image"] for sample in samples]
+    held_out = np.array([caption in unseen for caption in captions])
+
+    pipeline = AmusedPipeline.from_pretrained(options.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = draw_all(pipeline, captions, options.guidance, options.seed)
+    tokens = round_trips(pipeline, originals)
+    save_pictures(pipeline, captions, originals, drawn, held_out, options)
+
+    print(f"chance {1 / len(captions):.4f}")
+    ceiling = nearest_is_own(tokens, originals)
+    print(f"VQ ceiling {ceiling[~held_out].mean():.3f} trained, {ceiling[held_out].mean():.3f} unseen")
+    hits = nearest_is_own(drawn, originals)
+    print(f"unseen retrieval@1 {hits[held_out].mean():.3f} over {held_out.sum()} prompts")
+    print(f"retrieval@1 {hits[~held_out].mean():.3f} over {(~held_out).sum()} prompts")
+
+
+def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, seed: int) -> list[Image.Image]:
+    """One picture per caption, in batches of 64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Image.Image] = []
+    started = time.perf_counter()
+    for start in range(0, len(captions), 64):
+        drawn += pipeline(captions[start : start + 64], guidance_scale=guidance, generator=generator).images
+        print(f"drew {len(drawn)}/{len(captions)} in {time.perf_counter() - started:.0f} s", flush=True)
+    return drawn
+
+
+@torch.no_grad()
+def round_trips(pipeline: AmusedPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Every picture through the VQ model's tokens and back: the best that any drawing could do."""
+    pixels = pipeline.image_processor.preprocess(pictures)
+    decoded = torch.cat([pipeline.vqvae.decode(pipeline.vqvae.encode(chunk).latents).sample for chunk in pixels.split(64)])
+    return pipeline.image_processor.postprocess(decoded.clamp(0, 1), output_type="pil")
+
+
+def nearest_is_own(drawn: list[Image.Image], originals: list[Image.Image]) -> np.ndarray:
+    """(N,) bool: whether each picture's nearest original, in L2 over pixels, is its own."""
+    a, b = (
+        torch.tensor(np.stack([np.asarray(image) for image in images]), dtype=torch.float64).flatten(1)
+        for images in (drawn, originals)
+    )
+    return (torch.cdist(a, b).argmin(dim=1) == torch.arange(len(b))).numpy()
+
+
+def save_pictures(
+    pipeline: AmusedPipeline,
+    captions: list[str],
+    originals: list[Image.Image],
+    drawn: list[Image.Image],
+    held_out: np.ndarray,
+    options: argparse.Namespace,
+) -> None:
+    """`grid.png`: twelve emoji on their four backgrounds, original left and drawn right; never trained ones framed.
+
+    And `strip.png`, one picture after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
+    """
+    chosen = [emoji * 4 + background for emoji in range(0, len(captions) // 4, 11) for background in range(4)]
+    cells = [(("UNSEEN " if held_out[place] else "") + captions[place],
+              pair(originals[place], drawn[place], bool(held_out[place]))) for place in chosen]  # fmt: skip
+    grid(cells, columns=8).save(options.out / "grid.png")
+    place = int(np.flatnonzero(held_out)[0])
+    strip = draw_strip(pipeline, captions[place], options.seed, guidance_scale=options.guidance)
+    steps = grid([(f"step {step + 1}", image) for step, image in enumerate(strip)], columns=12, smallest=64)
+    stack([(captions[place], steps)]).save(options.out / "strip.png")
+    inpaint(pipeline, captions[place], originals[place], options).save(options.out / "inpaint.png")
+
+
+def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image:
+    """Original and drawn side by side, enlarged; framed in red where the pair was never trained."""
+    left, right = enlarge(original, 64), enlarge(drawn, 64)
+    both = Image.new("RGB", (left.width * 2 + 2, left.height), (255, 255, 255))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + 2, 0))
+    if framed:
+        ImageDraw.Draw(both).rectangle((0, 0, both.width - 1, both.height - 1), outline=(220, 30, 30), width=2)
+    return both
+
+
+def inpaint(pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace) -> Image.Image:
+    """The right half of a picture drawn anew from its caption: original, what was kept, result."""
+    mask = Image.new("L", original.size, 0)
+    mask.paste(255, (original.width // 2, 0, original.width, original.height))
+    parts = {**pipeline.components, "scheduler": AmusedScheduler.from_config(pipeline.scheduler.config)}
+    inpainting = AmusedInpaintPipeline(**parts)  # a scheduler of its own: it rewrites the one it is given
+    inpainting.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    result = inpainting(
+        caption, original, mask, strength=1.0, guidance_scale=options.guidance, generator=generator
+    ).images[0]
+    kept = Image.composite(Image.new("RGB", original.size, (128, 128, 128)), original, mask)
+    return grid([("original", original), ("kept", kept), (caption, result)], columns=3)
+
+
+if __name__ == "__main__":
+    main()
