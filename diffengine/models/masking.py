@@ -14,7 +14,6 @@ from torch import Tensor
 from diffengine.errors import UserError
 
 Schedule = Literal["cosine", "linear"]
-IGNORED = -100  # the label of a position that is not in the loss
 
 
 def mask_ratio(t: float, schedule: Schedule = "cosine") -> float:
@@ -31,6 +30,40 @@ def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
 
 
 @final
+class CheckSides:
+    """Lets samples through whose picture the model can take, as the last transform of their data pipeline.
+
+    Args:
+        factor: pixels per token and side, f.
+        multiple: the token grid's sides must be multiples of it (2 for a transformer that downsamples).
+    """
+
+    def __init__(self, factor: int, multiple: int = 1) -> None:
+        self.factor = factor
+        self.multiple = multiple
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if "image" in sample:
+            self.grid(*sample["image"].shape[-2:])
+        return sample
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The sides (h, w) of the token grid of a picture, in pixels.
+
+        Raises:
+            UserError: the sides are not divisible.
+        """
+        step = self.factor * self.multiple
+        if height % step or width % step or min(height, width) < step:
+            raise UserError(
+                f"got pictures of {width}x{height} px; this model needs sides divisible by {step} "
+                f"({self.factor} px per token{', halved once more inside' if self.multiple > 1 else ''}): "
+                f"set resolution to {max(step, round(width / step) * step)}"
+            )
+        return height // self.factor, width // self.factor
+
+
+@final
 class DrawMask:
     """Draws a sample's masked positions, as the last transform of its data pipeline.
 
@@ -38,34 +71,21 @@ class DrawMask:
     positions with t ~ U(0, 1), and `num_targets` = n.
 
     Args:
-        factor: pixels per token and side, f.
-        multiple: the token grid's sides must be multiples of it (2 for a transformer that downsamples).
+        sides: what the model asks of a picture's sides.
         schedule: of `mask_ratio`.
     """
 
-    def __init__(self, factor: int, multiple: int = 1, schedule: Schedule = "cosine") -> None:
-        self.factor = factor
-        self.multiple = multiple
+    def __init__(self, sides: CheckSides, schedule: Schedule = "cosine") -> None:
+        self.sides = sides
         self.schedule = schedule
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "token_ids" in sample:
             num_tokens = sample["token_ids"].numel()
         else:
-            height, width = sample["image"].shape[-2:]
-            self._check(height, width)
-            num_tokens = (height // self.factor) * (width // self.factor)
+            num_tokens = math.prod(self.sides.grid(*sample["image"].shape[-2:]))
         n = num_masked(rng.random(), num_tokens, self.schedule)
         return {**sample, "masked": rng.permutation(num_tokens)[:n], "num_targets": n}
-
-    def _check(self, height: int, width: int) -> None:
-        step = self.factor * self.multiple
-        if height % step or width % step:
-            raise UserError(
-                f"got pictures of {width}x{height} px; this model needs sides divisible by {step} "
-                f"({self.factor} px per token{', halved once more inside' if self.multiple > 1 else ''}): "
-                f"set resolution to {max(step, round(width / step) * step)}"
-            )
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
@@ -79,9 +99,3 @@ def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
 def mask_tokens(token_ids: Tensor, index: Tensor, mask_id: int) -> Tensor:
     """`input_ids` (B, h, w): the tokens with `mask_id` at the flat positions `index` (M,)."""
     return token_ids.flatten().index_fill(0, index, mask_id).view_as(token_ids)
-
-
-def labels(token_ids: Tensor, index: Tensor) -> Tensor:
-    """(B, h, w) int64: the token where it is masked, IGNORED where it is visible."""
-    flat = torch.full_like(token_ids, IGNORED).flatten()
-    return flat.index_copy(0, index, token_ids.flatten().index_select(0, index)).view_as(token_ids)
