@@ -1,27 +1,30 @@
 """Config files: find them by name, extend, override, validate, resolve.
 
-A config is a Python file. It opens with its everyday settings (`batch_size = 8`); below them are the sections
-(`model = dict(type=AmusedModel, ...)`), which refer to a setting as "${batch_size}". A setting so stands in one
-place, and changing it, by flag or in a file that extends this one, acts wherever it is used.
+A config is a Python file. It opens with its everyday settings (`batch_size = 8`); below them are the
+sections (`model = dict(type=AmusedModel, ...)`), which refer to a setting as "${batch_size}". A setting so
+stands in one place, and changing it, by flag or in a file that extends this one, acts wherever it is used.
 
     extends = "amused_512_own"     # a shipped name, or a path from this file's folder
     resolution = 256               # replaces the setting
     model = dict(mask_schedule="linear")   # merges into the section; another `type` replaces it
 
-Imports in a config are never executed when it is read (mmengine's lazy configs): a class becomes its dotted name,
-and a loaded config is plain data.
+Reading a config imports nothing: an imported class becomes its dotted name, and a loaded config is plain
+data.
 """
 
 import ast
-import difflib
+import builtins
+import fnmatch
 import json
+import math
 import pprint
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, did_you_mean
 
 # Sections without a `type` of their own, and what builds each: its signature is the section's vocabulary.
 BUILDERS = {
@@ -31,6 +34,8 @@ BUILDERS = {
     "train_cfg": "diffengine.engine.loop.StepLoop",
 }
 SECTIONS = {"model", "default_hooks", "custom_hooks", "vis_backends", *BUILDERS}
+NEEDED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
+LISTS = ("custom_hooks", "vis_backends")
 # What only a run knows, and passes when it builds a section: no option of a config.
 GIVEN = {
     "model": {"assets", "seed"},
@@ -38,8 +43,14 @@ GIVEN = {
     "optim_wrapper": {"model"},
     "param_scheduler": {"optimizer", "num_iters"},
     "train_cfg": {"runner", "dataloader"},
+    "vis_backends": {"save_dir"},
 }
-PLAIN = {"seed", "work_dir"}  # read by the engine as they are
+# Where a part stands, which names the class that it configures.
+PARTS = (
+    "model", "default_hooks.*", "custom_hooks.*", "vis_backends.*", "optim_wrapper.optimizer",
+    "train_dataloader.dataset", "train_dataloader.image_transforms.*", "train_dataloader.transforms.*",
+)  # fmt: skip
+PLAIN = {"seed": 0, "work_dir": None}  # read by the engine as they are; with the value where none is set
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 Plain = dict[str, Any]
@@ -49,7 +60,7 @@ Plain = dict[str, Any]
 
 
 def config_dirs() -> list[Path]:
-    """Where shipped configs lie: inside the wheel, or beside the package in a checkout or editable install."""
+    """Where shipped configs lie: inside the wheel, or beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
@@ -78,54 +89,107 @@ def find(name: str, beside: Path | None = None) -> Path:
     for folder in config_dirs():
         if (base := folder / "_base_" / f"{name}.py").is_file():
             return base
-    raise UserError(f"unknown config '{name}'{_nearest(name, known)}; `diffengine list-cfg` lists them all")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    raise UserError(
+        f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
+class Imported:
+    """What a config imports: its dotted name, and nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> "Imported":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Imported(f"{self._name}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"'{self._name}' is only a name here and cannot be called: write dict(type=...)")
+
+
 def read(name: str, beside: Path | None = None) -> Plain:
     """A config as plain data: what it extends merged in, references still unresolved."""
-    path = find(name, beside)
+    return _read(find(name, beside), [])
+
+
+def _read(path: Path, chain: list[Path]) -> Plain:
+    if path.resolve() in chain:
+        raise UserError(f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
     config = _read_file(path)
     bases = config.pop("extends", [])
     merged: Plain = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, read(base, path.parent))
-    return merge(merged, config)
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise UserError(f"config '{path}': extends got {base!r}; expected a config's name or path")
+        merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
+    return extend(merged, config)
 
 
 def _read_file(path: Path) -> Plain:
-    from mmengine.config import Config
-    from mmengine.config.utils import ConfigParsingError
-
+    """What one file says. It runs as Python, but what it imports are names only."""
     try:
-        config, imported = Config._parse_lazy_import(str(path))
-        return {key: _plain(value) for key, value in config.to_dict().items() if key not in imported}
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))
+        space: Plain = {"__builtins__": {**vars(builtins), "__import__": _import_name}}
+        exec(compile(tree, str(path), "exec"), space)
     except UnicodeDecodeError as error:
         raise UserError(f"config '{path}' is not UTF-8 text: {error}") from error
     except SyntaxError as error:
         raise UserError(f"config '{path}' line {error.lineno}: {error.msg}") from error
-    except (ConfigParsingError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:
-        raise UserError(f"config '{path}': {type(error).__name__}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config '{path}' holds more than plain values and imported classes: {error}") from error
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+        RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        where = f" line {lines[-1]}" if lines else ""
+        raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from error
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
+    try:
+        return {key: _plain(value) for key, value in own.items()}
+    except TypeError as error:
+        raise UserError(
+            f"config '{path}' holds more than plain values and imported classes: {error}"
+        ) from error
+
+
+def _import_name(
+    name: str, space: Any = None, local: Any = None, wanted: Any = None, level: int = 0
+) -> Imported:
+    """In place of `__import__`: the dotted name only."""
+    if level or (wanted and "*" in wanted):
+        raise ImportError(
+            'imports here are names of classes only; to build on another config: extends = "NAME"'
+        )
+    return Imported(name if wanted else name.partition(".")[0])
 
 
 def _plain(value: Any) -> Any:
-    """Plain data only (what JSON holds); tuples become lists."""
+    """Plain data only (what JSON holds); tuples become lists, and imported classes their dotted names."""
+    if isinstance(value, Imported):
+        return value._name
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"got {value!r}, which cannot be written down")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"got {value!r} of {type(value).__name__}")
+
+
+def extend(base: Plain, update: Plain) -> Plain:
+    """A config over the one that it extends: a setting replaces, a section merges."""
+    settings = {key: value for key, value in update.items() if key not in SECTIONS}
+    return merge({**base, **settings}, update)
 
 
 def merge(base: Plain, update: Mapping[str, Any]) -> Plain:
@@ -164,13 +228,15 @@ def _assign(config: Plain, key: str, text: str) -> None:
     target: Any = config
     for depth, part in enumerate(parents):
         target = _child(target, part, ".".join(parents[: depth + 1]))
-    if isinstance(target, Mapping) and last not in target and "type" not in target and target is config:
-        raise UserError(f"--cfg-options: unknown key '{key}'{_nearest(last, target)}")
-    if isinstance(target, list):
-        _child(target, last, key)
-    slot: Any = int(last) if isinstance(target, list) else last
-    old = target[slot] if isinstance(target, list) or slot in target else None
-    target[slot] = _literal(text, old, key)
+    if not isinstance(target, Mapping):
+        _child(target, last, key)  # a list's place must be there
+        target[int(last)] = _literal(text, target[int(last)], key)
+        return
+    if target is config and last not in {*config, *SECTIONS, *PLAIN}:
+        raise UserError(
+            f"--cfg-options: unknown key '{key}'{did_you_mean(last, [*config, *SECTIONS, *PLAIN])}"
+        )
+    target[last] = _literal(text, target.get(last), key)  # type: ignore[index]
 
 
 def _child(target: Any, part: str, path: str) -> Any:
@@ -179,27 +245,26 @@ def _child(target: Any, part: str, path: str) -> Any:
     if isinstance(target, Mapping) and part in target:
         return target[part]
     known = target if isinstance(target, Mapping) else []
-    size = f", a list of {len(target)}" if isinstance(target, list) else ""
-    raise UserError(f"--cfg-options: there is no '{path}' in this config{size}{_nearest(part, known)}")
+    inside = "" if isinstance(target, Mapping) else f", whose parent is {target!r}"
+    size = f", in a list of {len(target)}" if isinstance(target, list) else inside
+    raise UserError(f"--cfg-options: there is no '{path}' in this config{size}{did_you_mean(part, known)}")
 
 
 def _literal(text: str, old: Any, key: str) -> Any:
-    """`text` as the type that `old` has."""
+    """`text` as the type that `old` has, where both are single values; else what it says itself."""
     if isinstance(old, str) and not _REFERENCE.fullmatch(old) and text != "None":
         return text
     try:
         value = _plain(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    expected = type(old)
-    same = isinstance(value, expected) and isinstance(value, bool) == isinstance(old, bool)
-    widened = expected is float and isinstance(value, int) and not isinstance(value, bool)
-    unknown = old is None or value is None or isinstance(old, str)
-    if not (same or widened or unknown):
-        raise UserError(
-            f"{key} got {value!r} ({type(value).__name__}); expected {expected.__name__}, as in {key}={old!r}"
-        )
-    return float(value) if widened else value
+    single = (bool, int, float, str)
+    if type(old) is float and type(value) is int:
+        return float(value)
+    if type(old) in single[:3] and type(value) in single and type(value) is not type(old):
+        expected = f"expected {type(old).__name__}, as in {key}={old!r}"
+        raise UserError(f"--cfg-options: {key} got {value!r} ({type(value).__name__}); {expected}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- resolving
@@ -211,41 +276,70 @@ def resolve(config: Plain) -> Plain:
     Raises:
         UserError: a reference to no setting, or a setting that nothing refers to, all in one error.
     """
+    resolved, faults = _resolved(config)
+    _raise(_unused(config, config) + faults)
+    return resolved
+
+
+def _resolved(config: Plain) -> tuple[Plain, list[str]]:
+    """The resolved config, and what could not be resolved."""
     faults: list[str] = []
-    used: set[str] = set()
-    names = [key for key in config if key not in SECTIONS]
+    settings = [key for key in config if key not in SECTIONS]
 
-    def replace(value: Any, path: str) -> Any:
+    def replace(value: Any, path: str, chain: tuple[str, ...] = ()) -> Any:
         if isinstance(value, Mapping):
-            return {key: replace(item, f"{path}.{key}") for key, item in value.items()}
+            return {key: replace(item, f"{path}.{key}", chain) for key, item in value.items()}
         if isinstance(value, list):
-            return [replace(item, f"{path}.{place}") for place, item in enumerate(value)]
-        if not isinstance(value, str) or not _REFERENCE.search(value):
+            return [replace(item, f"{path}.{place}", chain) for place, item in enumerate(value)]
+        names = _REFERENCE.findall(value) if isinstance(value, str) else []
+        wrong = [f"{path} refers to setting '{name}', which there is not{did_you_mean(name, settings)}"
+                 for name in names if name not in settings]  # fmt: skip
+        wrong += [
+            f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain
+        ]
+        faults.extend(wrong)
+        if wrong or not names:
             return value
-        wanted = _REFERENCE.findall(value)
-        used.update(wanted)
-        missing = [name for name in wanted if name not in names]
-        faults.extend(f"{path} refers to setting '{name}'{_nearest(name, names)}" for name in missing)
-        if missing:
-            return value
+        values = {name: replace(config[name], name, (*chain, name)) for name in names}
         if whole := _REFERENCE.fullmatch(value):
-            return config[whole[1]]
-        return _REFERENCE.sub(lambda match: str(config[match[1]]), value)
+            return values[whole[1]]
+        return _REFERENCE.sub(lambda match: str(values[match[1]]), value)
 
-    settings = {name: replace(config[name], name) for name in names}
-    config = {**config, **settings}
-    sections = {key: replace(value, key) for key, value in config.items() if key in SECTIONS}
-    for name in names:
-        if name not in used | PLAIN:
-            others = [*used, *PLAIN, *SECTIONS]
-            faults.append(f"unknown key '{name}'{_nearest(name, others)} (nothing in this config uses it)")
-    _raise(faults)
-    return {**settings, **sections}
+    resolved = {key: replace(value, key, (key,)) for key, value in config.items()}
+    return resolved, list(dict.fromkeys(faults))
+
+
+def _used(config: Plain) -> set[str]:
+    """The settings that a section refers to, itself or by way of other settings."""
+
+    def references(value: Any) -> set[str]:
+        if isinstance(value, Mapping | list):
+            items = value.values() if isinstance(value, Mapping) else value
+            return set().union(*map(references, items))
+        return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
+
+    used = references({key: value for key, value in config.items() if key in SECTIONS or key in PLAIN})
+    found: set[str] = set()
+    while used - found:
+        found |= used
+        used |= references([config[name] for name in used if name in config and name not in SECTIONS])
+    return used
+
+
+def _unused(config: Plain, names: Iterable[str]) -> list[str]:
+    """A fault for each of these settings that acts nowhere in the config."""
+    used = _used(config)
+    others = [*used, *PLAIN, *SECTIONS]
+    return [
+        f"unknown setting '{name}'{did_you_mean(name, others)} (nothing in this config uses it)"
+        for name in names
+        if name not in others
+    ]
 
 
 def _raise(faults: list[str]) -> None:
     if faults:
-        raise UserError("; ".join(["the config has " + faults[0], *faults[1:]]))
+        raise UserError("; ".join(["the config has faults: " + faults[0], *faults[1:]]))
 
 
 # ---------------------------------------------------------------------------------------------- validating
@@ -259,36 +353,74 @@ def validate(resolved: Plain) -> None:
     Raises:
         UserError: every unknown key (with the nearest), wrong type and missing value, in one error.
     """
+    _raise(_faults(resolved))
+
+
+def _faults(resolved: Plain) -> list[str]:
+    faults = [f"no section '{name}'" for name in NEEDED if name not in resolved]
+    for key in [key for key in resolved if key in SECTIONS]:
+        faults += _section_faults(key, resolved[key])
+    seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        faults.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
+    if not isinstance(work_dir, str | None):
+        faults.append(f"work_dir got {work_dir!r}; expected a folder")
+    return faults
+
+
+def _section_faults(key: str, section: Any) -> list[str]:
     from diffengine.signatures import faults_of
 
-    faults = [f"no section '{name}'" for name in ("model", "train_dataloader", "optim_wrapper", "train_cfg")
-              if name not in resolved]
-    for key, section in resolved.items():
-        if key in SECTIONS:
-            typed = {"type": BUILDERS[key], **section} if key in BUILDERS else section
-            faults += faults_of(typed, key, GIVEN.get(key, set()))
-    seed = resolved.get("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        faults.append(f"seed got {seed!r}; expected an int of at least 0")
-    _raise(faults)
+    kind = list if key in LISTS else dict
+    fitting = isinstance(section, kind)
+    if not fitting:
+        return [f"section '{key}' got {section!r}; expected a {kind.__name__}"]
+    if key in BUILDERS and "type" in section:
+        return [f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it"]
+    typed = dict(section, type=BUILDERS[key]) if key in BUILDERS else section
+    return faults_of(typed, key, GIVEN.get(key, set())) + _typeless(section, key)
 
 
-def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> tuple[Plain, Plain]:
+def _typeless(value: Any, path: str) -> list[str]:
+    """A fault for each place in a section where a part belongs, but what stands there names no class."""
+    if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in PARTS):
+        absent = value is None and path.startswith("default_hooks.")  # None switches a hook off
+        if not absent and not (isinstance(value, Mapping) and "type" in value):
+            return [f"{path} got {value!r}; expected dict(type=...) with the class that it configures"]
+        return []
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return [fault for key, item in items for fault in _typeless(item, f"{path}.{key}")]
+
+
+def load(
+    name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+) -> tuple[Plain, Plain]:
     """Read, apply the settings of flags and then `--cfg-options`, resolve, validate.
+
+    A setting that acts nowhere is a mistake of whoever wrote it, in the file or by a flag. One that is
+    inherited, or that an override put out of use, is dropped.
 
     Returns:
         The config as written (with references; it is what a run keeps) and as resolved.
     """
-    config = read(name)
-    for key, value in (settings or {}).items():
-        if value is not None and key not in config and key not in PLAIN:
+    options, config = list(options), read(name)
+    faults = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
+    config = {**PLAIN, **config}
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    for key in given:
+        if key not in config:
             known = ", ".join(name for name in config if name not in SECTIONS)
             raise UserError(f"config '{name}' has no setting '{key}'; it has {known}")
-    config.update({key: value for key, value in (settings or {}).items() if value is not None})
-    config = override(config, options)
-    config.setdefault("seed", 0)
-    resolved = resolve(config)
-    validate(resolved)
+    config = override({**config, **given}, options)
+    changed = [*given, *(option.partition("=")[0].strip() for option in options)]
+    faults += _unused(config, [key for key in changed if key in config])
+    used = _used(config) | PLAIN.keys() | SECTIONS
+    config = {key: value for key, value in config.items() if key in used}
+    resolved, unresolved = _resolved(config)
+    faults += unresolved or _faults(resolved)
+    _raise(list(dict.fromkeys(faults)))
     return config, resolved
 
 

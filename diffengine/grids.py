@@ -7,7 +7,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 Captioned = tuple[str, Image.Image]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER = (20, 20, 20), (255, 255, 255)
+MORE = "…"
 
 
 def grid(pictures: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
@@ -39,7 +41,7 @@ def grid(pictures: Sequence[Captioned], columns: int | None = None, smallest: in
 
 
 def save_grid(pictures: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
-    """Write a grid as PNG. Captions that the font cannot draw become numbers, listed in `captions.txt` beside it."""
+    """Write a grid as PNG; captions that the font cannot draw become numbers, listed in `captions.txt`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = [
         (caption if drawable(caption) else f"[{place + 1}]", picture)
@@ -71,25 +73,39 @@ def stack(parts: Sequence[Captioned]) -> Image.Image:
 def enlarge(picture: Image.Image, smallest: int) -> Image.Image:
     """A small picture, enlarged by a whole factor without smoothing, so that its own pixels are seen."""
     factor = max(1, math.ceil(smallest / picture.width))
-    return picture if factor == 1 else picture.resize((picture.width * factor, picture.height * factor), 0)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def drawable(caption: str) -> bool:
-    """Whether the font has a sign for every letter: a letter it lacks is drawn as the same box as any other."""
+    """Whether the font has a sign for every letter: those it lacks are all drawn as one box."""
     font = ImageFont.load_default(size=14)
     box = font.getmask("\U0010ffff")
     return all(
-        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box) for letter in set(caption)
+        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box)
+        for letter in set(caption)
     )
 
 
-def wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, broken at spaces, at most four."""
+def wrap(caption: str, font: Font, width: int, most: int = 4) -> list[str]:
+    """Lines no wider than `width` pixels, at most `most`, broken at spaces; within a word too long for one."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
+            continue
+        lines = [*lines, word] if lines[-1] else [word]
+        while (fitting := _fitting(lines[-1], font, width)) < len(lines[-1]):
+            lines[-1:] = [lines[-1][:fitting], lines[-1][fitting:]]
+    if len(lines) > most:
+        last = lines[most - 1]
+        lines = [*lines[: most - 1], last[: _fitting(last, font, width - int(font.getlength(MORE)))] + MORE]
+    return lines
+
+
+def _fitting(text: str, font: Font, width: int) -> int:
+    """How many letters fit into `width` pixels; at least one."""
+    count = len(text)
+    while count > 1 and font.getlength(text[:count]) > width:
+        count -= 1
+    return count

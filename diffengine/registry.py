@@ -4,29 +4,27 @@ A config imports a class and writes `dict(type=Class, option=value, ...)`; once 
 dotted name. Any importable class serves, so a stranger's data set or model needs no entry in a list here.
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.registry import Registry
-
 from diffengine.errors import UserError
-
-PARTS = Registry("part", scope="diffengine")
 
 
 def resolve(type_name: str) -> Any:
     """The class or function that a dotted name stands for; UserError when there is none."""
+    module, _, name = type_name.rpartition(".")
     try:
-        return PARTS.get(type_name)
-    except RuntimeError as error:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"type '{type_name}' cannot be imported: check the import at the top of the config, and that the "
-            "package that holds it is installed"
+            f"type '{type_name}' cannot be imported ({error}): check the import at the top of the config, "
+            "and that the package that holds it is installed"
         ) from error
 
 
 def build(part: Any, **given: Any) -> Any:
-    """Build `dict(type=..., ...)`, with `given` for what only the run knows; anything else is passed through."""
+    """Build `dict(type=..., ...)`, with `given` for what only the run knows; pass anything else through."""
     if not isinstance(part, Mapping) or "type" not in part:
         return part
     options = {key: value for key, value in part.items() if key != "type"}

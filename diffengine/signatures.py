@@ -1,14 +1,14 @@
 """Holding a part of a config against the signature of the class that it configures."""
 
-import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, did_you_mean
 from diffengine.registry import resolve
+
 
 def faults_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
     """Every fault in a (nested) part of a resolved config: unknown keys, wrong types, missing values.
@@ -16,24 +16,34 @@ def faults_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
     `given` names the parameters that the run passes itself; an optimizer's `params` always is.
     """
     if isinstance(part, list):
-        return [fault for place, item in enumerate(part) for fault in faults_of(item, f"{path}.{place}")]
+        parts = [(item, f"{path}.{place}") for place, item in enumerate(part)]
+        return [fault for item, place in parts for fault in faults_of(item, place, given)]
     if not isinstance(part, Mapping):
         return []
-    nested = [fault for key, item in part.items() if key != "type" for fault in faults_of(item, f"{path}.{key}")]
-    if not isinstance(part.get("type"), str):
+    nested = [fault for key, item in part.items() for fault in faults_of(item, f"{path}.{key}")]
+    if "type" not in part:
         return nested
+    if not isinstance(part["type"], str):
+        return [f"{path}.type got {part['type']!r}; expected an imported class", *nested]
     try:
         target = resolve(part["type"])
     except UserError as error:
-        return [f"{path}: {error}"]
+        return [f"{path}: {error}", *nested]
     return _against(target, part, path, {*given, "self", "params"}) + nested
 
 
 def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[str]) -> list[str]:
-    parameters = inspect.signature(target).parameters
     name = getattr(target, "__name__", str(target))
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # a module, or written in C
+        return (
+            [] if callable(target) else [f"{path}: type got {part['type']}; expected a class or a function"]
+        )
+    many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in many}
+    options = [key for key in named if key not in given]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    options = [key for key in parameters if key not in given]
     hints = _hints(target)
     faults = []
     for key, value in part.items():
@@ -41,19 +51,17 @@ def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[st
             continue
         if key not in options:
             if not open_ended:
-                close = difflib.get_close_matches(key, options, n=1, cutoff=0.4)
-                hint = f"did you mean '{close[0]}'?" if close else f"it takes {', '.join(options)}"
-                faults.append(f"{path}: unknown key '{key}' for {name}; {hint}")
+                faults.append(f"{path}: unknown key '{key}' for {name}{_suggest(key, options)}")
         elif key in hints and not fits(value, hints[key]):
-            faults.append(f"{path}.{key} got {value!r} ({type(value).__name__}); expected {_spell(hints[key])}")
-    missing = [
-        key
-        for key in options
-        if parameters[key].default is inspect.Parameter.empty
-        and parameters[key].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        and key not in part
-    ]
+            kind = type(value).__name__
+            faults.append(f"{path}.{key} got {value!r} ({kind}); expected {_spell(hints[key])}")
+    missing = [key for key in options if named[key].default is inspect.Parameter.empty and key not in part]
     return faults + [f"{path}: {name} needs '{key}'" for key in missing]
+
+
+def _suggest(key: str, options: Sequence[str]) -> str:
+    known = f"; it takes {', '.join(options)}" if options else "; it takes no options"
+    return did_you_mean(key, options) or known
 
 
 def _hints(target: Callable) -> dict[str, Any]:
@@ -65,11 +73,11 @@ def _hints(target: Callable) -> dict[str, Any]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value can be what the annotation says; an annotation not known here admits all."""
-    origin = typing.get_origin(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(hint))
+        return any(fits(value, option) for option in inner)
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return value in inner
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -77,10 +85,17 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, str, bool):
         return type(value) is hint
     if origin in (list, tuple) or hint in (list, tuple):
-        return isinstance(value, list)
+        return isinstance(value, list) and _items_fit(value, inner)
     if origin is dict or hint is dict:
         return isinstance(value, Mapping)
     return True
+
+
+def _items_fit(values: list, inner: tuple) -> bool:
+    """Whether a list holds what `list[X]`, `tuple[X, ...]` or `tuple[X, Y]` says (lists, in a config)."""
+    if len(inner) > 1 and inner[1] is not Ellipsis:
+        return len(values) == len(inner) and all(map(fits, values, inner))
+    return not inner or all(fits(value, inner[0]) for value in values)
 
 
 def _spell(hint: Any) -> str:

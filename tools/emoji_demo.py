@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from diffengine import config
 from diffengine.datasets import EmojiDataset
 from diffengine.grids import enlarge, grid, stack
-from diffengine.models.amused.drawing import draw_strip
+from diffengine.models.drawing import draw_strip
 from diffengine.models.loading import quiet_libraries
 
 

@@ -18,10 +18,11 @@ min_transparent = 0.35  # an emoji that covers more of its background is left ou
 resolution = 32
 codes = 256
 batch_size = 32
-max_iters = 500
-reseed_until = 350  # 70 % of the steps
-preview_every = 250
-checkpoint_every = 250
+max_iters = 600
+quantize_after = 100  # steps before the codebook comes between encoder and decoder
+reseed_until = 450
+preview_every = 300
+checkpoint_every = 300
 keep_checkpoints = 2
 learning_rate = 1e-3
 precision = "auto"
@@ -44,6 +45,7 @@ model = dict(
         lookup_from_codebook=True,
         force_upcast=True,
     ),
+    quantize_after="${quantize_after}",
     reseed_every=25,
     reseed_until="${reseed_until}",
 )

@@ -13,8 +13,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the config that was trained, or a run's work dir alone")
     parser.add_argument("checkpoint", nargs="?", help="a .pth file of the run")
     parser.add_argument("out", nargs="?", help="the folder to write to")
-    parser.add_argument("--save-keys", nargs="+", metavar="KEY", help="components to write; default all that was trained")
-    parser.add_argument("--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained")
+    parser.add_argument(
+        "--save-keys", nargs="+", metavar="KEY", help="components to write; default all that was trained"
+    )
+    parser.add_argument(
+        "--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,9 +31,9 @@ def run(options: argparse.Namespace) -> int:
     if options.pipeline and options.save_keys:
         raise UserError("--pipeline writes every component; leave out --save-keys")
     given, path, out = _sources(options)
-    state = checkpoint.read(path)
-    settings = trusted_config(state, config.read(given) if given else None, f"checkpoint '{path}'")
-    model = model_of(state, config.resolve(settings), f"checkpoint '{path}'")
+    state, source = checkpoint.read(path), f"checkpoint '{path}'"
+    settings = trusted_config(state, config.read(given) if given else None, source)
+    model = model_of(state, config.resolve(settings), source)
     if options.pipeline:
         print(f"wrote {export_pipeline(model, out)}, checked tensor by tensor; open it with")
         print(f"  AmusedPipeline.from_pretrained({str(out)!r})")
@@ -49,7 +53,7 @@ def _sources(options: argparse.Namespace) -> tuple[str | None, Path, Path]:
         work_dir = Path(options.config)
         if not work_dir.is_dir():
             raise UserError(
-                f"got only '{options.config}', which is no work dir; expected CONFIG CKPT OUT, or the work dir of a run"
+                f"convert got only '{options.config}'; expected CONFIG CKPT OUT, or the work dir of a run"
             )
         newest = checkpoint.newest(work_dir)
         if newest is None:

@@ -9,7 +9,7 @@ from diffengine.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern: 'amused_512_*'")
+    parser.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern: 'vq_*'")
 
 
 def run(options: argparse.Namespace) -> int:

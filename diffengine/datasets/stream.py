@@ -6,6 +6,9 @@ and index. Nothing is stored or replayed: where a run goes on, and with how many
 nothing.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
@@ -272,7 +275,7 @@ def _same(batch: Batch) -> Batch:
 def make_loader(
     stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """A loader of collated batches; its workers live as long as it does and use one thread each.
+    """A loader of collated batches; its workers live as long as its iterator does and use one thread each.
 
     It has a generator of its own, since torch would otherwise draw the workers' seeds from the global one.
     """
@@ -284,6 +287,23 @@ def make_loader(
         collate_fn=_same,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_main if num_workers else None,
         generator=torch.Generator(),
     )
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """In a worker: a Ctrl-C or SIGTERM that went to the whole process group is the main process's affair.
+
+    It finishes its step and saves; a worker that died of the signal would make torch end it in the middle.
+    What the main process itself sends still counts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def heed_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_parent, daemon=True).start()

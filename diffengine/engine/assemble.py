@@ -1,16 +1,24 @@
 """From a resolved config to a run: every part built, in the order they need one another."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.hooks import Hook
+from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
 from diffengine.datasets import PositionSampler, Stream, make_loader, survey
 from diffengine.engine import checkpoint, distributed
-from diffengine.engine.loop import StepLoop, count_iters
-from diffengine.engine.optim import build_optim_wrapper, build_param_scheduler, resolve_precision
+from diffengine.engine.loop import StepLoop
+from diffengine.engine.optim import (
+    StepOptimWrapper,
+    build_optim_wrapper,
+    build_param_scheduler,
+    resolve_precision,
+)
 from diffengine.engine.runner import Runner
 from diffengine.engine.state import check_same_run, restore
 from diffengine.engine.workdir import begin
@@ -18,7 +26,7 @@ from diffengine.errors import UserError
 from diffengine.models.base import TrainableModel
 from diffengine.registry import build, resolve
 
-DEFAULT_BACKENDS = ({"type": "mmengine.visualization.TensorboardVisBackend"},)
+DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
 
 
 def build_dataloader(
@@ -39,8 +47,8 @@ def build_dataloader(
     Args:
         dataset: `dict(type=ImageTextDataset, ...)`, or any class with `__len__` and `__getitem__`.
         image_transforms: change the picture.
-        batch_size: samples per optimizer step, of all GPUs together: what is learnt from does not depend on how
-            many there are.
+        batch_size: samples per optimizer step, of all GPUs together: what is learnt from does not depend on
+            how many there are.
         transforms: run after them.
         num_workers: processes per GPU that read and transform.
         image_variations: forms of crop and flip per picture; None for a new one each time.
@@ -70,7 +78,9 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
     """
     model = build(resolved["model"], assets=assets, seed=seed)
     if not isinstance(model, TrainableModel):
-        raise UserError(f"model got {type(model).__name__}; expected a subclass of diffengine.models.base.TrainableModel")
+        raise UserError(
+            f"model got {type(model).__name__}; expected a subclass of diffengine.models.base.TrainableModel"
+        )
     return model
 
 
@@ -78,8 +88,7 @@ def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then told to all."""
     kind = resolve(resolved["model"]["type"])
     options = {key: value for key, value in resolved["model"].items() if key != "type"}
-    learnt = kind.learn_assets(options, dataset.captions) if distributed.rank() == 0 else {}
-    return distributed.from_rank_0(learnt)
+    return distributed.on_rank_0(lambda: kind.learn_assets(options, lambda: dataset.captions()))
 
 
 def build_run(
@@ -90,56 +99,97 @@ def build_run(
     device: torch.device,
     resume: Path | None = None,
 ) -> Runner:
-    """A run that is ready to train.
+    """A run that is ready to train. Nothing is written, and no old run deleted, before every part is built.
 
     Args:
         settings, resolved: of `config.load`.
         name: the config's name.
         work_dir: of `workdir.claim`; a run that is still in it is to be deleted.
         resume: the checkpoint to go on from.
-    """
-    seed = resolved["seed"]
-    precision, why = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
-    state = checkpoint.read(resume) if resume else None
-    if state and resume:
-        check_same_run(state, settings, resume)
-    data = dict(resolved["train_dataloader"])
-    data["dataset"] = build(data["dataset"])
-    train_cfg = dict(resolved["train_cfg"])
-    num_iters = count_iters(
-        train_cfg.get("max_epochs"), train_cfg.get("max_iters"), len(data["dataset"]), data["batch_size"]
-    )
-    assets = state["assets"] if state else learn_assets(resolved, data["dataset"])
-    model = build_model(resolved, assets, seed).to(device).train()
-    start_iter = state["counters"]["iter"] if state else 0
-    dataloader = build_dataloader(**data, model=model, seed=seed, start_iter=start_iter)
-    stream = dataloader.dataset.stream  # type: ignore[attr-defined]
-    stream[start_iter * data["batch_size"]]  # a fault in the data or its shape shows before anything is written
 
-    if distributed.rank() == 0:
-        begin(work_dir, settings, name, anew=resume is None)
-    distributed.barrier()
-    runner = Runner(
-        model, work_dir, build_hooks(resolved), resolved.get("vis_backends", DEFAULT_BACKENDS), settings, name, seed
+    Raises:
+        UserError: on every rank, if a part cannot be built on any.
+    """
+    state = distributed.on_all_ranks(lambda: _state(resume, settings))
+    dataset = distributed.on_all_ranks(lambda: build(resolved["train_dataloader"]["dataset"]))
+    assets = state["assets"] if state else learn_assets(resolved, dataset)
+    start_iter = state["counters"]["iter"] if state else 0
+    parts = distributed.on_all_ranks(
+        lambda: _build_parts(resolved, dataset, assets, start_iter, device, work_dir)
     )
-    optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
-    schedule = build_param_scheduler(
-        **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=num_iters
-    )
-    runner.set_training(StepLoop(runner, dataloader, **train_cfg), optim, schedule)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    runner.logger.info(
-        f"{name}: {len(stream.dataset)} pictures, {num_iters} steps of {data['batch_size']}, {trained:,} trained "
-        f"parameters, {precision} ({why}) on {distributed.world_size()} x {device.type}, in {work_dir}"
-    )
-    report_survey(runner, stream)
+    distributed.on_rank_0(lambda: begin(work_dir, settings, name, resume is None, parts.model.exportable))
+    runner = Runner(parts.model, work_dir, parts.hooks, parts.backends, settings, name, resolved["seed"])
+    runner.set_training(parts.loop, parts.optim, parts.schedule)
+    announce(runner, resolved, device)
     if state and resume:
         restore(runner, state, resume)
         runner.logger.info(f"resumed {resume} at step {start_iter}")
     return runner
 
 
-def build_hooks(resolved: Mapping[str, Any]) -> list[Any]:
+def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if there is one, held against the config."""
+    if resume is None:
+        return None
+    state = checkpoint.read(resume)
+    check_same_run(state, settings, resume)
+    return state
+
+
+@dataclass
+class Parts:
+    """What a runner is made of."""
+
+    model: TrainableModel
+    loop: StepLoop
+    optim: StepOptimWrapper
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    hooks: list[Hook]
+    backends: list[BaseVisBackend]
+
+
+def _build_parts(
+    resolved: Mapping[str, Any],
+    dataset: Any,
+    assets: Mapping[str, str],
+    start_iter: int,
+    device: torch.device,
+    work_dir: Path,
+) -> Parts:
+    seed = resolved["seed"]
+    backends = [
+        build({"save_dir": str(work_dir), **item}) for item in resolved.get("vis_backends", DEFAULT_BACKENDS)
+    ]
+    hooks = build_hooks(resolved)
+    model = build_model(resolved, assets, seed).to(device).train()
+    data = {**resolved["train_dataloader"], "dataset": dataset}
+    loop = StepLoop(
+        build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"]
+    )
+    loop.stream[
+        start_iter * loop.batch_size
+    ]  # a fault in the data or its shape shows before anything is written
+    optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
+    schedule = build_param_scheduler(
+        **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters
+    )
+    return Parts(model, loop, optim, schedule, hooks, backends)
+
+
+def announce(runner: Runner, resolved: Mapping[str, Any], device: torch.device) -> None:
+    """What will be trained, in two lines: sizes, and what the square crop costs."""
+    loop = runner.train_loop
+    precision, why = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
+    trained = sum(parameter.numel() for parameter in runner.trainable.parameters() if parameter.requires_grad)
+    runner.logger.info(
+        f"{runner.name}: {loop.num_samples} pictures, {loop.max_iters} steps of {loop.batch_size}, "
+        f"{trained:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x {device.type}, "
+        f"in {runner.work_dir}"
+    )
+    report_survey(runner, loop.stream)
+
+
+def build_hooks(resolved: Mapping[str, Any]) -> list[Hook]:
     """Default hooks by name (None switches one off), then custom ones."""
     default = [hook for hook in resolved.get("default_hooks", {}).values() if hook is not None]
     return [build(hook) for hook in [*default, *resolved.get("custom_hooks", [])]]
@@ -147,6 +197,8 @@ def build_hooks(resolved: Mapping[str, Any]) -> list[Any]:
 
 def report_survey(runner: Runner, stream: Stream) -> None:
     """What the square crop costs these pictures, where the data can tell sizes without decoding."""
-    sizes: Sequence[int] = [transform.size for transform in stream.image_transforms if hasattr(transform, "size")]
+    sizes: Sequence[int] = [
+        transform.size for transform in stream.image_transforms if hasattr(transform, "size")
+    ]
     if sizes and hasattr(stream.dataset, "size") and distributed.rank() == 0:
-        runner.logger.info(survey(stream.dataset, sizes[-1]))
+        runner.logger.info(survey(stream.dataset, sizes[-1]))  # type: ignore[arg-type]

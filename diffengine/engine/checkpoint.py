@@ -14,8 +14,10 @@ import os
 import pickle
 import re
 import shutil
+from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -26,23 +28,46 @@ _NAME = re.compile(r"(epoch|iter)_\d+\.pth")
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Stream to a file beside `path`, flush it to disk, then rename: a crash leaves the old one whole."""
+    """Stream to a file beside `path`, flush it to disk, then rename: a crash leaves the old one whole.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or a hook put in what could not be read
+            back.
+    """
+    faults = _not_plain(checkpoint, "checkpoint")
+    if faults:
+        raise UserError(f"cannot write '{path}': {'; '.join(faults[:5])}; expected tensors and plain values")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("wb") as file:
-            torch.save(checkpoint, file)
-            _flush(file)
+        torch.save(checkpoint, beside)  # by name: through a Python file, torch would copy each tensor first
+        _flush(beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
-        raise UserError(f"cannot write checkpoint '{path}' ({free / 1e9:.2f} GB free): {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot write checkpoint '{path}' ({spell_size(free)} free): {reason}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _not_plain(value: Any, where: str) -> list[str]:
+    """What `torch.load(weights_only=True)` would refuse, and where. By exact type: np.float64 is a float."""
+    if type(value) in (dict, OrderedDict):
+        inside = [*value, *value.values()]
+        names = [f"{where}[{key!r}]" for key in value]
+        return [fault for item, name in zip(inside, [f"a key of {where}"] * len(value) + names)
+                for fault in _not_plain(item, name)]  # fmt: skip
+    if type(value) in (list, tuple):
+        return [fault for place, item in enumerate(value) for fault in _not_plain(item, f"{where}[{place}]")]
+    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor):
+        return []
+    return [f"{where} is of {type(value).__module__}.{type(value).__name__}"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,34 +92,57 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def paths(work_dir: Path) -> list[Path]:
-    """The checkpoints of a work dir, oldest first, by the steps they count. Broken ones are an error."""
-    found = [path for path in work_dir.glob("*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: read(path)["counters"]["iter"])
+    """The files of a work dir that are named as our checkpoints are, in no order."""
+    return [path for path in work_dir.glob("*.pth") if _NAME.fullmatch(path.name)]
+
+
+def steps(path: Path) -> int:
+    """How many optimizer steps a checkpoint stands for. Raises UserError for a broken or foreign one."""
+    return read(path)["counters"]["iter"]
 
 
 def newest(work_dir: Path) -> Path | None:
-    """The checkpoint that is furthest in training, or None."""
-    found = paths(work_dir)
-    return found[-1] if found else None
+    """The checkpoint that is furthest in training, or None.
+
+    Raises:
+        UserError: one is broken or foreign; it might be the newest, so an older one is not taken in its
+            place.
+    """
+    return max(paths(work_dir), key=steps, default=None)
 
 
 def prune(work_dir: Path, keep: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints; None keeps all."""
-    if keep is not None:
-        for path in paths(work_dir)[:-keep]:
-            path.unlink()
+    """Delete all but the `keep` newest checkpoints; None keeps all. What cannot be read is left alone."""
+    if keep is None:
+        return
+    ours = []
+    for path in paths(work_dir):
+        with suppress(UserError):
+            ours.append((steps(path), path))
+    for _, path in sorted(ours)[:-keep]:
+        path.unlink()
 
 
 def check_disk(work_dir: Path, size: int, count: int) -> None:
     """Refuse to start a run whose checkpoints would not fit.
 
     Args:
-        size: bytes of one checkpoint.
-        count: checkpoints on the disk at once, the one being written counted in.
+        size: bytes of one checkpoint, at most.
+        count: checkpoints on the disk at once, the one being written counted in. Those that a resumed run has
+            left here already are among them.
+
+    Raises:
+        UserError: what is free, and what is needed.
     """
+    needed = size * count - sum(path.stat().st_size for path in paths(work_dir))
     free = shutil.disk_usage(work_dir).free
-    if size * count > free:
+    if needed > free:
         raise UserError(
-            f"'{work_dir}' has {free / 1e9:.2f} GB free; {count} checkpoints of {size / 1e9:.2f} GB need "
-            f"{size * count / 1e9:.2f} GB: keep fewer, or choose another --work-dir"
+            f"'{work_dir}' has {spell_size(free)} free; {count} checkpoints of {spell_size(size)} need "
+            f"{spell_size(needed)}: keep fewer, or choose another --work-dir"
         )
+
+
+def spell_size(size: int) -> str:
+    """Bytes as "4.7 MB" or "7.30 GB"."""
+    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"

@@ -1,6 +1,12 @@
-"""Processes and devices: start-up, the little that ranks tell one another, and DDP."""
+"""Processes and devices: start-up, the little that ranks tell one another, and DDP.
+
+A fault on one rank must end all of them, with one line: a rank that is left waiting for another hangs until a
+timeout. So whatever may raise a `UserError` runs inside `on_rank_0` or `on_all_ranks`.
+"""
 
 import os
+import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -8,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffengine.errors import UserError
+from diffengine.errors import Told, UserError
 
 T = TypeVar("T")
 
@@ -24,14 +30,16 @@ def start(launcher: str = "none") -> torch.device:
     if launcher == "slurm":
         _read_slurm()
     if launcher == "pytorch" and "RANK" not in os.environ:
-        raise UserError("--launcher pytorch got no RANK in the environment; start it with torchrun, or leave it out")
+        raise UserError(
+            "--launcher pytorch got no RANK in the environment; start it with torchrun, or leave it out"
+        )
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"got {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on this machine; expected at "
-                f"most {torch.cuda.device_count()}, one per GPU: lower NPROC_PER_NODE"
+                f"got {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on this machine; "
+                f"expected at most {torch.cuda.device_count()}, one per GPU: lower NPROC_PER_NODE"
             )
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -45,11 +53,16 @@ def _read_slurm() -> None:
         os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
         os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
-        first = os.environ["SLURM_STEP_NODELIST"].split(",")[0].replace("[", "").split("-")
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     except KeyError as error:
         raise UserError(f"--launcher slurm got no {error} in the environment; start it with srun") from error
-    os.environ.setdefault("MASTER_ADDR", "-".join(first[:2]) if len(first) > 1 else first[0])
     os.environ.setdefault("MASTER_PORT", os.environ.get("PORT", "29500"))
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: "gpu-01" of "gpu-[01-04,07],cpu1"."""
+    prefix, number = re.match(r"([^\[,]*)(?:\[(\d+))?", nodes).groups(default="")  # type: ignore[union-attr]
+    return prefix + number
 
 
 def stop() -> None:
@@ -75,18 +88,62 @@ def add_counts(*counts: int) -> list[int]:
     return total.tolist()
 
 
-def from_rank_0(value: T) -> T:
-    """A plain value of rank 0, on every rank."""
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank, once it is done; for reading and writing that one rank
+    does.
+
+    Its value must be plain. Every rank waits, so a slow `work` may take as long as the process group's
+    timeout.
+
+    Raises:
+        UserError: `work` raised it on rank 0. The others raise `Told`, so that none is left waiting.
+    """
     if world_size() == 1:
-        return value
-    box: list[Any] = [value]
+        return work()
+    fault: UserError | None = None
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[1] = work()
+        except UserError as error:
+            fault, box[0] = error, str(error)
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    _raise_together(fault, box[0])
+    return box[1]
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    add_counts(0)
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """`work`'s value on this rank, once it succeeded on all; it must not talk to other ranks.
+
+    Raises:
+        UserError: `work` raised it here; or `Told`, where it raised on another rank.
+    """
+    fault: UserError | None = None
+    value: T | None = None
+    try:
+        value = work()
+    except UserError as error:
+        fault = error
+    share_fault(fault)
+    return value  # type: ignore[return-value]
+
+
+def share_fault(fault: UserError | None) -> None:
+    """Raise on every rank if any rank has a fault: the first such rank its own, the others `Told`."""
+    if world_size() == 1:
+        _raise_together(fault, None)
+        return
+    texts: list[Any] = [None] * world_size()
+    dist.all_gather_object(texts, None if fault is None else str(fault))
+    first = next((place for place, text in enumerate(texts) if text is not None), None)
+    _raise_together(fault if rank() == first else None, None if first is None else texts[first])
+
+
+def _raise_together(own: UserError | None, text: str | None) -> None:
+    if own is not None:
+        raise own
+    if text is not None:
+        raise Told(text)
 
 
 def wrap(model: nn.Module) -> nn.Module:

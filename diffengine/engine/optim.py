@@ -1,6 +1,5 @@
 """The optimizer, its two groups, its schedule, and the precision a step runs in."""
 
-import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, final
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from diffengine.errors import UserError
 from diffengine.registry import build, resolve
 
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
@@ -22,7 +22,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     "auto" is bf16 where the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
+        raise UserError(
+            "precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16"
+        )
     if precision != "auto":
         return precision, "as configured"
     if device.type == "cpu":
@@ -41,8 +43,8 @@ def decays(module: nn.Module, parameter: nn.Parameter) -> bool:
     return not isinstance(module, nn.Embedding) and parameter.squeeze().ndim >= 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters in two groups: with and without decay."""
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters in two groups: with the optimizer's weight decay, and without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -50,19 +52,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 groups[decays(module, parameter)].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def build_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """Any torch-style optimizer class; fused where the class can (one kernel over all parameters)."""
+    """Any torch-style optimizer class; those that can on every device are fused: one kernel for all."""
     options = dict(optimizer)
-    fusable = "fused" in inspect.signature(resolve(options["type"])).parameters
-    if fusable and options.get("fused") is None and not options.get("foreach"):
+    if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
-    return build(options, params=parameter_groups(model, options.get("weight_decay", 0.0)))
+    return build(options, params=parameter_groups(model))
 
 
 def build_optim_wrapper(
@@ -99,6 +97,8 @@ def build_param_scheduler(
         warmup_iters: steps in which the rate rises from 0 (every schedule but "constant").
         optimizer, num_iters: given by the run.
     """
+    if warmup_iters < 0:
+        raise UserError(f"param_scheduler got warmup_iters={warmup_iters}; expected at least 0")
     if warmup_iters and name == "constant":
         raise UserError(
             f"param_scheduler got warmup_iters={warmup_iters} with 'constant', which has no warm-up; "
@@ -120,6 +120,7 @@ class StepOptimWrapper(OptimWrapper):
         super().__init__(optimizer)
         self.precision = precision
         self.max_norm = clip_grad
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -132,13 +133,12 @@ class StepOptimWrapper(OptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         self.scaler.scale(loss).backward(**kwargs)
 
-    def step(self, **kwargs: Any) -> Tensor | None:  # type: ignore[override]
-        """Clip, step, clear the gradients. Returns the norm before clipping, on the device, if it was taken."""
+    def step(self, **kwargs: Any) -> Tensor | None:
+        """Clip, step, clear the gradients. Returns the norm before clipping, on the device, if it clips."""
         norm = None
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

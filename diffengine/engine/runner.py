@@ -1,22 +1,25 @@
 """mmengine's Runner with our own parts in it.
 
-mmengine gives the life cycle, the hooks with their priorities, and the visualizer with its backends, so that a hook
-written for mmengine works here. What it does not serve for is replaced at the points that it leaves open: process
-start-up, logging, the run dir's layout, wrapping, and `train`, which never calls its resume or its loop.
+mmengine gives the life cycle, the hooks with their priorities, and the visualizer with its backends, so that
+a hook written for mmengine works here. What it does not serve for is replaced at the points that it leaves
+open: process start-up, logging, the run dir's layout, wrapping, and `train`, which never calls its resume or
+its loop.
 """
 
 import logging
+import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner as MMRunner
-from mmengine.visualization import Visualizer
+from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
 from diffengine.engine import distributed
@@ -38,6 +41,10 @@ class Runner(MMRunner):
         trainable: the model behind any DDP wrapper.
         settings: the config as written, with references; what the run keeps.
         name: the config's name.
+
+    Args:
+        backends: where numbers and previews are shown; rank 0's are used.
+        seed: of the run; what third parties draw from global generators starts from it.
     """
 
     trainable: TrainableModel
@@ -48,7 +55,7 @@ class Runner(MMRunner):
         model: TrainableModel,
         work_dir: Path,
         hooks: Sequence[Hook],
-        vis_backends: Sequence[dict[str, Any]],
+        backends: Sequence[BaseVisBackend],
         settings: dict[str, Any],
         name: str,
         seed: int,
@@ -56,32 +63,41 @@ class Runner(MMRunner):
         self.trainable = model
         self.settings = settings
         self.name = name
-        backends = [{"save_dir": str(work_dir / "tensorboard"), **backend} for backend in vis_backends]
-        experiment = f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
+        experiment = (
+            f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
+        )
         super().__init__(
             model=model,
             work_dir=str(work_dir),
             default_hooks=NO_DEFAULT_HOOKS,
             custom_hooks=list(hooks),
             visualizer=Visualizer.get_instance(
-                experiment, vis_backends=backends if distributed.rank() == 0 else None, save_dir=str(work_dir)
+                experiment,
+                vis_backends=list(backends) if distributed.rank() == 0 else None,
+                save_dir=str(work_dir),
             ),
             randomness={"seed": seed},
             experiment_name=experiment,
             cfg=Config(settings),
         )
         self.logger.setLevel(logging.INFO if self._rank == 0 else logging.ERROR)
-        Path(self.log_dir).rmdir()  # mmengine makes a folder per start; our run dir is one folder
 
-    # ------------------------------------------------------------------------------------------ mmengine's points
+    # -------------------------------------------------------------------------------------- mmengine's points
 
     def setup_env(self, env_cfg: dict) -> None:
         """The process group stands already (`distributed.start`); only its numbers are noted."""
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._distributed = self._world_size > 1
-        self._timestamp = time.strftime("%Y%m%d_%H%M%S")
+        self._timestamp = "."  # mmengine makes a folder of this name per start; our run dir is one folder
 
-    def build_logger(self, *args: Any, **kwargs: Any) -> logging.Logger:  # type: ignore[override]
+    def set_randomness(self, seed: int, *args: Any, **kwargs: Any) -> None:
+        """Nothing of ours draws from global generators; a hook or an augmentation of someone else's may."""
+        self._seed, self._deterministic = seed, False
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> logging.Logger:
         """Plain lines to the console and, with the time, to `log.txt`; other ranks are silent."""
         logger = logging.getLogger("diffengine.run")
         for handler in list(logger.handlers):
@@ -109,9 +125,12 @@ class Runner(MMRunner):
 
     def train(self) -> nn.Module:
         """Run the loop between `before_run` and `after_run`."""
-        self.call_hook("before_run")
-        self.train_loop.run()
-        self.call_hook("after_run")
+        try:
+            self.call_hook("before_run")
+            self.train_loop.run()
+            self.call_hook("after_run")
+        finally:
+            self.visualizer.close()
         return self.model
 
     # ------------------------------------------------------------------------------------------ ours
@@ -123,6 +142,7 @@ class Runner(MMRunner):
         param_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
         """The parts that are built over the model."""
+        loop.attach(self)
         self._train_loop = loop
         self.optim_wrapper = optim_wrapper
         self.param_scheduler = param_scheduler

@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diffengine.engine import checkpoint
 from diffengine.errors import UserError
 
-# A resumed run may change these freely; anything else would make it another run than the one that was stopped.
-FREE = ("max_epochs", "max_iters", "work_dir", "num_workers", "default_hooks", "custom_hooks", "vis_backends", "tf32")
+# A resumed run may change these freely; anything else would make it another run than the one that was
+# stopped.
+FREE = (
+    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "work_dir",
+    "default_hooks", "custom_hooks", "vis_backends",
+)  # fmt: skip
 
 
 def collect(runner: Any) -> dict[str, Any]:
@@ -33,7 +39,10 @@ def collect(runner: Any) -> dict[str, Any]:
 def restore(runner: Any, state: dict[str, Any], path: Path) -> None:
     """Put a checkpoint back into a run whose parts are built."""
     runner.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
-    runner.optim_wrapper.optimizer.load_state_dict(state["optimizer"])
+    optimizer = runner.optim_wrapper.optimizer
+    optimizer.load_state_dict(state["optimizer"])
+    for values in optimizer.state.values():  # on a CPU these are the file itself, mapped: let go of it
+        values.update({name: item.clone() for name, item in values.items() if isinstance(item, Tensor)})
     schedule = runner.param_scheduler
     schedule.load_state_dict({**state["param_scheduler"], "lr_lambdas": [None] * len(schedule.lr_lambdas)})
     runner.optim_wrapper.scaler.load_state_dict(state["scaler"])
@@ -63,7 +72,11 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], path: Path) 
 
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
     if isinstance(config, dict):
-        return {name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
+        return {
+            name: leaf
+            for key, value in config.items()
+            for name, leaf in _flat(value, f"{path}.{key}").items()
+        }
     return {path[1:]: config}
 
 

@@ -1,15 +1,16 @@
 """The folder of a run.
 
-    config.py          what was trained, flags included; `diffengine train` reads it again
-    log.txt            what the console showed, with the time
-    metrics.jsonl      one line of numbers per log interval
-    previews/          what the model drew, by steps; before_after.png at the end
-    tensorboard/
-    epoch_N.pth, iter_N.pth
-    transformer/, ...  the trained components in diffusers' form, at the end
+config.py          what was trained, flags included; `diffengine train` reads it again
+log.txt            what the console showed, with the time
+metrics.jsonl      one line of numbers per log interval
+previews/          what the model drew, by steps; before_after.png at the end
+tensorboard/
+epoch_N.pth, iter_N.pth
+transformer/, ...  the trained components in diffusers' form, at the end
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from diffengine.engine import checkpoint, distributed
 from diffengine.errors import UserError
 
 OURS = ("metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
+MARK = "as it was trained. Train it again: diffengine train config.py --work-dir DIR"
 
 
 def holds_run(work_dir: Path) -> bool:
     """Whether a run has left something that could be lost here."""
-    return (work_dir / "metrics.jsonl").exists() or any(work_dir.glob("*.pth"))
+    return (work_dir / "metrics.jsonl").exists() or bool(checkpoint.paths(work_dir))
 
 
 def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
@@ -35,45 +37,65 @@ def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
         The checkpoint to go on from, or None.
 
     Raises:
-        UserError: it holds a run and neither `resume` nor `overwrite` is asked for, or the folder cannot be used.
+        UserError: it holds a run and neither `resume` nor `overwrite` is asked for; it holds what no run
+            wrote and a run would overwrite; or the folder cannot be used.
     """
-    answer = distributed.from_rank_0(_claim(work_dir, resume, overwrite) if distributed.rank() == 0 else None)
-    assert answer is not None
-    fault, path = answer
-    if fault:
-        raise UserError(fault)
+    return distributed.on_rank_0(lambda: _claim(work_dir, resume, overwrite))
+
+
+def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(work_dir)
+    except OSError as error:
+        raise UserError(f"cannot use work dir '{work_dir}': {error}") from error
+    if resume is None:
+        if holds_run(work_dir) and not overwrite:
+            raise UserError(
+                f"'{work_dir}' holds a run; --resume goes on with it, --work-dir DIR keeps it and starts "
+                "elsewhere, --overwrite deletes it"
+            )
+        return None
+    newest = checkpoint.newest(work_dir)
+    if resume == "newest":
+        if newest is None:
+            print(f"'{work_dir}' has no checkpoint yet; starting from the beginning")
+        return newest
+    path = Path(resume)
+    taken = checkpoint.steps(path)
+    if newest and checkpoint.steps(newest) > taken:
+        raise UserError(
+            f"'{work_dir}' holds '{newest.name}', which is further than '{path}'; move it away, or go on in "
+            "another folder with --work-dir"
+        )
     return path
 
 
-def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> tuple[str | None, Path | None]:
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        if resume is None:
-            taken = holds_run(work_dir) and not overwrite
-            return (
-                f"'{work_dir}' holds a run; --resume goes on with it, --work-dir DIR keeps it and starts elsewhere, "
-                "--overwrite deletes it" if taken else None
-            ), None  # fmt: skip
-        if resume != "newest":
-            checkpoint.read(Path(resume))
-            return None, Path(resume)
-        path = checkpoint.newest(work_dir)
-        if path is None:
-            print(f"'{work_dir}' has no checkpoint yet; starting from the beginning")
-        return None, path
-    except OSError as error:
-        return f"cannot use work dir '{work_dir}': {error}", None
-    except UserError as error:
-        return str(error), None
+def _refuse_foreign(work_dir: Path) -> None:
+    """A folder in use for something else is not a work dir: a run would overwrite what it holds."""
+    config = work_dir / "config.py"
+    if config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+        return
+    models = [path.parent.name for path in work_dir.glob("*/config.json")]
+    found = [name for name in [*OURS, "model_index.json"] if (work_dir / name).exists()] + models
+    if found:
+        raise UserError(
+            f"work dir '{work_dir}' holds '{found[0]}', which no run wrote there; choose another --work-dir"
+        )
 
 
-def begin(work_dir: Path, settings: dict[str, Any], name: str, anew: bool) -> None:
-    """Delete what an overwritten run left (only what a run makes), and write `config.py`."""
+def begin(work_dir: Path, settings: dict[str, Any], name: str, anew: bool, components: Iterable[str]) -> None:
+    """Write `config.py`; before, delete what an overwritten run left, and only what a run makes.
+
+    Args:
+        components: names of the folders that the run will export to.
+    """
+    stale = list(work_dir.glob(".*.part"))
     if anew:
-        for path in [*(work_dir / part for part in OURS), *work_dir.glob("*.pth")]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    comment = f"{name}, as it was trained. Train it again: diffengine train config.py --work-dir DIR"
-    (work_dir / "config.py").write_text(to_text(settings, comment), encoding="utf-8")
+        stale += [work_dir / part for part in (*OURS, *components)] + checkpoint.paths(work_dir)
+    for path in stale:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (work_dir / "config.py").write_text(to_text(settings, f"{name}, {MARK}"), encoding="utf-8")

@@ -1,12 +1,13 @@
 """The contract between a model and everything that trains, saves, shows or exports it.
 
-A model's frozen parts are held by `Frozen`, so they are no submodules: `train()`, the optimizer, checkpoints, EMA
-and DDP never see them. Its registered submodules are what training changes, under the pipeline's component names.
+A model's frozen parts are held by `Frozen`, so they are no submodules: `train()`, the optimizer, checkpoints,
+EMA and DDP never see them. Its submodules are what training changes, under the pipeline's component names.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 import numpy as np
@@ -24,16 +25,23 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @final
 class Frozen(Generic[ModuleT]):
-    """A module that training never changes: eval mode, no gradients, moved to a device when it is first used."""
+    """A module that training never changes: eval mode, no gradients.
 
-    def __init__(self, module: ModuleT) -> None:
-        self.module = module.eval().requires_grad_(False)
+    It is loaded, and moved to a device, when it is first used: a conversion of the transformer alone, or a
+    run from cached tokens, never reads the VQ model's weights.
+    """
+
+    def __init__(self, load: Callable[[], ModuleT]) -> None:
+        self._load = load
+        self._module: ModuleT | None = None
 
     def on(self, device: torch.device) -> ModuleT:
         """The module, on `device`."""
-        if next(self.module.parameters()).device != device:
-            self.module.to(device)
-        return self.module
+        if self._module is None:
+            self._module = self._load().eval().requires_grad_(False)
+        if next(self._module.parameters()).device != device:
+            self._module.to(device)
+        return self._module
 
 
 @dataclass
@@ -68,11 +76,13 @@ class TrainableModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
+    def learn_assets(
+        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
+    ) -> dict[str, str]:
         """Small text files learnt from the data before the model is built: a vocabulary.
 
-        Called once per run, on rank 0, since learning may differ between processes; the result is kept in the
-        checkpoint and passed to the constructor as `assets`.
+        Called once per run, on rank 0, since learning may differ between processes; the result is kept in
+        the checkpoint and passed to the constructor as `assets`.
 
         Args:
             options: the config's `model` section.
@@ -87,7 +97,7 @@ class TrainableModel(nn.Module, ABC):
     @property
     @abstractmethod
     def sample_draw(self) -> SampleDraw | None:
-        """What is drawn per sample for this model, as the data pipeline's last transform; light and picklable."""
+        """What is drawn or checked per sample, as the data pipeline's last transform; light and picklable."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
@@ -98,13 +108,13 @@ class TrainableModel(nn.Module, ABC):
         """One micro-batch.
 
         Returns:
-            The loss *summed* over what is learnt from (`batch["num_targets"]` counts it, on the host), a scalar
-            on the device; and detached sums over the same targets to log. Nothing here reads the device.
+            The loss *summed* over what is learnt from (`batch["num_targets"]` counts it, on the host), a
+            scalar on the device; and detached sums over the same targets to log. Nothing reads the device.
         """
 
     @abstractmethod
-    def after_step(self, step: int) -> None:
-        """Called on every rank after the optimizer's step number `step` (from 0)."""
+    def before_step(self, step: int) -> None:
+        """Called on every rank before the optimizer's step number `step` (from 0)."""
 
     @abstractmethod
     def gauges(self) -> dict[str, float]:
@@ -119,6 +129,11 @@ class TrainableModel(nn.Module, ABC):
     @abstractmethod
     def exportable(self) -> dict[str, nn.Module]:
         """The modules that training changes, by the pipeline's component names."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> dict[str, Path]:
+        """The local folders that components were loaded from, by component: no export overwrites them."""
 
     @abstractmethod
     def preview(self, request: PreviewRequest) -> list[Picture]:
@@ -149,14 +164,16 @@ class TrainableModel(nn.Module, ABC):
             for name in sorted(own.keys() & state.keys())
             if state[name].shape != own[name].shape
         ]
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         faults = [
             f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            for kind, names in kinds.items()
             if names
         ]
         if faults:
             raise UserError(
-                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was trained with"
+                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was "
+                "trained with"
             )
         with torch.no_grad():
             for name, tensor in own.items():

@@ -1,40 +1,76 @@
-"""Drawing with an AmusedPipeline, one picture at a time and from generators of its own."""
+"""Drawing with an AmusedPipeline, one picture at a time and from generators of its own.
+
+Legend: h w token grid, f pixels per token.
+"""
 
 from typing import Any
 
 import torch
 from diffusers import AmusedPipeline
 from PIL import Image
+from torch import Tensor
+
+from diffengine.models.masking import CheckSides
 
 
-def draw(pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any) -> Image.Image:
-    """One picture for a prompt; `options` are AmusedPipeline's.
+def draw(
+    pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
+) -> Image.Image:
+    """One picture for a prompt, as `pipeline(prompt, ...)` draws it.
 
-    Noise comes from a CPU generator with this seed, so a picture is the same on every device and the global
-    random state is not touched. One picture is decoded at a time, which bounds the memory of the VQ decoder.
+    Noise comes from a CPU generator with this seed, so the global random state is not touched. One picture is
+    decoded at a time, which bounds the memory of the VQ decoder, and in the decoder's own precision whatever
+    the autocast around it: in fp16 it makes NaN.
+
+    Args:
+        resolution: side in pixels; None: the model's own.
+        options: AmusedPipeline's.
+
+    Raises:
+        UserError: a resolution that the model cannot draw.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(prompt, height=resolution, width=resolution, generator=generator, **options).images[0]
+    return _decode(pipeline, _tokens(pipeline, prompt, seed, resolution, options))
 
 
 def draw_strip(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
 ) -> list[Image.Image]:
-    """The picture after each drawing step; what is still masked is grey."""
-    steps: list[torch.Tensor] = []
-    draw(
-        pipeline, prompt, seed, resolution, **options,
-        callback=lambda step, timestep, latents: steps.append(latents.clone()), output_type="latent",
-    )  # fmt: skip
+    """The picture of `draw` after each of its steps; what is still masked is grey."""
+    steps: list[Tensor] = []
+
+    def keep(step: int, timestep: int, token_ids: Tensor) -> None:
+        steps.append(token_ids.clone())
+
+    _tokens(pipeline, prompt, seed, resolution, {**options, "callback": keep})
     return [_decode(pipeline, token_ids) for token_ids in steps]
 
 
-def _decode(pipeline: AmusedPipeline, token_ids: torch.Tensor) -> Image.Image:
-    """Token ids (1,h,w), some of them masked, as a picture."""
+def sides_of(vqvae_config: Any, transformer_config: Any) -> CheckSides:
+    """What a model asks of a picture's sides, by the configs of its VQ model and transformer."""
+    factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
+    return CheckSides(factor, 2 if transformer_config["downsample"] else 1)
+
+
+def _tokens(
+    pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None, options: dict[str, Any]
+) -> Tensor:
+    """Token ids (1,h,w) int64, as the last step leaves them: none masked."""
+    if resolution is not None:
+        sides_of(pipeline.vqvae.config, pipeline.transformer.config).grid(resolution, resolution)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(
+        prompt, height=resolution, width=resolution, generator=generator, output_type="latent", **options
+    ).images
+
+
+@torch.no_grad()
+def _decode(pipeline: AmusedPipeline, token_ids: Tensor) -> Image.Image:
+    """Token ids (1,h,w), some of them perhaps masked, as a picture."""
     masked = token_ids == pipeline.scheduler.config.mask_token_id
     vqvae = pipeline.vqvae
     shape = (*token_ids.shape, vqvae.config.latent_channels)
-    pixels = vqvae.decode(token_ids.masked_fill(masked, 0), force_not_quantize=True, shape=shape).sample
+    with torch.autocast(token_ids.device.type, enabled=False):
+        pixels = vqvae.decode(token_ids.masked_fill(masked, 0), force_not_quantize=True, shape=shape).sample
     size = [side * pipeline.vae_scale_factor for side in token_ids.shape[1:]]
     hidden = torch.nn.functional.interpolate(masked[:, None].float(), size=size)
     pixels = pixels.clamp(0, 1) * (1 - hidden) + 0.5 * hidden

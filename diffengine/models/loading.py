@@ -1,9 +1,13 @@
 """Loading one component from a folder or a hub name, with errors for the person who named it."""
 
-from collections.abc import Callable
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from diffengine.errors import UserError
@@ -23,6 +27,18 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def component_folder(origin: str, name: str) -> Path | None:
+    """Where component `name` of a local `origin` lies: its subfolder, else the folder itself.
+
+    Returns:
+        None where `origin` is no local folder.
+    """
+    folder = Path(origin).expanduser()
+    if not folder.is_dir():
+        return None
+    return folder / name if name and (folder / name).is_dir() else folder
+
+
 def load_component(origin: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
     """`load` (a `from_pretrained` or `load_config`) on component `name` of `origin`; "" for a whole pipeline.
 
@@ -32,24 +48,64 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
     Raises:
         UserError: no such folder, nothing of that name in it, a broken file, or a hub that cannot be reached.
     """
-    folder = Path(origin).expanduser()
-    if folder.is_dir():
-        inside = folder / name if name and (folder / name).is_dir() else folder
-        if name and inside == folder and not list(folder.glob("*config.json")):
+    folder = component_folder(origin, name)
+    where: dict[str, Any]
+    if folder is not None:
+        if name and folder.name != name and not list(folder.glob("*config.json")):
             raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {_listing(folder)}")
-        where: dict[str, Any] = {"pretrained_model_name_or_path": str(inside)}
+        where = {"pretrained_model_name_or_path": str(folder)}
     elif origin.startswith((".", "/", "~")) or origin.count("/") != 1:
         raise UserError(
-            f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub name such "
-            "as amused/amused-512"
+            f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub "
+            "name such as amused/amused-512"
         )
     else:
         where = {"pretrained_model_name_or_path": origin, **({"subfolder": name} if name else {})}
     try:
         return load(**where, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {lines[0] if lines else type(error).__name__}") from error
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
+
+
+def load_module(origin: str, name: str, kind: Any) -> Any:
+    """A module of class `kind` in fp32, with every weight; the global random state is left alone.
+
+    Raises:
+        UserError: as `load_component`; or weights are missing (the libraries draw them, with a warning).
+    """
+    precision = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
+    with torch.random.fork_rng(devices=[]):
+        module, info = load_component(
+            origin, name, kind.from_pretrained, output_loading_info=True, **{precision: torch.float32}
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{name} of '{origin}' lacks {len(missing)} weights of a {kind.__name__}, first {missing[0]}"
+        )
+    return module
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw weights on the host from this seed; the global random state is left alone, the GPUs' too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPUs
+        yield
+
+
+def unknown_sizes(name: str, sizes: Iterable[str], kind: Any) -> list[str]:
+    """A fault for each size that `kind` does not have; diffusers and transformers ignore it."""
+    config = getattr(kind, "config_class", None) or kind  # of transformers, whose models take a config
+    known = [key for key in inspect.signature(config).parameters if key != "kwargs"]
+    faults = []
+    for key in sizes:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            faults.append(f"{name} has no size '{key}'{hint}")
+    return faults
 
 
 def _listing(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """What happens around steps: numbers, checkpoints, pictures, export.
 
-A hook is mmengine's: `before_train(runner)`, `after_train_iter(runner, batch_idx, data_batch, outputs)`, ... Here
-`outputs` is a `loop.Step`, and `runner.train_loop.due(every)` answers in the unit that the config counts.
+A hook is mmengine's: `before_train(runner)`, `after_train_iter(runner, batch_idx, data_batch, outputs)`, ...
+Here `outputs` is a `loop.Step`, and `runner.train_loop.due(every)` answers in the unit that the config
+counts.
 """
 
 from diffengine.engine.hooks.checkpoint import CheckpointHook

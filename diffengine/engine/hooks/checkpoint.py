@@ -1,5 +1,6 @@
 """Writing checkpoints while training."""
 
+import math
 from pathlib import Path
 from typing import Any, final
 
@@ -31,12 +32,15 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Refuse to start where the disk would fill up on the way."""
-        if distributed.rank() == 0:
-            loop = runner.train_loop
-            length = loop.max_epochs if loop.by_epoch else loop.max_iters
-            count = 1 + length // self.every if self.every else 1
-            kept = count if self.keep is None else min(count, self.keep)
-            checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), kept + 1)
+        loop = runner.train_loop
+        length = loop.max_epochs if loop.by_epoch else loop.max_iters
+        count = math.ceil(length / self.every) if self.every else 1
+        most = (
+            count if self.keep is None else min(count, self.keep + 1)
+        )  # the old one goes after the new one came
+        distributed.on_rank_0(
+            lambda: checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), most)
+        )
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -49,17 +53,20 @@ class CheckpointHook(Hook):
         if self._saved_at == runner.train_loop.done:
             return
         self._saved_at = runner.train_loop.done
-        state = collect(runner)
-        if distributed.rank() == 0:
-            work_dir = Path(runner.work_dir)
-            path = work_dir / f"{runner.train_loop.name}.pth"
-            checkpoint.write(path, state)
-            checkpoint.prune(work_dir, self.keep)
-            runner.logger.info(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
-        distributed.barrier()
+        state = collect(runner)  # on every rank: hooks may gather
+        distributed.on_rank_0(lambda: self._save(runner, state))
+
+    def _save(self, runner: Any, state: dict[str, Any]) -> None:
+        work_dir = Path(runner.work_dir)
+        path = work_dir / f"{runner.train_loop.name}.pth"
+        checkpoint.write(path, state)
+        checkpoint.prune(work_dir, self.keep)
+        runner.logger.info(f"saved {path} ({checkpoint.spell_size(path.stat().st_size)})")
 
 
 def expected_size(runner: Any) -> int:
     """Bytes of one checkpoint: what is trained, and an optimizer state of two values per parameter."""
-    trained = sum(tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values())
+    trained = sum(
+        tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values()
+    )
     return 3 * trained

@@ -16,7 +16,6 @@ class ExportHook(Hook):
     priority = "LOWEST"
 
     def after_train(self, runner: Any) -> None:
-        if distributed.rank() == 0:
-            for path in export_components(runner.trainable, Path(runner.work_dir)):
-                runner.logger.info(f"exported {path}")
-        distributed.barrier()
+        folders = distributed.on_rank_0(lambda: export_components(runner.trainable, Path(runner.work_dir)))
+        for folder in folders:
+            runner.logger.info(f"exported {folder}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import time
 from pathlib import Path
 from typing import Any, final
@@ -15,13 +16,16 @@ from diffengine.engine import distributed
 from diffengine.engine.loop import Step
 from diffengine.errors import UserError
 
+GRAD_NORM = "grad_norm"
+
 
 @final
 class MetricsHook(Hook):
     """Adds up on the device and reads it once per log line, never in between.
 
     Args:
-        every: optimizer steps between two lines (always steps). The first and the last step have a line as well.
+        every: optimizer steps between two lines (always steps). The first and the last step have a line as
+            well.
     """
 
     priority = "ABOVE_NORMAL"
@@ -30,20 +34,18 @@ class MetricsHook(Hook):
         if every < 1:
             raise UserError(f"log interval `every` got {every}; expected at least 1")
         self.every = every
-        self._sums: dict[str, Tensor] = {}
-        self._file: Path | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self._sums = {}
+        self._sums: dict[str, Tensor] = {}
         self._targets = self._steps = self._samples = self._skipped = 0
         self._wait = self._seconds = 0.0
 
     def before_train(self, runner: Any) -> None:
         self._file = Path(runner.work_dir) / "metrics.jsonl"
         self._first = runner.train_loop.done + 1
-        self._total = 0.0
-        if distributed.rank() == 0 and self._file.exists():
+        self._began = math.inf
+        if distributed.rank() == 0:
             _drop_after(self._file, runner.train_loop.done)
         self._clear()
 
@@ -51,31 +53,37 @@ class MetricsHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Step | None = None
     ) -> None:
         assert outputs is not None
-        values = dict(outputs.sums)
-        if outputs.grad_norm is not None:
-            values["grad_norm"] = outputs.grad_norm
-        for name, value in values.items():
+        self._began = min(self._began, time.perf_counter() - outputs.seconds)
+        sums = outputs.sums if outputs.grad_norm is None else {**outputs.sums, GRAD_NORM: outputs.grad_norm}
+        for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._targets += outputs.targets
         self._steps += 1
         self._samples += outputs.samples
         self._skipped += outputs.skipped
+        self._rate = outputs.learning_rate
         self._wait += outputs.data_wait
         self._seconds += outputs.seconds
         loop = runner.train_loop
         if loop.done % self.every == 0 or loop.done in (self._first, loop.max_iters):
             self._line(runner)
-            self._clear()
+
+    def on_interrupt(self, runner: Any) -> None:
+        """Tell of the steps since the last line."""
+        if self._steps:
+            self._line(runner)
 
     def _line(self, runner: Any) -> None:
         """Read the device, once, and write one line everywhere."""
         metrics = self._read(runner)
+        self._clear()
         if distributed.rank() != 0:
             return
-        assert self._file is not None
+        loop = runner.train_loop
+        line = {"iter": loop.done, "epoch": loop.epochs_done, **metrics}
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iter": runner.train_loop.done, "epoch": runner.train_loop.epochs_done, **metrics}) + "\n")
-        runner.visualizer.add_scalars(metrics, step=runner.train_loop.done)
+            file.write(json.dumps({name: _json(value) for name, value in line.items()}) + "\n")
+        runner.visualizer.add_scalars(metrics, step=loop.done)
         runner.logger.info(self._console(runner, metrics))
         if not math.isfinite(metrics["loss"]):
             runner.logger.info(
@@ -84,24 +92,22 @@ class MetricsHook(Hook):
 
     def _read(self, runner: Any) -> dict[str, float]:
         started = time.perf_counter()
-        totals = distributed.add_counts(self._targets, self._skipped)
-        names = [name for name in self._sums if name != "grad_norm"]
-        packed = torch.stack([self._sums[name].float() for name in names])
-        if dist.is_initialized():
+        targets, skipped = distributed.add_counts(self._targets, self._skipped)
+        packed = torch.stack([value.float() for value in self._sums.values()])
+        if distributed.world_size() > 1:
             dist.all_reduce(packed)
-        metrics = {name: value / totals[0] for name, value in zip(names, packed.tolist())}
-        if "grad_norm" in self._sums:
-            metrics["grad_norm"] = float(self._sums["grad_norm"]) / self._steps
+        metrics = {name: value / targets for name, value in zip(self._sums, packed.tolist())}
+        if GRAD_NORM in metrics:  # a mean over steps, and equal on all ranks
+            metrics[GRAD_NORM] *= targets / (self._steps * distributed.world_size())
         seconds = self._seconds + time.perf_counter() - started  # the read waited for what was still running
-        self._total += seconds
         metrics |= runner.trainable.gauges()
-        metrics["lr"] = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
+        metrics["lr"] = self._rate
         metrics["images_per_second"] = self._samples / seconds
         metrics["seconds_per_step"] = seconds / self._steps
         metrics["data_wait"] = self._wait / seconds
         metrics["memory_gb"] = peak_memory()
-        if totals[1]:
-            metrics["skipped_pictures"] = totals[1]
+        if skipped:
+            metrics["skipped_pictures"] = skipped
         return metrics
 
     def _console(self, runner: Any, metrics: dict[str, float]) -> str:
@@ -110,7 +116,7 @@ class MetricsHook(Hook):
         beside = f" ({chance[0]} = {chance[1]:.3f})" if chance and loop.done == self._first else ""
         apart = {"loss", "lr", "images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
         extra = "".join(f"  {name} {value:.4g}" for name, value in metrics.items() if name not in apart)
-        per_step = self._total / (loop.done - self._first + 1)
+        per_step = (time.perf_counter() - self._began) / (loop.done - self._first + 1)  # previews and all
         left = duration(per_step * (loop.max_iters - loop.done))
         where = f"epoch {loop.epochs_done}/{loop.max_epochs}  " if loop.by_epoch else ""
         return (
@@ -120,18 +126,28 @@ class MetricsHook(Hook):
         )
 
 
+def _json(value: float) -> float | None:
+    """The value as JSON knows it: null for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def _drop_after(file: Path, iteration: int) -> None:
-    """Keep the lines up to the step a resumed run starts from, so that none stands twice."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["iter"] <= iteration]
-    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    """Keep the lines up to the step a resumed run starts from, so that none stands twice; drop a half one."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("}\n") and json.loads(line)["iter"] <= iteration:
+            kept.append(line)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(file)
 
 
 def peak_memory() -> float:
     """The most memory taken so far, in GB: of the GPU's where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -7,11 +7,11 @@ import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image
 
-from diffengine.datasets import Crop, Resize, generator
+from diffengine.datasets import Crop, Resize, UnreadablePicture, generator
 from diffengine.engine import distributed
 from diffengine.errors import UserError
-from diffengine.models.base import PreviewRequest
 from diffengine.grids import save_grid, stack
+from diffengine.models.base import PreviewRequest
 
 
 @final
@@ -19,16 +19,17 @@ class PreviewHook(Hook):
     """Draws previews before the first step, every `every` epochs or steps, and at the end.
 
     Writes `previews/NNNNNN.png` (the number of steps), shows them in the visualizer's backends, and ends with
-    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without them.
+    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without
+    them.
 
     Args:
-        prompts: captions to draw; or a number, to take that many distinct captions (with their pictures) from the
-            data, evenly spaced.
+        prompts: captions to draw, none for no previews; or a number, to take that many distinct captions
+            (with their pictures) from the data, evenly spaced.
         every: in the unit the config counts; None for the beginning and the end only.
         resolution: side in pixels; None for the model's own.
         seed: picture i draws from seed + i.
-        options: the model's drawing options: for aMUSEd `guidance_scale`, `num_inference_steps`, `temperature`, and
-            `strip=True` for the first prompt after every drawing step.
+        options: the model's drawing options: for aMUSEd `guidance_scale`, `num_inference_steps`,
+            `temperature`, and `strip=True` for the first prompt after every drawing step.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class PreviewHook(Hook):
         options: dict | None = None,
     ) -> None:
         if isinstance(prompts, int) and prompts < 1:
-            raise UserError(f"preview prompts got {prompts}; expected captions, or how many to take from the data")
+            raise UserError(
+                f"preview prompts got {prompts}; expected captions, or how many to take from the data"
+            )
         if every is not None and every < 1:
             raise UserError(f"preview `every` got {every}; expected at least 1, or None")
         self.prompts = prompts
@@ -49,12 +52,6 @@ class PreviewHook(Hook):
         self._drawn_at: int | None = None
 
     def before_train(self, runner: Any) -> None:
-        if isinstance(self.prompts, int):
-            samples = distinct(runner.train_loop.dataloader.dataset.stream.dataset, self.prompts)
-            self.request.prompts = [caption for caption, _ in samples]
-            self.request.pictures = [self._square(picture) for _, picture in samples]
-        else:
-            self.request.prompts = list(self.prompts)
         if runner.train_loop.done == 0:
             self._draw(runner)
 
@@ -66,27 +63,41 @@ class PreviewHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         self._draw(runner)
-        folder = self._folder(runner)
-        if distributed.rank() == 0 and (folder / _name(0)).exists() and self.request.prompts:
-            before, after = (Image.open(folder / _name(step)) for step in (0, runner.train_loop.done))
-            path = Path(runner.work_dir) / "before_after.png"
-            stack([("before", before), (f"after {runner.train_loop.done} steps", after)]).save(path)
-
-    def _folder(self, runner: Any) -> Path:
-        return Path(runner.work_dir) / "previews"
+        distributed.on_rank_0(lambda: self._before_after(runner))
 
     def _draw(self, runner: Any) -> None:
-        if self._drawn_at == runner.train_loop.done or not self.request.prompts:
+        if self.prompts and self._drawn_at != runner.train_loop.done:
+            self._drawn_at = runner.train_loop.done
+            distributed.on_rank_0(lambda: self._draw_grid(runner))
+
+    def _draw_grid(self, runner: Any) -> None:
+        if not self.request.prompts:
+            self._choose(runner.train_loop.stream)
+        with runner.optim_wrapper.autocast():
+            pictures = runner.trainable.preview(self.request)
+        path = self._path(runner, runner.train_loop.done)
+        grid = save_grid([(picture.label, picture.image) for picture in pictures], path)
+        runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)
+        runner.logger.info(f"drew {path}")
+
+    def _choose(self, stream: Any) -> None:
+        """Fill in the request: captions as given, or of the data with their pictures."""
+        if not isinstance(self.prompts, int):
+            self.request.prompts = list(self.prompts)
             return
-        self._drawn_at = runner.train_loop.done
-        if distributed.rank() == 0:
-            with runner.optim_wrapper.autocast():
-                pictures = runner.trainable.preview(self.request)
-            path = self._folder(runner) / _name(runner.train_loop.done)
-            grid = save_grid([(picture.label, picture.image) for picture in pictures], path)
-            runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)
-            runner.logger.info(f"drew {path}")
-        distributed.barrier()
+        samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
+        self.request.prompts = [caption for caption, _ in samples]
+        self.request.pictures = [self._square(picture) for _, picture in samples]
+
+    def _before_after(self, runner: Any) -> None:
+        first, last = self._path(runner, 0), self._path(runner, runner.train_loop.done)
+        if first.exists() and last.exists():  # a run that was resumed in another folder has none
+            with Image.open(first) as before, Image.open(last) as after:
+                grid = stack([("before", before), (f"after {runner.train_loop.done} steps", after)])
+            grid.save(Path(runner.work_dir) / "before_after.png")
+
+    def _path(self, runner: Any, step: int) -> Path:
+        return Path(runner.work_dir) / "previews" / f"{step:06}.png"
 
     def _square(self, picture: Image.Image) -> Image.Image:
         """The centre of a picture, as training sees it."""
@@ -96,19 +107,24 @@ class PreviewHook(Hook):
         return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
 
 
-def _name(step: int) -> str:
-    return f"{step:06}.png"
+def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image]]:
+    """Up to `count` distinct captions with their pictures, evenly spaced over the data.
 
-
-def distinct(dataset: Any, count: int) -> list[tuple[str, Image.Image]]:
-    """Up to `count` distinct captions with their pictures, evenly spaced over the data."""
+    Raises:
+        UnreadablePicture: unless those are to be skipped.
+    """
     found: dict[str, Image.Image] = {}
     size = len(dataset)
-    places = [size * place // count for place in range(min(count, size))] if size >= count else range(size)
-    for place in [*places, *range(min(size, 4 * count))]:
+    places = [size * place // count for place in range(count)] if size >= count else []
+    for place in dict.fromkeys([*places, *range(min(size, 4 * count))]):
         if len(found) == count:
             break
-        sample = dataset[place]
+        try:
+            sample = dataset[place]
+        except UnreadablePicture:
+            if not skip_unreadable:
+                raise
+            continue
         caption = sample["text"] if isinstance(sample["text"], str) else sample["text"][0]
         found.setdefault(caption, sample["image"])
     return list(found.items())

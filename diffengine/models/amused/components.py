@@ -4,9 +4,11 @@ Each is loaded from a folder or hub name, or built from sizes. Sizes that follow
 codebook's size, text widths, the mask id) are filled in, so none stands twice in a config.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -16,19 +18,18 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from diffengine.errors import UserError
 from diffengine.models.amused.vocabulary import from_assets
-from diffengine.models.loading import load_component
+from diffengine.models.loading import component_folder, load_component, load_module, seeded, unknown_sizes
 
 Origin = str | Mapping[str, Any] | None  # a folder or hub name, sizes, or "as `pretrained` says"
-MODULES = ("vqvae", "text_encoder", "transformer")
 
 
 @final
 class Components:
-    """The five components, each loaded when it is first asked for.
+    """The five components, each loaded when it is first asked for; the global random state is left alone.
 
     Args:
         pretrained: a folder or hub name with all five in subfolders, or None.
-        origins: for `vqvae`, `tokenizer`, `text_encoder`, `transformer`: another folder or hub name, or sizes.
+        origins: for `vqvae`, `tokenizer`, `text_encoder`, `transformer`: another folder, hub name, or sizes.
         assets: the files of a vocabulary learnt from captions, where `tokenizer` is given by its size.
         seed: of the weights that are built from sizes.
     """
@@ -37,25 +38,44 @@ class Components:
         self, pretrained: str | None, origins: Mapping[str, Origin], assets: Mapping[str, str], seed: int
     ) -> None:
         self.pretrained = pretrained
-        self.origins = {name: pretrained if origin is None else _sizes(origin) for name, origin in origins.items()}
+        self.origins = {
+            name: pretrained if origin is None else _sizes(origin) for name, origin in origins.items()
+        }
         self._assets = assets
         self._seed = seed
-        missing = [name for name, origin in self.origins.items() if origin is None]
+        missing = [f"`{name}`" for name, origin in self.origins.items() if origin is None]
         if missing:
-            raise UserError(f"model has neither `pretrained` nor {', '.join(f'`{name}`' for name in missing)}")
+            raise UserError(f"model has neither `pretrained` nor {', '.join(missing)}")
 
     def from_sizes(self, name: str) -> bool:
         """Whether a component is built anew rather than loaded."""
         return isinstance(self.origins[name], Mapping)
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        """The local folders that components are loaded from."""
+        origins = {**self.origins, "scheduler": self.pretrained}
+        folders = {
+            name: component_folder(origin, name)
+            for name, origin in origins.items()
+            if isinstance(origin, str)
+        }
+        return {name: folder for name, folder in folders.items() if folder is not None}
+
+    # ------------------------------------------------------------------------------------------ configs
+
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         if self.from_sizes("tokenizer"):
-            return from_assets(self._assets)
-        tokenizer = self._load("tokenizer", CLIPTokenizer.from_pretrained)
+            tokenizer, origin = from_assets(self._assets), "the run's assets"
+        else:
+            tokenizer, origin = (
+                self._load("tokenizer", CLIPTokenizer.from_pretrained),
+                str(self.origins["tokenizer"]),
+            )
         if len(tokenizer) < 3:  # transformers 5 returns an empty one where there are no files, with no error
             raise UserError(
-                f"no tokenizer files in '{self.origins['tokenizer']}': got a vocabulary of {len(tokenizer)}; expected "
+                f"no tokenizer files in '{origin}': got a vocabulary of {len(tokenizer)}; expected "
                 "vocab.json and merges.txt, or tokenizer.json"
             )
         return tokenizer
@@ -69,8 +89,8 @@ class Components:
         ids = self.tokenizer
         follows = {
             "vocab_size": len(ids), "max_position_embeddings": ids.model_max_length,
-            "bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id, "pad_token_id": ids.pad_token_id,
-            "projection_dim": sizes.get("hidden_size", 512),
+            "bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id,
+            "pad_token_id": ids.pad_token_id, "projection_dim": sizes.get("hidden_size", 512),
         }  # fmt: skip
         return CLIPTextConfig(**{**follows, **sizes})
 
@@ -81,25 +101,47 @@ class Components:
     @cached_property
     def transformer_config(self) -> Mapping[str, Any]:
         """Of the transformer; sizes are completed by the VQ model's and the text encoder's."""
-        sizes = self._config("transformer", UVit2DModel)
+        config = self._config("transformer", UVit2DModel)
         if not self.from_sizes("transformer"):
-            return sizes
+            return config
         codes = self.vqvae_config["num_vq_embeddings"]
-        given = self.origins["transformer"]
         follows = {
             "codebook_size": codes,
             "vocab_size": math.ceil((codes + 1) / 8) * 8,  # one more for the mask, rounded
             "encoder_hidden_size": self.text_config.hidden_size,
             "cond_embed_dim": self.text_config.projection_dim,
-            "micro_cond_embed_dim": 5 * sizes["micro_cond_encode_dim"],
+            "micro_cond_embed_dim": 5 * config["micro_cond_encode_dim"],
         }
-        return {**sizes, **follows, **given}  # type: ignore[dict-item]
+        return {**config, **follows, **self.origins["transformer"]}  # type: ignore[dict-item]
 
     @cached_property
     def scheduler(self) -> AmusedScheduler:
         if self.from_sizes("transformer") or self.pretrained is None:
             return AmusedScheduler(mask_token_id=self.transformer_config["vocab_size"] - 1)
         return self._load("scheduler", AmusedScheduler.from_pretrained)
+
+    def faults(self) -> list[str]:
+        """What does not fit where components meet, by their configs; no weights are read.
+
+        Raises:
+            UserError: a config cannot be loaded.
+        """
+        text = self.text_config  # first: of a name that leads nowhere, the tokenizer is empty and no error
+        kinds = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
+        unknown: list[str] = []
+        for name, kind in kinds.items():
+            origin = self.origins[name]
+            if isinstance(origin, Mapping):
+                unknown += unknown_sizes(name, origin, kind)
+        return unknown or _faults(
+            self.tokenizer,
+            text,
+            self.vqvae_config,
+            self.transformer_config,
+            self.scheduler.config,
+        )
+
+    # ------------------------------------------------------------------------------------------ weights
 
     @cached_property
     def vqvae(self) -> VQModel:
@@ -120,62 +162,56 @@ class Components:
 
         return self._module("transformer", UVit2DModel, initialised)
 
-    def check(self) -> None:
-        """Hold the components against one another by their configs; no weights are read.
-
-        Raises:
-            UserError: all that does not fit, in one error.
-        """
-        faults = _faults(
-            self.tokenizer, self.text_config, self.vqvae_config, self.transformer_config, self.scheduler.config
-        )
-        if faults:
-            raise UserError("components do not fit together: " + "; ".join(faults))
-
-    # ------------------------------------------------------------------------------------------ loading
-
-    def _load(self, name: str, load: Callable[..., Any], **options: Any) -> Any:
-        return load_component(str(self.origins.get(name, self.pretrained)), name, load, **options)
+    def _load(self, name: str, load: Callable[..., Any]) -> Any:
+        return load_component(str(self.origins.get(name, self.pretrained)), name, load)
 
     def _config(self, name: str, kind: Any) -> dict[str, Any]:
+        """A diffusers component's config, completed by its class's defaults."""
+        options = inspect.signature(kind).parameters
+        defaults = {
+            key: option.default for key, option in options.items() if option.default is not option.empty
+        }
         if self.from_sizes(name):
-            defaults = {
-                key: parameter.default
-                for key, parameter in kind._get_init_signature().items()  # noqa: SLF001
-            }
             return {**defaults, **self.origins[name]}  # type: ignore[dict-item]
         config = self._load(name, kind.load_config)
-        return {key: value for key, value in config.items() if not key.startswith("_")}
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise UserError(
+                f"{name} of '{self.origins[name]}' is a {config['_class_name']}; expected a {kind.__name__}"
+            )
+        return {**defaults, **{key: value for key, value in config.items() if not key.startswith("_")}}
 
     def _module(self, name: str, kind: Any, build: Callable[[], nn.Module]) -> Any:
-        if self.from_sizes(name):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed)
-                return build()
-        precision = "dtype" if name == "text_encoder" else "torch_dtype"  # transformers and diffusers differ
-        return self._load(name, kind.from_pretrained, **{precision: torch.float32})
+        if not self.from_sizes(name):
+            return load_module(str(self.origins[name]), name, kind)
+        with seeded(self._seed):
+            return build()
 
 
 def _faults(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, scheduler: Mapping) -> list[str]:
     """What does not fit, one line each. Each pair stands where two components meet."""
-    end = tokenizer.eos_token_id
-    highest = max(tokenizer.get_vocab().values())
-    text_end = highest if text.eos_token_id == 2 else text.eos_token_id  # 2: CLIP takes the highest id in the row
+    text_end = text.eos_token_id
+    if text_end == 2:  # the released form: CLIP takes the highest id in the row for the end
+        text_end = max(tokenizer.get_vocab().values())
+    latents = vqvae["latent_channels"]
     pairs = [
         ("tokenizer length", len(tokenizer), "text_encoder.vocab_size", text.vocab_size),
-        ("tokenizer's end token", end, "the id text_encoder takes for it", text_end),
-        ("transformer.codebook_size", transformer["codebook_size"], "vqvae codes", vqvae["num_vq_embeddings"]),
-        ("transformer.vocab_size - 1", transformer["vocab_size"] - 1, "scheduler.mask_token_id",
-         scheduler["mask_token_id"]),
-        ("transformer.encoder_hidden_size", transformer["encoder_hidden_size"], "text_encoder.hidden_size",
-         text.hidden_size),
-        ("transformer.cond_embed_dim", transformer["cond_embed_dim"], "text_encoder.projection_dim",
-         text.projection_dim),
+        ("tokenizer's end token", tokenizer.eos_token_id, "the id text_encoder takes for it", text_end),
+        ("transformer.codebook_size", transformer["codebook_size"],
+         "vqvae.num_vq_embeddings", vqvae["num_vq_embeddings"]),
+        ("transformer.vocab_size - 1", transformer["vocab_size"] - 1,
+         "scheduler.mask_token_id", scheduler["mask_token_id"]),
+        ("transformer.encoder_hidden_size", transformer["encoder_hidden_size"],
+         "text_encoder.hidden_size", text.hidden_size),
+        ("transformer.cond_embed_dim", transformer["cond_embed_dim"],
+         "text_encoder.projection_dim", text.projection_dim),
         ("transformer.micro_cond_embed_dim", transformer["micro_cond_embed_dim"],
          "5 x micro_cond_encode_dim", 5 * transformer["micro_cond_encode_dim"]),
         ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
+        ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
     ]  # fmt: skip
-    faults = [f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected]
+    faults = [
+        f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected
+    ]
     if transformer["vocab_size"] <= transformer["codebook_size"]:
         faults.append("transformer.vocab_size leaves no id for the mask above codebook_size")
     if tokenizer.model_max_length > text.max_position_embeddings:
@@ -187,10 +223,11 @@ def _faults(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, sch
 
 
 def initialise(transformer: UVit2DModel) -> None:
-    """open-muse's initialisation of a U-ViT, which diffusers' class lacks.
+    """open-muse's initialisation of a U-ViT (`modeling_transformer_v2.py`), which diffusers' class lacks.
 
-    Truncated normal of std 0.02; embeddings of std sqrt(1/vocab_size); the head's first convolution zero and its
-    last one copied from the embedding; every adaptive-norm projection zero.
+    Truncated normal of std 0.02; embeddings of std sqrt(1/vocab_size); the head's first convolution zero and
+    its last one copied from the embedding; every adaptive-norm projection zero. Where open-muse differs: it
+    shrinks `embed.conv` further, and leaves the transposed convolution that upsamples as torch draws it.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -210,4 +247,6 @@ def initialise(transformer: UVit2DModel) -> None:
 
 def _sizes(origin: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     """Sizes without the `type` that a config names for their check."""
-    return origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}
+    return (
+        origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}
+    )

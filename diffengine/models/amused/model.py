@@ -1,4 +1,4 @@
-"""The masked-token model that is trained: caption and visible tokens in, the masked tokens' cross entropy out.
+"""The masked-token model: caption and visible tokens in, the masked tokens' cross entropy out.
 
 Legend: B batch, h w token grid, T text length, D text width, V codebook size, M masked tokens.
 """
@@ -6,20 +6,24 @@ Legend: B batch, h w token grid, T text length, D text width, V codebook size, M
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
-from diffusers import AmusedPipeline, UVit2DModel
+from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
 from diffengine.models.amused.components import Components
-from diffengine.models.drawing import draw, draw_strip
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import Batch, Frozen, MaskedImageModel, Picture, PreviewRequest, SampleDraw
+from diffengine.models.drawing import draw, draw_strip, sides_of
 from diffengine.models.masking import DrawMask, Schedule, mask_tokens
+
+TRAINABLE = ("transformer", "text_encoder")
 
 
 @final
@@ -28,8 +32,8 @@ class AmusedModel(MaskedImageModel):
 
     Args:
         pretrained: a folder or hub name that holds all five components, such as "amused/amused-512".
-        vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or hub
-            name, or `dict(...)` of sizes to build it from nothing. `tokenizer` sizes are `vocab_size` and
+        vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or
+            hub name, or `dict(...)` of sizes to build it from nothing. `tokenizer` sizes are `vocab_size` and
             `max_length`: a byte-pair vocabulary is learnt from the captions. Sizes that follow from other
             components need not be given.
         train: the components to train; "transformer", "text_encoder" or both.
@@ -40,7 +44,8 @@ class AmusedModel(MaskedImageModel):
         seed: of the weights built from sizes, given by the run.
 
     Raises:
-        UserError: a component cannot be loaded, components do not fit together, or one built from sizes is frozen.
+        UserError: a component's config cannot be loaded; or, all in one and before any weights are read: an
+            option is out of range, components do not fit together, or one built from sizes is frozen.
     """
 
     def __init__(
@@ -63,8 +68,9 @@ class AmusedModel(MaskedImageModel):
             "vqvae": vqvae, "tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer,
         }  # fmt: skip
         self.components = Components(pretrained, origins, assets or {}, seed)
-        self._check_options(train, label_smoothing)
-        self.components.check()
+        faults = self._option_faults(train, label_smoothing, vq_batch_size) + self.components.faults()
+        if faults:
+            raise UserError("model: " + "; ".join(faults))
         self._assets = dict(assets or {})
         self.label_smoothing = label_smoothing
         self.mask_schedule = mask_schedule
@@ -75,35 +81,43 @@ class AmusedModel(MaskedImageModel):
             self.text_encoder = self.components.text_encoder
         self.requires_grad_(True)
         self._frozen = {
-            name: Frozen(getattr(self.components, name))
-            for name in ("vqvae", "text_encoder", "transformer")
+            name: Frozen(partial(getattr, self.components, name))
+            for name in ("vqvae", *TRAINABLE)
             if name not in train
         }
-        self.preprocessor = AmusedPreprocessor(self._frozen["vqvae"], self.components.tokenizer, vq_batch_size)
+        self.preprocessor = AmusedPreprocessor(
+            self._frozen["vqvae"], self.components.tokenizer, vq_batch_size
+        )
 
-    def _check_options(self, train: Iterable[str], label_smoothing: float) -> None:
-        known = ["transformer", "text_encoder"]
-        if not list(train) or any(name not in known for name in train):
-            raise UserError(f"model.train got {list(train)}; expected one or both of {known}")
+    def _option_faults(self, train: Iterable[str], label_smoothing: float, vq_batch_size: int) -> list[str]:
+        faults = []
+        if not list(train) or any(name not in TRAINABLE for name in train):
+            faults.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"model.label_smoothing got {label_smoothing}; expected a number in [0, 1)")
-        for name in ("vqvae", "text_encoder", "transformer"):
-            if name not in train and self.components.from_sizes(name):
-                raise UserError(
-                    f"model.{name} is built from sizes and not trained, so its random weights would be lost: give a "
-                    f"folder for it{'' if name == 'vqvae' else ', or name it in model.train'}"
-                )
+            faults.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
+        if vq_batch_size < 1:
+            faults.append(f"vq_batch_size got {vq_batch_size}; expected at least 1")
+        return faults + [
+            f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder "
+            f"for it{'' if name == 'vqvae' else ', or name it in `train`'}"
+            for name in ("vqvae", *TRAINABLE)
+            if name not in train and self.components.from_sizes(name)
+        ]
 
     # ------------------------------------------------------------------------------------------ training
 
     @classmethod
-    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
+    def learn_assets(
+        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
+    ) -> dict[str, str]:
         sizes = options.get("tokenizer")
         if not isinstance(sizes, Mapping):
             return {}
         unknown = sizes.keys() - {"vocab_size", "max_length"}
         if unknown:
-            raise UserError(f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length")
+            raise UserError(
+                f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length"
+            )
         return learn_vocabulary(captions(), sizes.get("vocab_size", 1024), sizes.get("max_length", 77))
 
     @property
@@ -112,9 +126,8 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def sample_draw(self) -> SampleDraw:
-        factor = 2 ** (len(self.components.vqvae_config["block_out_channels"]) - 1)
-        multiple = 2 if self.components.transformer_config["downsample"] else 1
-        return DrawMask(factor, multiple, self.mask_schedule)
+        sides = sides_of(self.components.vqvae_config, self.components.transformer_config)
+        return DrawMask(sides, self.mask_schedule)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +137,7 @@ class AmusedModel(MaskedImageModel):
         return self.preprocessor(batch, self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds` (B,5), `masked_index`."""
+        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds`, `masked_index`."""
         index = batch["masked_index"]
         hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
@@ -143,8 +156,8 @@ class AmusedModel(MaskedImageModel):
         return loss, {"accuracy": correct}
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Caption ids (B,T) as AmusedPipeline encodes them: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
-        with torch.set_grad_enabled("text_encoder" in self.exportable and torch.is_grad_enabled()):
+        """Caption ids (B,T) as in AmusedPipeline: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
+        with torch.set_grad_enabled("text_encoder" not in self._frozen and torch.is_grad_enabled()):
             output = self.module("text_encoder")(text_ids, output_hidden_states=True, return_dict=True)
         return output.hidden_states[-2], output.text_embeds
 
@@ -152,8 +165,8 @@ class AmusedModel(MaskedImageModel):
         """A component on the model's device, trained or frozen."""
         return self._frozen[name].on(self.device) if name in self._frozen else getattr(self, name)
 
-    def after_step(self, step: int) -> None:
-        """Nothing: the optimizer's step is all there is."""
+    def before_step(self, step: int) -> None:
+        """Nothing: every step is alike."""
 
     def gauges(self) -> dict[str, float]:
         return {}
@@ -163,19 +176,24 @@ class AmusedModel(MaskedImageModel):
         codes = self.components.transformer_config["codebook_size"]
         return f"ln {codes}", math.log(codes)
 
-    # ------------------------------------------------------------------------------------------ showing, saving
+    # ---------------------------------------------------------------------------------------- showing, saving
 
     @property
     def exportable(self) -> dict[str, nn.Module]:
         return dict(self.named_children())
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        return self.components.sources
+
     def build_pipeline(self) -> AmusedPipeline:
+        """With a scheduler of its own: AmusedInpaintPipeline rewrites one that it shares to "linear"."""
         pipeline = AmusedPipeline(
             vqvae=self.module("vqvae"),
             tokenizer=self.components.tokenizer,
             text_encoder=self.module("text_encoder"),
             transformer=self.module("transformer"),
-            scheduler=self.components.scheduler,
+            scheduler=AmusedScheduler.from_config(self.components.scheduler.config),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -205,7 +223,7 @@ class AmusedModel(MaskedImageModel):
 
 @contextmanager
 def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
-    """Run the token head at the flat positions `index` (M,) only; the transformer then gives logits (1,V,M,1).
+    """Run the token head at the flat positions `index` (M,) only; the transformer gives logits (1,V,M,1).
 
     Exact, since the head is 1x1 convolutions and a norm over channels: each position stands alone.
     """

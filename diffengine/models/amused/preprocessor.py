@@ -32,8 +32,8 @@ class AmusedPreprocessor:
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
         """Moves `batch` to the device and adds its tokens.
 
-        Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B] and `masked`; gives `token_ids` (B,h,w)
-        int64, `text_ids` (B,T) int64, `micro_conds`, and `masked_index` (M,) int64.
+        Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B] and `masked`; gives `token_ids`
+        (B,h,w) int64, `text_ids` (B,T) int64, `micro_conds`, and `masked_index` (M,) int64.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
@@ -58,11 +58,12 @@ class AmusedPreprocessor:
         """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; fp32 whatever the autocast around it."""
         vqvae = self.vqvae.on(pixels.device)
         with torch.autocast(pixels.device.type, enabled=False):
-            return torch.cat([encode_chunk(vqvae, chunk) for chunk in pixels.float().split(self.vq_batch_size)])
+            chunks = pixels.float().split(self.vq_batch_size)
+            return torch.cat([encode_chunk(vqvae, chunk) for chunk in chunks])
 
 
 def encode_chunk(vqvae: VQModel, pixels: Tensor) -> Tensor:
-    """One chunk's token ids, reshaped by the chunk's own size (the reference scripts use the whole batch's)."""
+    """One chunk's token ids, reshaped by the chunk's own size (reference scripts use the whole batch's)."""
     latents = vqvae.encode(pixels).latents
     ids = vqvae.quantize(latents)[2][2]
     return ids.view(latents.shape[0], *latents.shape[2:])

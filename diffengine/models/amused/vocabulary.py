@@ -1,7 +1,7 @@
 """A small byte-pair vocabulary learnt from the captions, kept as plain text files.
 
-Learning is not deterministic across processes (the `tokenizers` library breaks ties by hash order), so it happens
-once per run and the files travel with the checkpoint.
+Learning is not deterministic across processes (the `tokenizers` library breaks ties by hash order), so it
+happens once per run and the files travel with the checkpoint.
 """
 
 import json
@@ -23,21 +23,25 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
 
     Args:
         captions: what to learn from.
-        size: the most entries it may have, the two special ones counted in; at least 514 (256 bytes, each alone
-            and at the end of a word).
-        max_length: tokens per caption, the two special ones counted in.
+        size: the most entries it may have, the two special ones counted in; at least 514 (256 bytes, each
+            alone and at the end of a word).
+        max_length: tokens per caption, the two special ones counted in; at least 3.
 
     Returns:
-        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where CLIP's
-        text model looks for it.
+        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where
+        CLIP's text model looks for it.
+
+    Raises:
+        UserError: a number is too small, or none.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = 2 * len(alphabet) + 2
-    if size < smallest:
-        raise UserError(f"tokenizer.vocab_size got {size}; expected at least {smallest}, the bytes alone")
+    for name, number, least in (("vocab_size", size, smallest), ("max_length", max_length, 3)):
+        if not isinstance(number, int) or number < least:
+            raise UserError(f"model.tokenizer.{name} got {number!r}; expected a number of at least {least}")
     clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
-    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # so words split as CLIP's do
+    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # splits as CLIP's
     trainer = trainers.BpeTrainer(
         vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
     )

@@ -5,6 +5,7 @@ Legend: B batch, H W pixels, h w token grid, N = B*h*w latent vectors, V codes, 
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -14,24 +15,31 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
-from diffengine.models.loading import load_component
 from diffengine.models.base import Batch, Picture, PreviewRequest, TrainableModel
+from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
+from diffengine.models.masking import CheckSides
 
 
 @final
 class VQTokenizerModel(TrainableModel):
-    """Reconstruction (L1 + MSE) and commitment, with re-seeding of dead codes.
+    """Reconstruction (L1 + MSE) through a codebook, with re-seeding of dead codes.
 
-    A code that no latent chose since the last re-seeding is set to an encoder output of the current batch; without
-    it a small codebook collapses. Chosen on rank 0 from (seed, step) and broadcast.
+    A code that no latent chose since the last re-seeding is set to a latent of the current batch; without it
+    a small codebook collapses. Decided on rank 0, from (seed, step), and broadcast.
 
     Args:
         vqvae: a folder or hub name, or `dict(...)` of VQModel's sizes to build it from nothing.
         l1_weight, mse_weight: of the mean absolute and squared error over pixels.
-        commitment_weight: of the quantizer's own loss (codebook and commitment terms).
-        reseed_every: steps between re-seedings; 0 for never.
-        reseed_until: step after which codes are left alone, so that they settle.
+        codebook_weight: of the squared distance that moves codes towards latents.
+        commitment_weight: of the squared distance that moves latents towards codes.
+        quantize_after: steps of a plain autoencoder, before the codebook is filled with latents and comes
+            between encoder and decoder.
+        reseed_every: steps over which the use of codes is counted, and between re-seedings.
+        reseed_until: step from which on codes are left alone, so that they settle; 0: never re-seeded.
         seed: of the weights built from sizes and of re-seeding, given by the run.
+
+    Raises:
+        UserError: an option is out of range, or the VQ model cannot be loaded.
     """
 
     def __init__(
@@ -40,7 +48,9 @@ class VQTokenizerModel(TrainableModel):
         *,
         l1_weight: float = 1.0,
         mse_weight: float = 1.0,
-        commitment_weight: float = 1.0,
+        codebook_weight: float = 1.0,
+        commitment_weight: float = 0.25,
+        quantize_after: int = 0,
         reseed_every: int = 25,
         reseed_until: int = 0,
         assets: Mapping[str, str] | None = None,
@@ -48,18 +58,26 @@ class VQTokenizerModel(TrainableModel):
     ) -> None:
         super().__init__()
         del assets  # it learns none
-        self.vqvae = _build(vqvae, seed)
-        self.vqvae.requires_grad_(True).train()
-        self.l1_weight, self.mse_weight, self.commitment_weight = l1_weight, mse_weight, commitment_weight
-        self.reseed_every, self.reseed_until = reseed_every, reseed_until
+        if reseed_every < 1:
+            raise UserError(f"model.reseed_every got {reseed_every}; expected at least 1")
+        self._origin = vqvae
+        self.vqvae = _build(vqvae, seed).requires_grad_(True).train()
+        self.l1_weight, self.mse_weight = l1_weight, mse_weight
+        self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
+        self.quantize_after, self.reseed_every, self.reseed_until = quantize_after, reseed_every, reseed_until
         self.seed = seed
-        self.codes = self.vqvae.config.num_vq_embeddings
+        self.codes: int = self.vqvae.config.num_vq_embeddings
         self.usage: Tensor
-        self.register_buffer("usage", torch.zeros(self.codes))  # times each code was chosen since the last re-seeding
-        self._latents_ND: Tensor | None = None
+        self.usage_before: Tensor
+        self.register_buffer("usage", torch.zeros(self.codes))  # times chosen, on all ranks, in this window
+        self.register_buffer("usage_before", torch.zeros(self.codes))  # and in the one before
+        self._step = 0
+        self._window_begins = False
 
     @classmethod
-    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
+    def learn_assets(
+        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
+    ) -> dict[str, str]:
         return {}
 
     @property
@@ -67,8 +85,8 @@ class VQTokenizerModel(TrainableModel):
         return {}
 
     @property
-    def sample_draw(self) -> None:
-        return None
+    def sample_draw(self) -> CheckSides:
+        return CheckSides(2 ** (len(self.vqvae.config.block_out_channels) - 1))
 
     def prepare(self, batch: Batch) -> Batch:
         return {"image": batch["image"].to(self.usage.device, non_blocking=True)}
@@ -76,47 +94,77 @@ class VQTokenizerModel(TrainableModel):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Takes `image` (B,3,H,W) in [0,1]; sums over pictures."""
         pixels = batch["image"]
-        latents = self.vqvae.encode(pixels).latents
-        quantized, commitment, (_, _, ids) = self.vqvae.quantize(latents)
-        decoded = self._decode(quantized)
+        latents = self.vqvae.encode(pixels).latents.float()
+        if self._step < self.quantize_after:
+            # The codes take part with gradient zero: DDP waits for every trained parameter.
+            distance_B = (0 * self.vqvae.quantize.embedding.weight).sum().expand(len(latents))
+            decoded = self._decode(latents)
+        else:
+            decoded, distance_B = self._through_codes(latents)
         error = decoded.float() - pixels
         mse_B = error.square().mean(dim=(1, 2, 3))
-        loss_B = self.l1_weight * error.abs().mean(dim=(1, 2, 3)) + self.mse_weight * mse_B
-        loss = loss_B.sum() + self.commitment_weight * commitment * len(pixels)
-        with torch.no_grad():
-            self.usage.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=self.usage.dtype))
-            self._latents_ND = latents.detach().movedim(1, -1).flatten(0, 2).float()
-            psnr = -10 * torch.log10(mse_B.clamp_min(1e-10)).sum()
-        return loss, {"mse": mse_B.detach().sum(), "psnr": psnr}
+        loss_B = self.l1_weight * error.abs().mean(dim=(1, 2, 3)) + self.mse_weight * mse_B + distance_B
+        psnr_B = -10 * torch.log10(mse_B.detach().clamp_min(1e-10))
+        return loss_B.sum(), {"mse": mse_B.detach().sum(), "psnr": psnr_B.sum()}
+
+    def _through_codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels decoded from the nearest codes, and each picture's weighed distance to them (B,)."""
+        with torch.autocast(latents.device.type, enabled=False):
+            if self._window_begins:
+                self._begin_window(latents.detach().movedim(1, -1).flatten(0, 2))
+            quantized, _, (_, _, ids_N) = self.vqvae.quantize(latents)
+            codes = self.vqvae.quantize.get_codebook_entry(ids_N, latents.movedim(1, -1).shape)
+            moves_codes_B = (codes - latents.detach()).square().mean(dim=(1, 2, 3))
+            moves_latents_B = (codes.detach() - latents).square().mean(dim=(1, 2, 3))
+        self._count(ids_N)
+        return self._decode(quantized), (
+            self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
+        )
 
     def _decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents as pixels. VQModel.decode would take them for ids when lookup_from_codebook is set."""
+        """Quantized latents as pixels. VQModel.decode takes them for ids if lookup_from_codebook is set."""
         return self.vqvae.decoder(self.vqvae.post_quant_conv(quantized))
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        if not self.reseed_every or (step + 1) % self.reseed_every:
-            return
+    # ---------------------------------------------------------------------------------------- dead codes
+
+    def before_step(self, step: int) -> None:
+        self._step = step
+        self._window_begins = (step - self.quantize_after) % self.reseed_every == 0
+
+    def _count(self, ids_N: Tensor) -> None:
+        """Add what this micro-batch chose, on all ranks, so that a checkpoint of rank 0 has it all."""
+        counts_V = torch.zeros_like(self.usage).index_add_(
+            0, ids_N, torch.ones_like(ids_N, dtype=torch.float)
+        )
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.usage)
-        if step < self.reseed_until and self._latents_ND is not None:
-            generator = torch.Generator().manual_seed((self.seed << 32) + step)
-            choice = torch.randint(len(self._latents_ND), (self.codes,), generator=generator)
-            fresh_VD = self._latents_ND[choice.to(self._latents_ND.device)]
+            torch.distributed.all_reduce(counts_V)
+        self.usage += counts_V
+
+    @torch.no_grad()
+    def _begin_window(self, latents_ND: Tensor) -> None:
+        """Re-seed where it is time, and count anew; in a step's first micro-batch."""
+        self._window_begins = False
+        since = self._step - self.quantize_after
+        if (since > 0 and self._step < self.reseed_until) or (since == 0 and self.quantize_after > 0):
+            choice = np.random.default_rng((self.seed, self._step)).integers(len(latents_ND), size=self.codes)
+            fresh_VD = latents_ND[torch.from_numpy(choice).to(latents_ND.device)]
             weight = self.vqvae.quantize.embedding.weight
             weight.copy_(torch.where((self.usage == 0)[:, None], fresh_VD, weight))
             if torch.distributed.is_initialized():
                 torch.distributed.broadcast(weight.data, src=0)
+        self.usage_before.copy_(self.usage)
         self.usage.zero_()
 
     def gauges(self) -> dict[str, float]:
-        """Codes used, and the perplexity of their use, since the last re-seeding."""
-        used = int((self.usage > 0).sum())
+        """Codes used, and the perplexity of their use, in this window and the one before."""
+        counts = self.usage + self.usage_before
+        used = int((counts > 0).sum())
         if not used:
             return {}
-        share = self.usage / self.usage.sum()
-        perplexity = math.exp(-float(torch.xlogy(share, share).sum()))
-        return {"codes_used": used, "perplexity": perplexity}
+        share = counts / counts.sum()
+        return {"codes_used": used, "perplexity": math.exp(-float(torch.xlogy(share, share).sum()))}
+
+    # ---------------------------------------------------------------------------------------- showing, saving
 
     @property
     def chance_loss(self) -> None:
@@ -126,10 +174,17 @@ class VQTokenizerModel(TrainableModel):
     def exportable(self) -> dict[str, nn.Module]:
         return {"vqvae": self.vqvae}
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        folder = component_folder(self._origin, "vqvae") if isinstance(self._origin, str) else None
+        return {"vqvae": folder} if folder else {}
+
     def preview(self, request: PreviewRequest) -> list[Picture]:
         """Each picture beside its round trip through the codes."""
         if request.options:
-            raise UserError(f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none")
+            raise UserError(
+                f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none"
+            )
         return [
             Picture(label, beside(picture, self.round_trip(picture)))
             for label, picture in zip(request.prompts, request.pictures)
@@ -137,10 +192,12 @@ class VQTokenizerModel(TrainableModel):
 
     @torch.no_grad()
     def round_trip(self, picture: Image.Image) -> Image.Image:
-        """A picture through encoder, codebook and decoder; sides must be divisible by f."""
+        """A picture through encoder, codebook and decoder, in fp32; sides must be divisible by f."""
         pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
-        latents = self.vqvae.encode(pixels.to(self.usage.device)).latents
-        decoded = self._decode(self.vqvae.quantize(latents)[0])[0]
+        self.sample_draw.grid(*pixels.shape[-2:])
+        with torch.autocast(self.usage.device.type, enabled=False):
+            latents = self.vqvae.encode(pixels.to(self.usage.device)).latents
+            decoded = self._decode(self.vqvae.quantize(latents)[0])[0]
         return Image.fromarray((decoded.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -153,8 +210,11 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
-    if isinstance(vqvae, Mapping):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return VQModel(**{key: value for key, value in vqvae.items() if key != "type"})
-    return load_component(vqvae, "vqvae", VQModel.from_pretrained, torch_dtype=torch.float32)
+    """Loaded, or built as AmusedPipeline needs it: `lookup_from_codebook`."""
+    if isinstance(vqvae, str):
+        return load_module(vqvae, "vqvae", VQModel)
+    sizes = {key: value for key, value in vqvae.items() if key != "type"}
+    if faults := unknown_sizes("vqvae", sizes, VQModel):
+        raise UserError("model: " + "; ".join(faults))
+    with seeded(seed):
+        return VQModel(**{"lookup_from_codebook": True, **sizes})

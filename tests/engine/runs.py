@@ -1,0 +1,237 @@
+"""Small real runs: a toy model, ten 32 px photos, and what to look at afterwards."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from diffengine import cli, config
+from diffengine.engine import checkpoint
+from diffengine.engine.assemble import build_run
+from diffengine.engine.runner import Runner
+from diffengine.engine.workdir import claim
+
+CPU = torch.device("cpu")
+TEXT_TOO = "model.train=['transformer', 'text_encoder']"
+
+
+@dataclass
+class Toy:
+    """A model folder, a picture folder, and configs over them."""
+
+    model: Path
+    data: Path
+    root: Path
+
+    def config(self, name: str = "toy", **settings: Any) -> str:
+        """A config file with these settings; previews off, one line of numbers per step."""
+        everyday = {
+            "data": str(self.data), "pretrained": str(self.model), "resolution": 32, "batch_size": 4,
+            "num_workers": 0, "prompts": [], "preview_every": None, "checkpoint_every": None, "log_every": 1,
+            **settings,
+        }  # fmt: skip
+        if "max_epochs" not in everyday:
+            everyday.setdefault("max_iters", 1)
+        path = self.root / f"{name}.py"
+        path.write_text(
+            "\n".join(['extends = "amused"', *(f"{key} = {value!r}" for key, value in everyday.items())])
+        )
+        return str(path)
+
+    def vq_config(self, name: str, max_iters: int, log_every: int, batch_size: int = 4) -> str:
+        """A config that trains the VQ model, in micro-batches of 2."""
+        path = self.root / f"{name}.py"
+        path.write_text(
+            VQ_CONFIG.format(
+                vqvae=str(self.model / "vqvae"),
+                data=str(self.data),
+                max_iters=max_iters,
+                log_every=log_every,
+                batch_size=batch_size,
+            )
+        )
+        return str(path)
+
+
+VQ_CONFIG = """
+from torch.optim import AdamW
+from diffengine.datasets import Crop, ImageTextDataset, Resize, ToTensor
+from diffengine.engine.hooks import CheckpointHook, MetricsHook
+from diffengine.models.vq import VQTokenizerModel
+
+model = dict(type=VQTokenizerModel, vqvae={vqvae!r}, reseed_every=3, reseed_until=9)
+train_dataloader = dict(
+    dataset=dict(type=ImageTextDataset, path={data!r}),
+    image_transforms=[dict(type=Resize, size=32), dict(type=Crop, size=32), dict(type=ToTensor)],
+    batch_size={batch_size},
+)
+optim_wrapper = dict(optimizer=dict(type=AdamW, lr=1e-3), clip_grad=1.0)
+train_cfg = dict(max_iters={max_iters}, micro_batch_size=2)
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every={log_every}), checkpoint=dict(type=CheckpointHook, every=None)
+)
+"""
+
+
+def build(
+    path: str, work_dir: Path, *options: str, resume: Path | None = None, overwrite: bool = False
+) -> Runner:
+    """A run that is ready to train, in this process."""
+    settings, resolved = config.load(path, options)
+    claim(work_dir, str(resume) if resume else None, overwrite)
+    return build_run(settings, resolved, Path(path).stem, work_dir, CPU, resume)
+
+
+def train(path: str, work_dir: Path, *flags: str) -> int:
+    """`diffengine train`, in this process."""
+    return cli.main(["train", path, "--work-dir", str(work_dir), *flags])
+
+
+@dataclass
+class FirstStep:
+    """What one optimizer step did."""
+
+    grads: list[Tensor]
+    masked: list[list[int]]
+    loss_sum: float
+    targets: int
+    loss: float
+
+
+class Watch(Hook):
+    """Keeps the gradients that the first step used, its masks and its loss."""
+
+    def __init__(self) -> None:
+        self.seen: FirstStep | None = None
+        self._grads: list[Tensor] = []
+
+    def before_train(self, runner: Any) -> None:
+        def keep(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self._grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if self.seen is None:
+            masked = [row.tolist() for row in data_batch["masked"]]
+            self.seen = FirstStep(self._grads, masked, outputs.sums["loss"].item(), outputs.targets, 0.0)
+
+
+def first_step(path: str, work_dir: Path, *options: str) -> FirstStep:
+    """Train one step; loss is the one that the run logged."""
+    runner = build(path, work_dir, *options)
+    watch = Watch()
+    runner.register_hook(watch)
+    runner.train()
+    assert watch.seen is not None
+    if (work_dir / "metrics.jsonl").exists():
+        watch.seen.loss = metrics(work_dir)[0]["loss"]
+    return watch.seen
+
+
+def metrics(work_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+class SignalAt(Hook):
+    """Sends this process (or its whole group) a signal after a step."""
+
+    def __init__(self, step: int, signum: int, group: bool = False) -> None:
+        self.step, self.signum, self.group = step, signum, group
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if runner.train_loop.done == self.step:
+            if self.group:  # from another process: workers heed their parent's
+                subprocess.run(["kill", f"-{self.signum}", "--", f"-{os.getpgrp()}"], check=False)
+            else:
+                os.kill(os.getpid(), self.signum)
+            time.sleep(0.3)  # so that its effect on workers is seen
+
+
+def signal_at(step: int, signum: int, group: bool = False) -> str:
+    """The config option that adds one."""
+    hook = {"type": "tests.engine.runs.SignalAt", "step": step, "signum": int(signum), "group": group}
+    return f"custom_hooks=[{hook}]"
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and counters equal bit for bit."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    assert a["counters"] == b["counters"]
+    assert a["param_scheduler"] == b["param_scheduler"]
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    pairs = [(a["model"], b["model"])]
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    pairs += [(a["optimizer"]["state"][key], b["optimizer"]["state"][key]) for key in a["optimizer"]["state"]]
+    for mine, theirs in pairs:
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+def in_child(work: Callable[..., int | None], *args: Any) -> int:
+    """Exit code of `work(*args)` in a process that leads a group of its own; -n when signal n ended it."""
+    process = _context().Process(target=_child, args=(work, *args))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the child did not end within 120 s")
+    return process.exitcode
+
+
+def _context() -> Any:
+    """Forked, so that nothing is imported anew; a CUDA build cannot."""
+    return multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+
+
+def _child(work: Callable[..., int | None], *args: Any) -> None:
+    os.setsid()
+    code = work(*args)
+    os._exit(code or 0)
+
+
+def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
+    """`work(*args)` on so many ranks of a gloo group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _context().Process(target=_rank, args=(rank, world, port, work, *args)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * world, f"exit codes {codes}; None means that a rank hangs"
+
+
+def _rank(rank: int, world: int, port: int, work: Callable[..., None], *args: Any) -> None:
+    from diffengine.engine import distributed
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    distributed.start()
+    work(*args)
+    distributed.stop()
+    os._exit(0)

@@ -1,0 +1,51 @@
+"""Start-up under launchers."""
+
+import os
+
+import pytest
+
+from diffengine.engine import distributed
+from diffengine.errors import UserError
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PORT")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that no launcher has touched; what is set in a test is undone."""
+    for name in (*LAUNCHER, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[01-04]", "node01"),
+        ("gpu-a[7,9-12],cpu3", "gpu-a7"),
+        ("gpu-1,gpu-2", "gpu-1"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert distributed.first_host(nodes) == first
+
+
+def test_slurm_names_become_torchs(bare: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROCID", "0"), ("NTASKS", "1"), ("LOCALID", "0"), ("STEP_NODELIST", "127.0.0.1")):
+        bare.setenv(f"SLURM_{name}", value)
+    bare.setenv("PORT", "0")  # any free one
+    try:
+        distributed.start("slurm")
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    finally:
+        distributed.stop()
+    assert distributed.world_size() == 1
+
+
+@pytest.mark.parametrize(("launcher", "text"), [("slurm", "SLURM_PROCID"), ("pytorch", "no RANK")])
+def test_a_launcher_that_is_not_there(bare: pytest.MonkeyPatch, launcher: str, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        distributed.start(launcher)

@@ -1,0 +1,178 @@
+"""Steps, epochs and names; and mmengine's conventions for hooks of other people."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from diffengine.engine.loop import StepLoop, count_iters, micro_seed
+from diffengine.errors import UserError
+from tests.engine import runs
+from tests.engine.runs import Toy, train
+
+
+class _Sized:
+    """A data set of a size."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise AssertionError("nothing is read")
+
+
+def _loop(size: int, batch_size: int, **length: int) -> StepLoop:
+    from diffengine.datasets import PositionSampler, Stream, make_loader
+
+    return StepLoop(make_loader(Stream(_Sized(size), [], []), PositionSampler(batch_size)), **length)
+
+
+def _names(loop: StepLoop, every: int) -> dict[int, str]:
+    """Checkpoint names by step, for a run from the first step to the last."""
+    names = {}
+    for done in range(1, loop.max_iters + 1):
+        loop.start_at(done)
+        if loop.due(every) or done == loop.max_iters:
+            names[done] = loop.name
+    return names
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "length", "every", "names"),
+    [
+        (10, 4, {"max_epochs": 3}, 1, {3: "epoch_1", 5: "epoch_2", 8: "epoch_3"}),
+        (10, 4, {"max_epochs": 3}, 2, {5: "epoch_2", 8: "epoch_3"}),
+        (10, 5, {"max_epochs": 2}, 1, {2: "epoch_1", 4: "epoch_2"}),
+        (4, 10, {"max_epochs": 3}, 1, {1: "epoch_2", 2: "epoch_3"}),  # a step longer than an epoch
+        (1, 8, {"max_epochs": 4}, 1, {1: "epoch_4"}),
+        (10, 4, {"max_iters": 7}, 3, {3: "iter_3", 6: "iter_6", 7: "iter_7"}),
+        (10, 4, {"max_iters": 5}, 5, {5: "iter_5"}),
+    ],
+)
+def test_names_and_due(
+    size: int, batch: int, length: dict[str, int], every: int, names: dict[int, str]
+) -> None:
+    assert _names(_loop(size, batch, **length), every) == names
+
+
+def test_the_mission_ends_with_epoch_50() -> None:
+    loop = _loop(833, 8, max_epochs=50)
+    assert loop.max_iters == 5207
+    names = _names(loop, 1)
+    assert list(names.values()) == [f"epoch_{epoch}" for epoch in range(1, 51)]
+
+
+def test_due_never_without_an_interval() -> None:
+    loop = _loop(10, 4, max_epochs=1)
+    loop.start_at(3)
+    assert not loop.due(None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "iters", "text"),
+    [
+        (None, None, "expected one of them"),
+        (1, 1, "expected one of them"),
+        (0, None, "max_epochs got 0"),
+        (None, -1, "max_iters got -1"),
+    ],
+)
+def test_lengths_that_make_no_sense(epochs: int | None, iters: int | None, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        count_iters(epochs, iters, 10, 4)
+
+
+def test_micro_seeds_differ_by_place() -> None:
+    places = [(s, i, m, r) for s in (0, 2**64 - 1) for i in (0, 1) for m in (0, 1) for r in (0, 1)]
+    assert len({micro_seed(*place) for place in places}) == len(places)
+
+
+def test_epochs_and_pruning(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("three", max_epochs=3, checkpoint_every=1, keep_checkpoints=2)
+    assert train(path, tmp_path) == 0
+    assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["epoch_2.pth", "epoch_3.pth"]
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == list(range(1, 9))
+
+
+class Stranger(Hook):
+    """Written against mmengine's documentation."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple] = []
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if self.every_n_train_iters(runner, 2):
+            self.log.append(("iter", runner.iter))
+        if self.is_last_train_iter(runner):
+            self.log.append(("last", runner.iter, runner.max_iters))
+
+    def before_train_epoch(self, runner: Any) -> None:
+        self.log.append(("begins", runner.epoch))
+
+    def after_train_epoch(self, runner: Any) -> None:
+        self.log.append(
+            ("ends", runner.epoch, self.every_n_epochs(runner, 2), self.is_last_train_epoch(runner))
+        )
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint["stranger"] = {"log": [list(item) for item in self.log]}
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        self.log.append(("loaded", len(checkpoint["stranger"]["log"])))
+
+
+def test_a_hook_written_for_mmengine_sees_its_conventions(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("stranger", max_epochs=2)
+    runner = runs.build(path, tmp_path)
+    hook = Stranger()
+    runner.register_hook(hook)
+    runner.train()
+    assert hook.log == [
+        ("begins", 0), ("iter", 1), ("ends", 0, False, False),
+        ("begins", 1), ("iter", 3), ("last", 4, 5), ("ends", 1, True, True),
+    ]  # fmt: skip
+
+    again = runs.build(path, tmp_path, "custom_hooks=[{'type': 'tests.engine.test_loop.Stranger'}]",
+                       resume=tmp_path / "epoch_2.pth")  # fmt: skip
+    (loaded,) = [hook for hook in again.hooks if isinstance(hook, Stranger)]
+    assert loaded.log == [("loaded", 6)]  # saved before the last epoch's end was told
+
+
+def test_mmengines_own_resume_is_never_called(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: `Runner.resume` runs code that a checkpoint's meta holds; `load_checkpoint` is not strict."""
+    from mmengine.runner import Runner
+
+    def trap(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("mmengine read a checkpoint")
+
+    for name in ("resume", "load_checkpoint", "load_or_resume", "save_checkpoint"):
+        monkeypatch.setattr(Runner, name, trap)
+    path = toy.config("untrapped", max_iters=2)
+    assert train(path, tmp_path) == 0
+    assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=3") == 0
+
+
+def test_traps_of_mmengines_loop_and_hooks(toy: Toy, tmp_path: Path) -> None:
+    """Traps: `model.train()` every iteration flips frozen modules; the history buffer grows with every step;
+    torch.manual_seed formats a stack trace each time for a GPU that is not there.
+    """
+    runner = runs.build(toy.config("traps", max_iters=3, prompts=1), tmp_path, f"seed={2**32 - 1}")
+    assert runner.seed == 2**32 - 1
+    queued = len(torch.cuda._queued_calls)
+    runner.train()
+    assert len(torch.cuda._queued_calls) == queued
+    frozen = runner.trainable.build_pipeline()
+    for module in (frozen.vqvae, frozen.text_encoder):
+        assert not any(part.training for part in module.modules())
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert all(part.training for part in runner.trainable.modules())
+    assert not runner.message_hub.log_scalars

@@ -1,0 +1,216 @@
+"""Numbers: right, once each, and read off the device only at a log line."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffengine.engine.hooks.metrics import duration
+from tests.engine import runs
+from tests.engine.runs import TEXT_TOO, Toy, train
+
+aten = torch.ops.aten
+WAITS = {  # what makes the host wait for the device
+    aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.nonzero_static, aten.equal,
+    aten.is_nonzero, aten._unique2, aten.unique_consecutive, aten.bincount, aten.allclose,
+    aten.repeat_interleave,
+}  # fmt: skip
+
+
+HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
+
+
+class Copies(TorchFunctionMode):
+    """Counts whole tensors that are taken to the host; on a CPU a dispatcher sees nothing of them."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in HOST_COPIES:
+            self.seen[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a GPU: reads of a value, and sizes that depend on one."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket in WAITS or self._by_mask(func, args):
+            self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def _by_mask(self, func: Any, args: tuple) -> bool:
+        """Indexing by booleans has a size that only the device knows."""
+        if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            return False
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+@contextmanager
+def device_reads() -> Iterator[Counter[str]]:
+    """What waits for the device inside, by name; to(device) is left to the tests on a GPU."""
+    seen: Counter[str] = Counter()
+    with Copies(seen), Reads(seen):
+        yield seen
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(), lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: (x > 0).nonzero(),
+        lambda x: x.masked_select(x > 0), lambda x: bool((x > 0).all()), lambda x: x.sum().tolist(),
+        lambda x: x.__setitem__(x > 0, 1.0), lambda x: x.cpu(), lambda x: x.numpy(), lambda x: np.asarray(x),
+    ],
+)  # fmt: skip
+def test_the_counter_sees(read: Any) -> None:
+    with device_reads() as seen:
+        read(torch.arange(4.0))
+    assert seen
+
+
+def test_the_counter_lets_pass_what_does_not_wait() -> None:
+    x = torch.arange(4.0)
+    with device_reads() as seen:
+        x.index_select(0, torch.tensor([1, 2])).add_(1).clamp(0, 2).sum().sqrt()
+        torch.where(x > 1, x, 0)
+    assert not seen
+
+
+class CountReads(Hook):
+    """Counts what the iterations read, each from before its step until `close`."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, Counter[str]] = {}
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self._open = device_reads()
+        self.by_step[runner.train_loop.done + 1] = self._open.__enter__()
+
+    def close(self) -> None:
+        self._open.__exit__(None, None, None)
+
+
+class Close(Hook):
+    """Ends the count after every other hook."""
+
+    priority = "LOWEST"
+
+    def __init__(self, counter: CountReads) -> None:
+        self.counter = counter
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self.counter.close()
+
+
+@pytest.mark.parametrize("kind", ["amused", "vq"])
+def test_nothing_is_read_between_log_lines(toy: Toy, tmp_path: Path, kind: str) -> None:
+    """Law 3. Steps 1 and 8 have a line; between them the step, clipping and all hooks read nothing."""
+    if kind == "vq":
+        runner = runs.build(toy.vq_config("reads_vq", max_iters=8, log_every=8), tmp_path)
+    else:
+        path = toy.config("reads", max_iters=8, log_every=8, micro_batch_size=2)
+        runner = runs.build(path, tmp_path, TEXT_TOO)
+    counter = CountReads()
+    runner.register_hook(counter)
+    runner.register_hook(Close(counter))
+    runner.train()
+    seen = {step: dict(counts) for step, counts in counter.by_step.items()}
+    assert {step: seen[step] for step in range(2, 8)} == {step: {} for step in range(2, 8)}
+    assert seen[8]["tolist"] == 1  # all sums in one read
+    assert set(seen[8]) == ({"tolist"} if kind == "amused" else set(seen[1]))
+
+
+class Sums(Hook):
+    """Keeps each step's sum of losses and its targets."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        assert outputs.targets == sum(len(row) for row in data_batch["masked"])
+        self.steps.append((outputs.sums["loss"].item(), outputs.targets))
+
+
+def _scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(work_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_a_line_is_the_mean_over_its_intervals_targets(toy: Toy, tmp_path: Path) -> None:
+    runner = runs.build(toy.config("lines", max_iters=8, log_every=3, micro_batch_size=3), tmp_path)
+    sums = Sums()
+    runner.register_hook(sums)
+    runner.train()
+    lines = runs.metrics(tmp_path)
+    assert [line["iter"] for line in lines] == [1, 3, 6, 8]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    start = 0
+    for line in lines:
+        losses, targets = zip(*sums.steps[start : line["iter"]])
+        assert line["loss"] == pytest.approx(sum(losses) / sum(targets), rel=1e-6)
+        assert 0 <= line["accuracy"] <= 1
+        assert line["grad_norm"] > 0
+        assert line["images_per_second"] == pytest.approx(4 / line["seconds_per_step"])
+        assert 0 < line["data_wait"] < 1
+        assert line["memory_gb"] > 0.1
+        start = line["iter"]
+    shown = _scalars(tmp_path)
+    assert shown["loss"] == [(line["iter"], pytest.approx(line["loss"])) for line in lines]
+    assert set(shown) == set(lines[0]) - {"iter", "epoch"}
+
+
+def test_the_console_says_what_chance_is_once(toy: Toy, reference: Path) -> None:
+    log = (reference / "log.txt").read_text()
+    assert log.count("(ln 64 = 4.159)") == 1
+    assert "step 12/12  loss " in log
+    assert "0:00 left" in log
+
+
+def test_tensorboard_of_a_resumed_run_shows_no_step_twice(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("twice", max_iters=6, checkpoint_every=2)
+    assert train(path, tmp_path) == 0
+    (tmp_path / "iter_6.pth").unlink()
+    assert train(path, tmp_path, "--resume") == 0
+    assert [step for step, _ in _scalars(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_no_number_is_said_and_stays_json(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("nan", max_iters=3, learning_rate=1e30, clip_grad=None)
+    assert train(path, tmp_path) == 0
+    lines = runs.metrics(tmp_path)
+    assert lines[-1]["loss"] is None
+    json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert "lower the learning rate" in (tmp_path / "log.txt").read_text()
+    assert math.isfinite(lines[0]["loss"])
+
+
+def test_durations() -> None:
+    assert [duration(value) for value in (0.4, 61, 3600, 86399.6)] == ["0:00", "1:01", "1:00:00", "24:00:00"]

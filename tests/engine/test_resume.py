@@ -1,0 +1,120 @@
+"""A run that is stopped, in any way, ends as if it never was."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from diffengine import cli
+from diffengine.engine import checkpoint
+from diffengine.engine.loop import stop_signals
+from tests.engine import runs
+from tests.engine.conftest import LAST, REFERENCE
+from tests.engine.runs import Toy, assert_equal_checkpoints, in_child, signal_at, train
+
+EPOCHS = {
+    "max_epochs": 2,
+    "checkpoint_every": 1,
+    "log_every": 2,
+}  # 10 pictures, 4 a step: 5 steps, epochs at 3 and 5
+
+
+def test_killed_and_resumed_is_bit_equal(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """Killed at step 7 with previews on; two workers at first, none after."""
+    path = toy.config("killed", **{**REFERENCE, "num_workers": 2, "prompts": ["a cat"], "preview_every": 3})
+    hook = ["--cfg-options", signal_at(7, signal.SIGKILL)]
+    assert in_child(train, path, tmp_path, *hook) == -signal.SIGKILL
+    assert [file.name for file in tmp_path.glob("*.pth")] == ["iter_4.pth"]
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iter": 7, "ep')  # what a kill in the middle of a line leaves
+    (tmp_path / ".iter_8.pth.part").write_bytes(b"half")
+
+    assert train(path, tmp_path, "--resume", "--cfg-options", "num_workers=0") == 0
+    assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5, 10, 12]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_previews_and_workers_change_nothing(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    settings = {**REFERENCE, "num_workers": 2, "prompts": 2, "preview_every": 4}
+    assert train(toy.config("previewed", **settings), tmp_path) == 0
+    assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
+    drawn = sorted(file.name for file in (tmp_path / "previews").glob("*.png"))
+    assert drawn == ["000000.png", "000004.png", "000008.png", "000012.png"]
+    assert (tmp_path / "before_after.png").exists()
+
+
+@pytest.fixture(scope="module")
+def epochs(toy: Toy) -> Path:
+    work_dir = toy.root / "epochs"
+    assert train(toy.config("epochs", **EPOCHS), work_dir) == 0
+    return work_dir
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(
+    toy: Toy, epochs: Path, tmp_path: Path, signum: int, code: int
+) -> None:
+    """Inside the second epoch of a run that counts epochs."""
+    path = toy.config("stopped", **EPOCHS)
+    assert train(path, tmp_path, "--cfg-options", signal_at(4, signum)) == code
+    assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["epoch_1.pth", "iter_4.pth"]
+    assert checkpoint.read(tmp_path / "iter_4.pth")["counters"] == {"iter": 4, "epoch": 1}
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 4]
+    assert not (tmp_path / "transformer").exists()
+    assert train(path, tmp_path, "--resume") == 0
+    assert_equal_checkpoints(tmp_path / "epoch_2.pth", epochs / "epoch_2.pth")
+    assert (tmp_path / "transformer").is_dir()
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive(
+    toy: Toy, reference: Path, tmp_path: Path
+) -> None:
+    """Slurm, systemd and a terminal signal the loader's workers too."""
+    path = toy.config("group", **{**REFERENCE, "num_workers": 2})
+    hook = ["--cfg-options", signal_at(5, signal.SIGTERM, group=True)]
+    assert in_child(train, path, tmp_path, *hook) == 143
+    assert (tmp_path / "iter_5.pth").exists()
+    assert train(path, tmp_path, "--resume", str(tmp_path / "iter_5.pth")) == 0
+    assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    for signum, stopped in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signum)  # torchrun's echo of the first
+            assert stop.signum == signum
+            stop.at -= 1.1
+            with pytest.raises(stopped):
+                os.kill(os.getpid(), signum)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_resumed_run_may_change_only_what_does_not_matter(
+    toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "iter_8.pth").symlink_to(reference / "iter_8.pth")
+    path = toy.config("reference", **REFERENCE)
+    assert train(path, tmp_path, "--resume", "--cfg-options", "learning_rate=2e-3") == 2
+    said = capsys.readouterr().err
+    assert "learning_rate was 0.001 and is 0.002" in said
+    assert said.count("\n") == 1
+    free = ["max_iters=9", "num_workers=1", "micro_batch_size=2", "log_every=1", "keep_checkpoints=None"]
+    assert train(path, tmp_path, "--resume", "--cfg-options", *free) == 0
+    assert checkpoint.read(tmp_path / "iter_9.pth")["counters"]["iter"] == 9
+
+
+def test_an_older_checkpoint_does_not_mix_with_newer_ones(
+    toy: Toy, reference: Path, capsys: pytest.CaptureFixture
+) -> None:
+    older = str(reference / "iter_8.pth")
+    assert (
+        cli.main(
+            ["train", toy.config("reference", **REFERENCE), "--work-dir", str(reference), "--resume", older]
+        )
+        == 2
+    )
+    assert "holds 'iter_12.pth', which is further than" in capsys.readouterr().err

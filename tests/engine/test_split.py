@@ -1,0 +1,208 @@
+"""Law 1: however a step is split over ranks and micro-batches, it is the same; and ranks end together."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffengine.engine import distributed
+from diffengine.engine.loop import Interrupted, count_micro_batches, split
+from diffengine.errors import Told, UserError
+from tests.engine import runs
+from tests.engine.conftest import REFERENCE
+from tests.engine.runs import TEXT_TOO, FirstStep, Toy
+
+TOLERANCE = 1e-5  # of the gradients' norm; rounding gives about 1e-7
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Toy) -> FirstStep:
+    return runs.first_step(toy.config("whole", batch_size=8), toy.root / "whole", TEXT_TOO)
+
+
+def _flat(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def _same_step(one: FirstStep, other: FirstStep) -> None:
+    assert one.masked == other.masked
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    a, b = _flat(one.grads), _flat(other.grads)
+    assert float((a - b).norm()) <= TOLERANCE * float(a.norm())
+
+
+@pytest.mark.parametrize("micro", [4, 3, 1])
+def test_accumulated_steps_are_the_same_step(toy: Toy, whole: FirstStep, tmp_path: Path, micro: int) -> None:
+    split = runs.first_step(toy.config("micro", batch_size=8, micro_batch_size=micro), tmp_path, TEXT_TOO)
+    _same_step(whole, split)
+    counts = [len(row) for row in whole.masked]
+    assert len(set(counts)) > 1  # else a mean of means would pass
+
+
+def _ranks(toy: Toy, out: Path, reference: Path) -> None:
+    """What one of two ranks sees, written to a file: its half of a step, and how runs with a fault end."""
+    rank = distributed.rank()
+    step = runs.first_step(toy.config(f"ranks{rank}", batch_size=8), out / "ranks", TEXT_TOO)
+    uneven = runs.first_step(  # 5 and 4 samples: 2 and 2 micro-batches of at most 3
+        toy.config(f"uneven{rank}", batch_size=9, micro_batch_size=3), out / "uneven"
+    )
+    faults = {name: _ending(toy, out, name) for name in ENDINGS}
+    vq = runs.build(toy.vq_config(f"vq{rank}", 5, 5, batch_size=5), out / "vq")  # 1 and 2 rows a micro-batch
+    vq.train()
+    path = toy.config(f"more{rank}", **REFERENCE)
+    runs.build(path, out / "more", resume=reference / "iter_8.pth").train()
+    share = {"num_targets": [1] * (2 + rank)}
+    parts = [len(part["num_targets"]) for part in split(share, count_micro_batches(5, 2))]
+    seen = {"step": vars(step), "uneven": vars(uneven), "faults": faults, "parts": parts}
+    seen["vq"] = vq.trainable.trained_state()
+    torch.save(seen, out / f"rank{rank}.pt")
+
+
+def _ending(toy: Toy, out: Path, name: str) -> str:
+    try:
+        ENDINGS[name](toy, out / name)
+    except (UserError, Interrupted) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def _damaged_on_rank_1(toy: Toy, work_dir: Path) -> None:
+    """Every picture of rank 1's share of the second step is damaged."""
+    runner = runs.build(toy.config(f"damaged{distributed.rank()}", max_iters=3), work_dir)
+    stream = runner.train_loop.stream
+    read = type(stream.dataset).__getitem__
+    bad = {stream.locate(position)[1] for position in (6, 7)}
+
+    class Damaged(type(stream.dataset)):  # type: ignore[misc]
+        __getitems__ = None
+
+        def __getitem__(self, index: int) -> Any:
+            if index in bad:
+                raise UserError("picture is damaged")
+            return read(self, index)
+
+    stream.dataset.__class__ = Damaged
+    runner.train()
+
+
+def _full_disk(toy: Toy, work_dir: Path) -> None:
+    import shutil
+
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: type(usage(path))(10**9, 10**9, 0)  # type: ignore[assignment]
+    try:
+        runs.build(toy.config(f"full{distributed.rank()}"), work_dir).train()
+    finally:
+        shutil.disk_usage = usage
+
+
+def _unknown_preview_option(toy: Toy, work_dir: Path) -> None:
+    path = toy.config(f"preview{distributed.rank()}", prompts=["a cat"])
+    runs.build(path, work_dir, "default_hooks.preview.options={'colour': 1}").train()
+
+
+def _taken(toy: Toy, work_dir: Path) -> None:
+    runs.build(toy.config(f"taken{distributed.rank()}"), work_dir.parent / "ranks")
+
+
+def _signal_on_rank_1(toy: Toy, work_dir: Path) -> None:
+    path = toy.config(f"signal{distributed.rank()}", max_iters=9)
+    hooks = [runs.signal_at(2, signal.SIGINT)] if distributed.rank() == 1 else []
+    runs.build(path, work_dir, *hooks).train()
+
+
+def _unlike(toy: Toy, work_dir: Path) -> None:
+    runs.build(toy.config(f"unlike{distributed.rank()}", batch_size=5, micro_batch_size=1), work_dir)
+
+
+ENDINGS = {
+    "unlike": _unlike,
+    "damaged": _damaged_on_rank_1,
+    "full": _full_disk,
+    "option": _unknown_preview_option,
+    "taken": _taken,
+    "signal": _signal_on_rank_1,
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(toy: Toy, reference: Path) -> list[dict[str, Any]]:
+    out = toy.root / "two"
+    out.mkdir()
+    runs.on_ranks(2, _ranks, toy, out, reference)
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_a_run_goes_on_with_more_ranks(ranks: list[dict[str, Any]], toy: Toy, reference: Path) -> None:
+    """Steps 9 to 12 of the reference run, on two ranks."""
+    resumed, alone = (runs.metrics(folder)[-1] for folder in (toy.root / "two" / "more", reference))
+    assert resumed["iter"] == alone["iter"] == 12
+    assert resumed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert resumed["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    assert resumed["lr"] == alone["lr"]
+
+
+def test_the_vq_model_stays_one_model(ranks: list[dict[str, Any]]) -> None:
+    """Its codes are re-seeded and counted together: 5 pictures a step, 64 tokens each, since step 3."""
+    first, second = (rank["vq"] for rank in ranks)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["usage"].sum() == 2 * 5 * 64
+
+
+def test_every_rank_has_as_many_micro_batches(ranks: list[dict[str, Any]]) -> None:
+    """A model's own exchange in `forward` pairs up: 2 and 3 samples by at most 2 are two parts each."""
+    assert [rank["parts"] for rank in ranks] == [[1, 1], [1, 2]]
+    fault = (
+        "batch_size 5 over 2 processes gives shares of 2 and 3, which micro_batch_size 1 cannot split alike; "
+        "set it to 2, or batch_size to a multiple of 2"
+    )
+    assert [rank["faults"]["unlike"] for rank in ranks] == [f"UserError: {fault}", f"Told: {fault}"]
+
+
+def _joined(ranks: list[dict[str, Any]], key: str) -> FirstStep:
+    first, second = (FirstStep(**rank[key]) for rank in ranks)
+    for mine, theirs in zip(first.grads, second.grads):
+        assert torch.equal(mine, theirs)
+    masked, loss_sum = first.masked + second.masked, first.loss_sum + second.loss_sum
+    return FirstStep(first.grads, masked, loss_sum, first.targets + second.targets, first.loss)
+
+
+def test_two_processes_take_the_same_step(ranks: list[dict[str, Any]], whole: FirstStep) -> None:
+    both = _joined(ranks, "step")
+    _same_step(whole, both)
+    assert both.loss_sum / both.targets == pytest.approx(whole.loss, rel=1e-6)
+    of_means = sum(rank["step"]["loss_sum"] / rank["step"]["targets"] for rank in ranks) / 2
+    assert abs(of_means / whole.loss - 1) > 100 * 1e-6  # so a mean of means fails the line above
+
+
+def test_uneven_shares_and_micro_batches(ranks: list[dict[str, Any]], toy: Toy, tmp_path: Path) -> None:
+    alone = runs.first_step(toy.config("alone", batch_size=9), tmp_path)
+    assert [len(rank["uneven"]["masked"]) for rank in ranks] == [4, 5]
+    _same_step(alone, _joined(ranks, "uneven"))
+
+
+@pytest.mark.parametrize(
+    ("name", "who", "text"),
+    [
+        ("damaged", 1, "picture is damaged"),
+        ("full", 0, "0.0 MB free"),
+        ("option", 0, "preview option 'colour' is unknown"),
+        ("taken", 0, "holds a run"),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all_and_is_told_once(
+    ranks: list[dict[str, Any]], name: str, who: int, text: str
+) -> None:
+    kinds = [rank["faults"][name].partition(":")[0] for rank in ranks]
+    assert kinds[1 - who] == Told.__name__
+    assert kinds[who].startswith(("UserError", "Unreadable"))
+    assert all(text in rank["faults"][name] for rank in ranks)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: list[dict[str, Any]], toy: Toy) -> None:
+    said = [rank["faults"]["signal"] for rank in ranks]
+    assert said == ["Interrupted: stopped by SIGTERM", "Interrupted: stopped by SIGINT"]
+    assert [path.name for path in (toy.root / "two" / "signal").glob("*.pth")] == ["iter_2.pth"]

@@ -1,0 +1,100 @@
+"""The run dir: what is in it, and what is never deleted."""
+
+from pathlib import Path
+
+import pytest
+
+from diffengine.engine.workdir import claim, holds_run
+from diffengine.errors import UserError
+from tests.engine import runs
+from tests.engine.runs import Toy, assert_equal_checkpoints, train
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_layout_and_the_config_trains_again(toy: Toy, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    path = toy.config("layout", max_iters=2, prompts=1)
+    assert train(path, first, "--cfg-options", "batch_size=5") == 0
+    assert _names(first) == [
+        "before_after.png", "config.py", "iter_2.pth", "log.txt", "metrics.jsonl", "previews", "tensorboard",
+        "transformer",
+    ]  # fmt: skip
+    assert _names(first / "previews") == ["000000.png", "000002.png"]
+    assert _names(first / "transformer") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert (first / "config.py").read_text().startswith("# layout, as it was trained.")
+    assert train(str(first / "config.py"), second) == 0
+    assert_equal_checkpoints(first / "iter_2.pth", second / "iter_2.pth")
+
+
+def test_a_run_is_not_overwritten_unasked(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = toy.config("again")
+    assert train(path, tmp_path) == 0
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)}
+    assert train(path, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "--resume" in said
+    assert "--work-dir" in said
+    assert "--overwrite" in said
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)} == before
+
+    for name in ("notes.txt", "vae.pth", "epoch.pth"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "iter_99.pth").write_bytes(b"of the old run")
+    (tmp_path / "transformer" / "left.txt").write_text("of the old run's export")
+    assert train(path, tmp_path, "--overwrite", "--cfg-options", "prompts=[]", "max_iters=2") == 0
+    assert _names(tmp_path) == [
+        "config.py", "epoch.pth", "iter_2.pth", "log.txt", "metrics.jsonl", "notes.txt", "pictures",
+        "tensorboard", "transformer", "vae.pth",
+    ]  # fmt: skip
+    assert not (tmp_path / "transformer" / "left.txt").exists()
+    assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["config.py", "previews", "log.txt", "model_index.json", "transformer/config.json"]
+)
+def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    """A project with a config.py, or a model folder: a run would overwrite them."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds '{name.partition('/')[0]}', which no run wrote"):
+        claim(tmp_path, None, overwrite)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_the_last_folder_is_made_and_a_file_is_none(tmp_path: Path) -> None:
+    assert claim(tmp_path / "a" / "b", None, False) is None
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not holds_run(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use work dir"):
+        claim(tmp_path / "file", None, False)
+
+
+def test_resume_with_nothing_to_resume_starts(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train(toy.config("fresh"), tmp_path, "--resume") == 0
+    assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nowhere.pth' does not exist"):
+        claim(tmp_path / "other", str(tmp_path / "nowhere.pth"), False)
+
+
+def test_a_config_fault_does_not_delete_the_run_to_be_overwritten(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("kept")
+    assert train(path, tmp_path) == 0
+    before = _names(tmp_path)
+    for fault in (
+        "micro_batch_size=0",
+        "clip_grad=-1.0",
+        "warmup_iters=5",
+        "keep_checkpoints=0",
+        "resolution=30",
+    ):
+        assert train(path, tmp_path, "--overwrite", "--cfg-options", fault) == 2, fault
+        assert _names(tmp_path) == before

@@ -1,0 +1,267 @@
+"""Where the components meet, and what is built from sizes."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UVit2DModel
+from torch import nn
+
+from diffengine.errors import UserError
+from diffengine.models.amused import AmusedModel
+from diffengine.models.amused.components import initialise
+from diffengine.models.amused.vocabulary import learn_vocabulary
+from tests.support import models
+
+WORDS = ["a red cat", "a blue dog", "yoda pokemon"]
+
+
+@pytest.fixture
+def folder(toy: Path, tmp_path: Path) -> Path:
+    """Configs and tokenizer of the toy model without any weights: checks must not need them."""
+    ignore = shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(toy, tmp_path / "model", ignore=ignore))
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+VOCABULARY = len(models.small_vocabulary()[0])  # 534
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "text vocabulary": ("text_encoder/config.json", {"vocab_size": 600},
+        f"tokenizer length is {VOCABULARY}, text_encoder.vocab_size is 600"),
+    "end id": ("text_encoder/config.json", {"eos_token_id": 7},
+        f"tokenizer's end token is {VOCABULARY - 1}, the id text_encoder takes for it is 7"),
+    "CLIP's own end id": ("text_encoder/config.json", {"eos_token_id": 49407},
+        f"tokenizer's end token is {VOCABULARY - 1}, the id text_encoder takes for it is 49407"),
+    "codebook": ("vqvae/config.json", {"num_vq_embeddings": 32},
+        "transformer.codebook_size is 64, vqvae.num_vq_embeddings is 32"),
+    "mask id": ("scheduler/scheduler_config.json", {"mask_token_id": 64},
+        "transformer.vocab_size - 1 is 79, scheduler.mask_token_id is 64"),
+    "text width": ("text_encoder/config.json", {"hidden_size": 96},
+        "transformer.encoder_hidden_size is 48, text_encoder.hidden_size is 96"),
+    "projection": ("text_encoder/config.json", {"projection_dim": 48},
+        "transformer.cond_embed_dim is 40, text_encoder.projection_dim is 48"),
+    "micro-conditions": ("transformer/config.json", {"micro_cond_embed_dim": 64},
+        "transformer.micro_cond_embed_dim is 64, 5 x micro_cond_encode_dim is 80"),
+    "lookup": ("vqvae/config.json", {"lookup_from_codebook": False},
+        "vqvae.lookup_from_codebook is False, what the pipeline needs is True"),
+    "code width": ("vqvae/config.json", {"vq_embed_dim": 8},
+        "vqvae.vq_embed_dim is 8, vqvae.latent_channels is 12"),
+    "length": ("text_encoder/config.json", {"max_position_embeddings": 32},
+        "tokenizer.model_max_length is 64, text_encoder has 32 positions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_mismatch_alone_is_named(folder: Path, case: str) -> None:
+    file, values, said = CASES[case]
+    change(folder, file, **values)
+    with pytest.raises(UserError) as error:
+        AmusedModel(str(folder))
+    assert str(error.value) == f"model: {said}"
+
+
+def test_no_id_for_the_mask(folder: Path) -> None:
+    change(folder, "transformer/config.json", vocab_size=64)
+    change(folder, "scheduler/scheduler_config.json", mask_token_id=63)
+    with pytest.raises(UserError, match=r"vocab_size leaves no id for the mask above codebook_size$"):
+        AmusedModel(str(folder))
+
+
+def test_all_faults_in_one_error(folder: Path) -> None:
+    change(folder, "text_encoder/config.json", vocab_size=600, projection_dim=48)
+    change(folder, "vqvae/config.json", lookup_from_codebook=False)
+    with pytest.raises(UserError) as error:
+        AmusedModel(str(folder), train=["vqvae"], label_smoothing=2.0)
+    for said in (
+        "train got",
+        "label_smoothing",
+        "tokenizer length",
+        "cond_embed_dim",
+        "lookup_from_codebook",
+    ):
+        assert said in str(error.value)
+
+
+def test_end_id_2_is_the_highest_id(folder: Path, tmp_path: Path) -> None:
+    """The released form; toy names the tokenizer's own id. Both fit, and then only weights are missing."""
+    for eos in (2, VOCABULARY - 1):
+        change(folder, "text_encoder/config.json", eos_token_id=eos)
+        with pytest.raises(UserError, match="cannot load transformer"):
+            AmusedModel(str(folder))
+
+
+def test_empty_tokenizer_folder(folder: Path) -> None:
+    """transformers 5 gives a tokenizer of two entries, with no error."""
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    with pytest.raises(
+        UserError, match=r"no tokenizer files in '.*': got a vocabulary of 2; expected vocab.json"
+    ):
+        AmusedModel(str(folder))
+
+
+def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(folder / "vqvae")
+    with pytest.raises(UserError, match=r"holds no folder 'vqvae'; it has model_index.json, scheduler"):
+        AmusedModel(str(folder))
+    AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)).save_config(folder / "vqvae")
+    with pytest.raises(UserError, match="is a AutoencoderKL; expected a VQModel"):
+        AmusedModel(str(folder))
+    with pytest.raises(UserError, match=r"model folder '.*gone' does not exist"):
+        AmusedModel(str(tmp_path / "gone"))
+
+
+def test_lacking_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
+    """diffusers draws them at random, with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    del state["embed.conv.weight"]
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights of a UVit2DModel, first embed.conv.weight"):
+        AmusedModel(str(folder))
+
+
+def test_broken_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot load transformer of"):
+        AmusedModel(str(folder))
+
+
+# ---------------------------------------------------------------------------------------------- from sizes
+
+TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+TRANSFORMER = {
+    "hidden_size": 32, "micro_cond_encode_dim": 8, "in_channels": 24, "block_out_channels": 24,
+    "num_res_blocks": 1,
+    "block_num_heads": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "downsample": True, "upsample": True, "sample_size": 8,
+}  # fmt: skip
+Build = Callable[..., AmusedModel]
+
+
+@pytest.fixture(scope="module")
+def build(toy: Path) -> Build:
+    """A model on the toy VQ model, the rest from sizes."""
+    assets = learn_vocabulary(WORDS, 560, 16)
+
+    def built(**options: Any) -> AmusedModel:
+        given: dict[str, Any] = {
+            "vqvae": str(toy), "tokenizer": {"vocab_size": 560, "max_length": 16}, "text_encoder": TEXT,
+            "transformer": TRANSFORMER, "train": ["transformer", "text_encoder"], "assets": assets,
+        }  # fmt: skip
+        return AmusedModel(**{**given, **options})
+
+    return built
+
+
+def test_sizes_that_follow_are_filled_in(build: Build) -> None:
+    model = build()
+    text, transformer = model.text_encoder.config, model.transformer.config
+    tokenizer = model.components.tokenizer
+    assert text.vocab_size == len(tokenizer)
+    assert text.max_position_embeddings == 16
+    assert text.eos_token_id == text.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
+    assert text.projection_dim == 24
+    assert transformer.codebook_size == 64
+    assert transformer.vocab_size == 72  # 64 codes and the mask, rounded up to 8
+    assert (transformer.encoder_hidden_size, transformer.cond_embed_dim) == (24, 24)
+    assert transformer.micro_cond_embed_dim == 40
+    assert model.mask_id == 71
+    assert model.sample_draw.sides.grid(32, 32) == (8, 8)
+
+
+def test_a_given_size_stands(build: Build) -> None:
+    assert build(transformer={**TRANSFORMER, "vocab_size": 80}).mask_id == 79
+
+
+def test_one_seed_one_model_and_the_global_state_is_left(build: Build) -> None:
+    before = torch.random.get_rng_state()
+    first, same, other = build(seed=3), build(seed=3), build(seed=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, same.state_dict()[name]), name
+    assert not torch.equal(
+        first.state_dict()["transformer.project_to_hidden.weight"],
+        other.state_dict()["transformer.project_to_hidden.weight"],
+    )
+
+
+def test_a_component_from_sizes_that_is_frozen_would_be_lost(build: Build) -> None:
+    with pytest.raises(
+        UserError, match=r"text_encoder is built from sizes and not trained.*or name it in `train`$"
+    ):
+        build(train=["transformer"])
+    with pytest.raises(UserError, match=r"vqvae is built from sizes and not trained.*give a folder for it$"):
+        build(vqvae=models.vq_config("toy"))
+
+
+def test_a_size_that_does_not_exist(build: Build) -> None:
+    """diffusers and transformers ignore it."""
+    with pytest.raises(UserError) as error:
+        build(text_encoder={**TEXT, "hiden_size": 3}, transformer={**TRANSFORMER, "depth": 3})
+    assert str(error.value) == (
+        "model: text_encoder has no size 'hiden_size'; did you mean 'hidden_size'?; transformer has no size "
+        "'depth'"
+    )
+
+
+def test_nothing_given() -> None:
+    with pytest.raises(UserError, match="neither `pretrained` nor `vqvae`, `tokenizer`"):
+        AmusedModel()
+
+
+def test_distinct_captions_have_distinct_embeddings(build: Build) -> None:
+    """The eos trap: with CLIP's default end id in a small vocabulary all captions come out equal."""
+    model = build()
+    _, pooled = model.encode_text(model.preprocessor.text_ids([*WORDS, "", "a red dog"]))
+    distances = torch.cdist(pooled, pooled) + torch.eye(5)
+    assert distances.min() > 1e-3
+
+
+def test_initialisation_is_that_of_open_muse() -> None:
+    sizes = {**models.transformer_config("toy"), "hidden_size": 256, "codebook_size": 500, "vocab_size": 512}
+    torch.manual_seed(0)
+    model = UVit2DModel(**{**sizes, "use_bias": True})
+    initialise(model)
+    embedding = model.embed.embeddings.weight
+    assert float(embedding.detach().std()) == pytest.approx(math.sqrt(1 / 512), rel=0.02)
+    assert torch.equal(model.mlm_layer.conv2.weight[:, :, 0, 0], embedding[:500])
+    assert not model.mlm_layer.conv1.weight.any()
+    zero = ("cond_embeds_mapper", "norm1.linear", "norm2.linear", "norm3.linear")
+    zeroed, drawn = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and "mlm_layer" not in name:
+            (zeroed if name.endswith(zero) else drawn).append((name, module))
+            assert module.bias is None or not module.bias.any()
+    assert len(zeroed) == 3 * 2 + 2  # three norms in each of two layers, one mapper in each of two blocks
+    assert not any(module.weight.any() for _, module in zeroed)
+    values = torch.cat([module.weight.detach().flatten() for _, module in drawn])
+    assert float(values.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(values.std()) == pytest.approx(0.02, rel=0.02)
+    for name, module in drawn:
+        assert 0.016 < float(module.weight.detach().std()) < 0.024, name
+
+
+def test_an_untrained_model_knows_nothing(build: Build) -> None:
+    """With a zero head the first loss is ln(codes) exactly."""
+    model = build()
+    batch = {
+        "image": torch.rand(1, 3, 32, 32), "text": ["a red cat"], "micro_conds": torch.rand(1, 5),
+        "masked": [torch.arange(10).numpy()],
+    }  # fmt: skip
+    loss, _ = model(model.prepare(batch))
+    assert float(loss.detach()) == pytest.approx(10 * math.log(64), rel=1e-6)

@@ -1,0 +1,232 @@
+"""The loss and its gradients against the formula, the pipeline's own input, and what is frozen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AmusedPipeline, UVit2DModel
+from torch import Tensor, nn
+
+from diffengine.errors import UserError
+from diffengine.models.amused import AmusedModel
+from diffengine.models.amused.model import head_on
+from tests.models.conftest import CAPTIONS
+
+TOLERANCE = 1e-5  # of a tensor's largest value, or of 0.01: float32 sums in another order
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-2)
+
+
+def formula(folder: Path, batch: dict[str, Any], smoothing: float, train_text: bool) -> tuple[Any, ...]:
+    """-sum over masked positions of the log probability of their token, smoothed; by diffusers' own classes.
+
+    Gives the loss, its gradients by name, and the number of right guesses.
+    """
+    pipe = AmusedPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        latents = pipe.vqvae.encode(batch["image"]).latents.permute(0, 2, 3, 1)
+    distances = (latents[..., None, :] - pipe.vqvae.quantize.embedding.weight).square().sum(-1)
+    token_ids = distances.argmin(-1).flatten(1)
+    labels = torch.full_like(token_ids, -100)
+    for row, places in enumerate(batch["masked"]):
+        labels[row, places] = token_ids[row, places]
+    input_ids = torch.where(labels == -100, token_ids, 79)
+    words = pipe.tokenizer(
+        batch["text"], padding="max_length", max_length=64, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.set_grad_enabled(train_text):
+        text = pipe.text_encoder(words, output_hidden_states=True)
+    logits = pipe.transformer(
+        input_ids.view(3, 8, 8), text.hidden_states[-2], text.text_embeds, batch["micro_conds"]
+    )
+    log_p = logits.flatten(2).log_softmax(dim=1)
+    taken = labels.clamp_min(0)[:, None]
+    ce = -(1 - smoothing) * log_p.gather(1, taken)[:, 0] - smoothing * log_p.mean(dim=1)
+    loss = (ce * (labels != -100)).sum()
+    loss.backward()
+    also = F.cross_entropy(
+        logits.flatten(2), labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing
+    )
+    close(loss, also)
+    gradients = {f"transformer.{name}": value.grad for name, value in pipe.transformer.named_parameters()}
+    if train_text:
+        gradients |= {
+            f"text_encoder.{name}": value.grad for name, value in pipe.text_encoder.named_parameters()
+        }
+    right = (logits.flatten(2).argmax(1) == labels).sum()
+    return loss.detach(), gradients, right
+
+
+@pytest.mark.parametrize(("smoothing", "train"), [
+    (0.0, ["transformer"]), (0.1, ["transformer"]), (0.1, ["transformer", "text_encoder"]),
+])  # fmt: skip
+def test_parity_with_the_formula(toy: Path, batch: dict[str, Any], smoothing: float, train: list) -> None:
+    model = AmusedModel(str(toy), train=train, label_smoothing=smoothing).train()
+    loss, logs = model(model.prepare(batch))
+    loss.backward()
+    expected, gradients, right = formula(toy, batch, smoothing, "text_encoder" in train)
+    close(loss.detach(), expected)
+    assert logs.keys() == {"accuracy"}
+    assert logs["accuracy"] == right
+    named = dict(model.named_parameters())
+    assert named.keys() == gradients.keys()
+    for name, parameter in named.items():
+        if parameter.grad is None or gradients[name] is None:
+            assert parameter.grad is None, name
+            assert gradients[name] is None, name
+        else:
+            close(parameter.grad, gradients[name])
+
+
+def test_the_pipeline_feeds_what_training_feeds(model: AmusedModel, batch: dict[str, Any]) -> None:
+    fed: list[dict[str, Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+        fed.append({**options, "input_ids": arguments[0] if arguments else options["input_ids"]})
+
+    handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model(model.prepare({**batch, "micro_conds": torch.tensor([[32.0, 32, 0, 0, 6]] * 3)}))
+        model.build_pipeline()(CAPTIONS, guidance_scale=1.0, num_inference_steps=1)
+    finally:
+        handle.remove()
+    training, drawing = fed
+    for name in ("encoder_hidden_states", "pooled_text_emb"):
+        assert training[name].dtype == drawing[name].dtype
+        close(training[name].detach(), drawing[name])
+    assert training["micro_conds"].shape == drawing["micro_conds"].shape == (3, 5)
+    assert (
+        drawing["micro_conds"].tolist() == [[32.0, 32.0, 0.0, 0.0, 6.0]] * 3
+    )  # width, height, top, left, score
+    assert torch.equal(training["micro_conds"], drawing["micro_conds"])
+    assert training["input_ids"].shape == drawing["input_ids"].shape == (3, 8, 8)
+    assert bool((drawing["input_ids"] == model.mask_id).all())  # a drawing starts from the mask of training
+    assert training["input_ids"].flatten()[model.prepare(batch)["masked_index"]].unique().tolist() == [79]
+
+
+def head_gradients(transformer: UVit2DModel, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    given = (torch.randint(64, (2, 8, 8)), torch.randn(2, 64, 48), torch.randn(2, 40), torch.rand(2, 5))
+    transformer.zero_grad()
+    if index is None:
+        logits = transformer(*given).permute(0, 2, 3, 1).flatten(0, 2)
+    else:
+        with head_on(transformer, index):
+            logits = transformer(*given)[0, :, :, 0].T
+    picked = logits if index is not None else logits[torch.tensor([3, 64, 127])]
+    picked.square().sum().backward()
+    return picked.detach(), {
+        name: value.grad.clone() for name, value in transformer.named_parameters() if value.grad is not None
+    }
+
+
+def test_masked_head_equals_full_head(toy: Path) -> None:
+    transformer = UVit2DModel.from_pretrained(toy / "transformer")
+    full, expected = head_gradients(transformer, None)
+    masked, gradients = head_gradients(transformer, torch.tensor([3, 64, 127]))
+    close(masked, full)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        close(gradients[name], expected[name])
+
+
+def test_the_head_is_whole_again_also_after_an_error(toy: Path) -> None:
+    transformer = UVit2DModel.from_pretrained(toy / "transformer")
+    with head_on(transformer, torch.tensor([1])):
+        assert len(transformer.mlm_layer._forward_pre_hooks) == 1
+    assert not transformer.mlm_layer._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="stop"), head_on(transformer, torch.tensor([1])):
+        raise RuntimeError("stop")
+    assert not transformer.mlm_layer._forward_pre_hooks
+
+
+# ---------------------------------------------------------------------------------------------- frozen
+
+
+def test_frozen_is_frozen(toy: Path, batch: dict[str, Any]) -> None:
+    model = AmusedModel(str(toy)).train()
+    loss, _ = model(model.prepare(batch))
+    loss.backward()
+    assert {name.split(".")[0] for name in model.state_dict()} == {"transformer"}
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer"}
+    assert {name.split(".")[0] for name in model.trained_state()} == {"transformer"}
+    assert model.exportable == {"transformer": model.transformer}
+    for name in ("vqvae", "text_encoder"):
+        frozen = model.module(name)
+        assert not any(module.training for module in frozen.modules())
+        assert not any(
+            parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters()
+        )
+    assert all(parameter.requires_grad for parameter in model.transformer.parameters())
+    assert model.transformer.training
+
+
+def test_text_encoder_learns_only_when_it_is_trained(toy: Path, batch: dict[str, Any]) -> None:
+    frozen = AmusedModel(str(toy)).train()
+    prepared = frozen.prepare(batch)
+    assert not frozen.encode_text(prepared["text_ids"])[0].requires_grad
+    alone = AmusedModel(str(toy), train=["text_encoder"]).train()
+    loss, _ = alone(alone.prepare(batch))
+    loss.backward()
+    assert set(alone.exportable) == {"text_encoder"}
+    assert all(parameter.grad is not None for parameter in alone.text_encoder.parameters())
+    transformer = alone.module("transformer")
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert not transformer.training
+
+
+def test_frozen_parts_are_loaded_and_moved_when_first_used(toy: Path) -> None:
+    model = AmusedModel(str(toy))
+    assert "vqvae" not in vars(model.components)
+    model.module("vqvae")
+    assert "vqvae" in vars(model.components)
+    assert "text_encoder" not in vars(model.components)
+    moved = model._frozen["text_encoder"].on(torch.device("meta"))
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+
+
+def test_loading_leaves_the_global_random_state(toy: Path, batch: dict[str, Any]) -> None:
+    """A frozen part is loaded in the middle of a step, between its seed and a dropout."""
+    before = torch.random.get_rng_state()
+    model = AmusedModel(str(toy))
+    model(model.prepare(batch))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"train": []}, r"train got \[\]; expected one or both of \['transformer', 'text_encoder'\]"),
+    ({"train": ["vqvae"]}, r"train got \['vqvae'\]"),
+    ({"label_smoothing": 1.0}, r"label_smoothing got 1.0; expected a number in \[0, 1\)"),
+    ({"vq_batch_size": 0}, "vq_batch_size got 0; expected at least 1"),
+])  # fmt: skip
+def test_options_out_of_range(toy: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        AmusedModel(str(toy), **options)
+
+
+def test_the_loss_of_knowing_nothing(model: AmusedModel) -> None:
+    name, value = model.chance_loss
+    assert name == "ln 64"
+    assert value == pytest.approx(4.158883)
+
+
+def test_trained_state_is_strict(toy: Path) -> None:
+    model = AmusedModel(str(toy))
+    state = {name: tensor + 1 for name, tensor in model.trained_state().items()}
+    model.load_trained_state(state, "checkpoint 'x'")
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.trained_state().items())
+    first = min(state)
+    broken = {name: tensor for name, tensor in state.items() if name != first}
+    broken["other"] = broken.pop(max(broken))
+    broken["transformer.embed.embeddings.weight"] = torch.zeros(2, 2)
+    with pytest.raises(UserError) as error:
+        model.load_trained_state(broken, "checkpoint 'x'")
+    assert str(error.value) == (
+        f"checkpoint 'x' does not fit this model: weights 2 missing ({first}, ...); 1 unexpected (other); 1 "
+        "of another shape (transformer.embed.embeddings.weight (2, 2) where the model has (80, 56)); use "
+        "the config it was trained with"
+    )

@@ -1,0 +1,217 @@
+"""The command line: help, exit codes, listing, and several processes."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from diffengine import __version__, cli, config
+from diffengine.commands import train
+from diffengine.errors import Told, UserError
+from tests.support.models import make_model_folder
+from tests.support.pictures import write_photo_folder
+
+TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "NPROC_PER_NODE",
+        "NNODES",
+        "NODE_RANK",
+        "ADDR",
+        "MASTER_ADDR",
+        "PORT",
+        "MASTER_PORT",
+        "RANK",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def fail_with(monkeypatch, error):
+    """Let list-cfg raise this."""
+
+    def shipped():
+        raise error
+
+    monkeypatch.setattr(config, "shipped", shipped)
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"diffengine {__version__}\n"
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, summary in cli.COMMANDS.items():
+        assert name in out
+        assert summary in out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_each_command(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: diffengine {command} ")
+
+
+def test_a_users_mistake_is_one_line_and_2(monkeypatch, capsys):
+    fail_with(monkeypatch, UserError("got this;\n   expected that"))
+    assert cli.main(["list-cfg"]) == 2
+    assert capsys.readouterr().err == "diffengine list-cfg: error: got this; expected that\n"
+
+
+def test_what_another_process_says_is_not_said_again(monkeypatch, capsys):
+    fail_with(monkeypatch, Told("got this"))
+    assert cli.main(["list-cfg"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
+    fail_with(monkeypatch, ZeroDivisionError("by zero"))
+    assert cli.main(["list-cfg"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "diffengine list-cfg: failed: ZeroDivisionError: by zero"
+
+
+def test_stopped_and_cut_off(monkeypatch, capsys):
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["list-cfg"]) == 130
+    assert capsys.readouterr().err == "diffengine list-cfg: stopped at once\n"
+    fail_with(monkeypatch, BrokenPipeError())
+    assert cli.main(["list-cfg"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_list_cfg(capsys):
+    assert cli.main(["list-cfg"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(config.shipped())
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert cli.main(["list-cfg", "own"]) == 0
+    assert capsys.readouterr().out == (
+        "amused_512_own  aMUSEd 512 on your own captioned pictures, 1,000 steps.\n"
+    )
+    assert cli.main(["list-cfg", "vq_*"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["vq_32_emoji"]
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def at(address, port, node):
+    return [f"--master-addr={address}", f"--master-port={port}", f"--node-rank={node}"]
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments"),
+    [
+        ({"NPROC_PER_NODE": "8"}, ["--nnodes=1", "--nproc-per-node=8", "--standalone"]),
+        (
+            {"NPROC_PER_NODE": "2", "PORT": "29501"},
+            ["--nnodes=1", "--nproc-per-node=2", *at("127.0.0.1", 29501, 0)],
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "ADDR": "a", "NPROC_PER_NODE": "4"},
+            ["--nnodes=2", "--nproc-per-node=4", *at("a", 29500, 1)],
+        ),
+        (
+            {"NNODES": "2", "ADDR": "a", "MASTER_ADDR": "b", "PORT": "1", "MASTER_PORT": "2"},
+            ["--nnodes=2", "--nproc-per-node=1", *at("b", 2, 0)],
+        ),
+    ],
+)  # fmt: skip
+def test_torchrun_arguments(monkeypatch, env, arguments):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert train.torchrun_arguments() == arguments
+    assert train.processes_asked()
+
+
+def test_one_process_unless_asked():
+    assert not train.processes_asked()
+
+
+@pytest.fixture
+def toy(folder, monkeypatch):
+    """A config for two steps a second, and signal handlers as they were."""
+    write_photo_folder(folder / "photos", 4, 48)
+    make_model_folder(folder / "model", "toy")
+    text = (
+        "extends = 'amused_512_own'\nresolution = 32\ndata = 'photos'\npretrained = 'model'\n"
+        "batch_size = 2\nnum_workers = 0\nprompts = ['a cat']\nlog_every = 1\npreview_every = None\n"
+        "checkpoint_every = None\ndefault_hooks = dict(export=None)\n"
+    )
+    (folder / "toy.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    handlers = {signum: signal.getsignal(signum) for signum in TORCHRUN_SIGNALS}
+    yield folder / "work_dirs" / "toy"
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def steps(work_dir):
+    path = work_dir / "metrics.jsonl"
+    return [json.loads(line)["iter"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
+)
+def test_a_signal_reaches_two_processes_which_finish_the_step_and_save(toy, monkeypatch, capfd, signum, code):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+
+    def stop_after_two_steps():
+        limit = time.monotonic() + 240
+        while len(steps(toy)) < 2 and time.monotonic() < limit:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=stop_after_two_steps, daemon=True).start()
+    assert cli.main(["train", "toy.py", "--cfg-options", "max_iters=100000"]) == code
+    out, err = capfd.readouterr()
+    assert err.splitlines()[-1] == f"diffengine train: stopped by {signum.name}; go on with --resume"
+    assert "Traceback" not in err
+    assert "2 x cpu" in out
+    assert [path.name for path in toy.glob("*.pth")] == [f"iter_{steps(toy)[-1]}.pth"]
+
+
+def test_a_process_leaves_its_mistake_for_the_launcher_to_say(toy, monkeypatch, capsys):
+    monkeypatch.setenv(train.LAUNCHED, "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2
+    assert capsys.readouterr().err == ""
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file="error.json")
+    assert train.report(ChildFailedError("train", {1: failure})) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("diffengine train: error: no file or folder 'nowhere/at/all'")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "code", "why"),
+    [(1, 1, "exit code 1, see above"), (-9, 137, "Signal 9 (SIGKILL) received by PID 7")],
+)
+def test_the_exit_code_of_a_process_that_broke(exitcode, code, why, capsys):
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file="none")
+    assert train.report(ChildFailedError("train", {1: failure})) == code
+    assert capsys.readouterr().err == f"diffengine train: failed: process 1: {why}\n"
+
+
+@pytest.mark.soak
+def test_a_mistake_that_two_processes_find_is_one_line_and_2(toy, monkeypatch, capfd):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    capfd.readouterr()
+    assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("diffengine train: error: no file or folder 'nowhere/at/all'")
+    assert err.count("\n") == 1
+    assert train.LAUNCHED not in os.environ
+    assert not toy.exists() or list(toy.iterdir()) == []

@@ -1,0 +1,484 @@
+"""Configs: found, extended, overridden, resolved, validated, written."""
+
+import pytest
+
+from diffengine import config
+from diffengine.cli import main
+from diffengine.errors import UserError
+from diffengine.signatures import faults_of, fits
+
+TRAINABLE = sorted(config.shipped())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(action, *arguments, **options):
+    """The one line with which an action is refused."""
+    with pytest.raises(UserError) as caught:
+        action(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def test_shipped_names():
+    assert {
+        "amused_256_pokemon_blip",
+        "amused_32_emoji",
+        "amused_512_own",
+        "amused_512_pokemon_blip",
+        "vq_32_emoji",
+    } <= set(TRAINABLE)
+    assert "amused" not in TRAINABLE  # a base is no config to train
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_every_shipped_config_loads(name):
+    settings, resolved = config.load(name)
+    assert "${" in repr(settings)
+    assert "${" not in repr(resolved)
+    assert resolved["seed"] == 0
+
+
+def test_unknown_name_and_file():
+    assert refusal(config.find, "amused_512_pokemon") == (
+        "unknown config 'amused_512_pokemon'; did you mean 'amused_512_pokemon_blip'?; "
+        "`diffengine list-cfg` lists them all"
+    )
+    assert "config file 'my.py' does not exist" in refusal(config.find, "my.py")
+
+
+# ---------------------------------------------------------------------------------------------- extending
+
+
+def test_extends_by_name_path_and_list(folder):
+    write(folder / "deep" / "one.py", "extends = '../two.py'\na = 1\nb = 1\n")
+    write(folder / "two.py", "b = 2\nc = 2\n")
+    write(folder / "three.py", "c = 3\nd = 3\n")
+    assert config.read("deep/one.py") == {"a": 1, "b": 1, "c": 2}
+    write(folder / "all.py", "extends = ['deep/one.py', 'three.py']\nd = 4\n")
+    assert config.read("all.py") == {"a": 1, "b": 1, "c": 3, "d": 4}
+    write(folder / "named.py", "extends = 'amused_512_own'\nresolution = 256\n")
+    shipped = config.read("amused_512_own")
+    assert config.read("named.py") == {**shipped, "resolution": 256}
+    assert shipped["resolution"] == 512
+
+
+def test_extends_itself_or_a_number(folder):
+    write(folder / "a.py", "extends = 'b.py'\n")
+    write(folder / "b.py", "extends = 'a.py'\n")
+    assert "extends itself" in refusal(config.read, "a.py")
+    write(folder / "c.py", "extends = 5\n")
+    assert "extends got 5; expected a config's name or path" in refusal(config.read, "c.py")
+
+
+def test_merge():
+    base = {"type": "A", "x": 1, "inner": {"y": 1, "z": [1, 2]}}
+    assert config.merge(base, {"inner": {"z": [3]}}) == {"type": "A", "x": 1, "inner": {"y": 1, "z": [3]}}
+    assert config.merge(base, {"type": "A", "x": 2})["inner"] == base["inner"]
+    assert config.merge({"part": base}, {"part": {"type": "B"}}) == {"part": {"type": "B"}}
+    assert config.merge({"part": base}, {"part": None}) == {"part": None}
+    assert base == {"type": "A", "x": 1, "inner": {"y": 1, "z": [1, 2]}}
+
+
+def test_a_setting_replaces_where_a_section_merges():
+    base = {"colours": {"red": 1}, "model": {"type": "A", "size": 1}}
+    extended = config.extend(base, {"colours": {"blue": 2}, "model": {"depth": 3}})
+    assert extended == {"colours": {"blue": 2}, "model": {"type": "A", "size": 1, "depth": 3}}
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def test_imports_are_names(folder):
+    text = (
+        "import no_such_package\nimport torch.nn as nn, torch.optim\nfrom no.such.place import Thing as T\n"
+        "a = dict(type=T)\nb = [nn.Linear, torch.optim.AdamW, no_such_package.x.Y]\n"
+        "_helper = 3\nc = (_helper,)\n"
+    )
+    assert config.read(write(folder / "c.py", text)) == {
+        "a": {"type": "no.such.place.Thing"},
+        "b": ["torch.nn.Linear", "torch.optim.AdamW", "no_such_package.x.Y"],
+        "c": [3],
+    }
+
+
+def test_a_missing_package_is_a_fault_of_validation(folder):
+    path = write(
+        folder / "c.py",
+        "extends = 'amused_512_own'\nfrom no_such_package import Pictures\n"
+        "train_dataloader = dict(dataset=dict(type=Pictures))\n",
+    )
+    config.read(path)
+    message = refusal(config.load, path)
+    assert "train_dataloader.dataset: type 'no_such_package.Pictures' cannot be imported" in message
+    assert "No module named 'no_such_package'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a = 1\nb = = 2\n", "line 2: invalid syntax"),
+        ("import os\na = os.getcwd()\n", "line 2: TypeError: 'os.getcwd' is only a name here"),
+        ("a = 1 / 0\n", "line 1: ZeroDivisionError: division by zero"),
+        ("a = b\n", "line 1: NameError: name 'b' is not defined"),
+        ("a = {1, 2}\n", "holds more than plain values and imported classes: got {1, 2} of set"),
+        ("a = float('inf')\n", "got inf, which cannot be written down"),
+        ("def f():\n    pass\n", "holds more than plain values"),
+        ("from .other import *\n", "line 1: ImportError: imports here are names of classes only"),
+        ("from torch import *\n", 'to build on another config: extends = "NAME"'),
+    ],
+)
+def test_what_is_no_config(folder, text, says):
+    message = refusal(config.read, write(folder / "c.py", text))
+    assert message.startswith(f"config '{folder / 'c.py'}'")
+    assert says in message
+
+
+def test_encodings(folder):
+    (folder / "latin.py").write_bytes("data = 'é'\n".encode("latin-1"))
+    assert "'latin.py' is not UTF-8 text" in refusal(config.read, "latin.py")
+    (folder / "marked.py").write_bytes(b"\xef\xbb\xbf" + "data = 'é 猫'\n".encode())
+    assert config.read("marked.py") == {"data": "é 猫"}
+    (folder / "folder.py").mkdir()
+    assert "does not exist" in refusal(config.read, "folder.py")
+
+
+# ---------------------------------------------------------------------------------------------- overriding
+
+
+@pytest.mark.parametrize(
+    ("old", "text", "new"),
+    [
+        ("red", "  a photo, of 'it'  ", "  a photo, of 'it'  "),
+        ("red", "5", "5"),
+        ("red", "a=b", "a=b"),
+        ("red", "None", None),
+        (None, "a photo of sks dog", "a photo of sks dog"),
+        (None, "5", 5),
+        (None, "'5'", "5"),
+        (1, "2", 2),
+        (1, "None", None),
+        (1.0, "2", 2.0),
+        (1.0, "2e-4", 2e-4),
+        (True, "False", False),
+        (4, "['a b', 'c']", ["a b", "c"]),
+        (["a"], "4", 4),
+        ([1], "(2, 3)", [2, 3]),
+        ("${size}", "7", 7),
+    ],
+)
+def test_a_value_keeps_its_type(old, text, new):
+    changed = config.override({"key": old, "size": 1}, [f"key={text}"])["key"]
+    assert changed == new
+    assert type(changed) is type(new)
+
+
+@pytest.mark.parametrize(
+    ("old", "text", "expected"),
+    [
+        (1, "1.5", "got 1.5 (float); expected int, as in key=1"),
+        (1, "True", "got True (bool); expected int"),
+        (1, "many", "got 'many' (str); expected int"),
+        (1.0, "True", "got True (bool); expected float"),
+        (1.0, "inf", "got 'inf' (str); expected float"),
+        (True, "1", "got 1 (int); expected bool, as in key=True"),
+        (True, "true", "got 'true' (str); expected bool"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(old, text, expected):
+    assert expected in refusal(config.override, {"key": old}, [f"key={text}"])
+
+
+def test_paths():
+    base = {"model": {"type": "A", "parts": [{"p": 1}, {"p": 2}]}, "size": 1}
+    options = ["model.parts.1.p=3", "model.parts.-2.p=4", "model.extra=x", "size=2", "custom_hooks=[]"]
+    changed = config.override(base, [*options, "seed=7", "work_dir=a b"])
+    assert changed == {
+        "model": {"type": "A", "parts": [{"p": 4}, {"p": 3}], "extra": "x"},
+        "size": 2, "custom_hooks": [], "seed": 7, "work_dir": "a b",
+    }  # fmt: skip
+    assert base["model"]["parts"] == [{"p": 1}, {"p": 2}]
+    assert config.override({"sizes": [1, 2]}, ["sizes.1=5"]) == {"sizes": [1, 5]}
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("size", "got 'size'; expected KEY=VALUE, as in batch_size=4"),
+        ("=3", "got '=3'; expected KEY=VALUE"),
+        ("sise=3", "unknown key 'sise'; did you mean 'size'?"),
+        ("modle.x=3", "there is no 'modle' in this config; did you mean 'model'?"),
+        ("model.parts.2.p=1", "there is no 'model.parts.2' in this config, in a list of 2"),
+        ("model.parts.x=1", "there is no 'model.parts.x' in this config, in a list of 2"),
+        ("size.x=1", "there is no 'size.x' in this config, whose parent is 1"),
+        ("size.x.y=1", "there is no 'size.x' in this config, whose parent is 1"),
+    ],
+)
+def test_paths_that_do_not_exist(option, says):
+    base = {"model": {"type": "A", "parts": [{"p": 1}, {"p": 2}]}, "size": 1}
+    assert says in refusal(config.override, base, [option])
+
+
+# ---------------------------------------------------------------------------------------------- resolving
+
+
+def test_references_keep_their_type():
+    resolved = config.resolve(
+        {
+            "sides": [1, 2], "root": "/data", "data": "${root}/pictures", "none": None,
+            "model": {"a": "${sides}", "b": ["${none}", "${data}"], "c": "x ${root} y"},
+        }
+    )  # fmt: skip
+    assert resolved["model"] == {"a": [1, 2], "b": [None, "/data/pictures"], "c": "x /data y"}
+    assert resolved["data"] == "/data/pictures"
+
+
+def test_references_through_references():
+    assert config.resolve({"a": "${b}", "b": "${c}", "c": 3, "model": {"x": "${a}"}})["model"] == {"x": 3}
+    assert "refers back to itself" in refusal(
+        config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}}
+    )
+
+
+def test_all_faults_of_references_in_one_error():
+    message = refusal(config.resolve, {"rate": 1, "batch": 2, "model": {"x": "${rat}", "y": ["${batc}"]}})
+    assert message == (
+        "the config has faults: "
+        "unknown setting 'rate'; did you mean 'rat'? (nothing in this config uses it); "
+        "unknown setting 'batch'; did you mean 'batc'? (nothing in this config uses it); "
+        "model.x refers to setting 'rat', which there is not; did you mean 'rate'?; "
+        "model.y.0 refers to setting 'batc', which there is not; did you mean 'batch'?"
+    )
+
+
+def test_a_misspelt_setting_in_a_file_and_by_flag(folder):
+    path = write(folder / "c.py", "extends = 'amused_512_own'\nresolutoin = 256\n")
+    assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in refusal(config.load, path)
+    message = refusal(config.load, "vq_32_emoji", (), {"data": "pictures"})
+    assert "config 'vq_32_emoji' has no setting 'data'; it has " in message
+
+
+def test_what_an_override_puts_out_of_use_is_dropped(folder):
+    settings, resolved = config.load("amused_512_own", ["train_dataloader.batch_size=2"])
+    assert resolved["train_dataloader"]["batch_size"] == 2
+    assert "batch_size" not in settings
+    path = write(
+        folder / "c.py",
+        "extends = 'amused_512_own'\nfrom diffengine.datasets import EmojiDataset\n"
+        "train_dataloader = dict(dataset=dict(type=EmojiDataset, size=64))\n",
+    )
+    settings, _ = config.load(path)
+    assert "data" not in settings
+    assert "unknown setting 'data'" in refusal(config.load, path, (), {"data": "pictures"})
+    assert "unknown setting 'caption'" in refusal(config.load, path, ["caption=it"])
+
+
+# ---------------------------------------------------------------------------------------------- validating
+
+
+def test_all_faults_of_a_config_in_one_error(folder):
+    path = write(
+        folder / "c.py",
+        "extends = 'amused_512_own'\nresolutoin = 256\nbatch_size = 2.5\n"
+        "model = dict(mask_shedule='linear', label_smoothing='much')\n"
+        "optim_wrapper = dict(optimizer=dict(lrr=1))\n"
+        "default_hooks = dict(previews=dict(every=2))\n",
+    )
+    message = refusal(config.load, path)
+    for fault in (
+        "unknown setting 'resolutoin'; did you mean 'resolution'?",
+        "train_dataloader.batch_size got 2.5 (float); expected int",
+        "model: unknown key 'mask_shedule' for AmusedModel; did you mean 'mask_schedule'?",
+        "model.label_smoothing got 'much' (str); expected float",
+        "optim_wrapper.optimizer: unknown key 'lrr' for AdamW; did you mean 'lr'?",
+        "default_hooks.previews got {'every': 2}; expected dict(type=...)",
+    ):
+        assert message.count(fault) == 1, fault
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (
+            "train_cfg.max_steps=5",
+            "train_cfg: unknown key 'max_steps' for StepLoop; did you mean 'max_iters'?",
+        ),
+        ("train_cfg.runner=5", "train_cfg: unknown key 'runner' for StepLoop"),
+        ("model.mask_schedule=cosin", "model.mask_schedule got 'cosin' (str); expected 'cosine' or 'linear'"),
+        ("prompts=[1, 2]", "default_hooks.preview.prompts got [1, 2] (list); expected list[str] | int"),
+        ("model=5", "section 'model' got 5; expected a dict"),
+        ("train_dataloader.dataset=5", "train_dataloader.dataset got 5; expected dict(type=...)"),
+        (
+            "train_dataloader.dataset.path=None",
+            "train_dataloader.dataset.path got None (NoneType); expected str",
+        ),
+        ("optim_wrapper.type=x", "section 'optim_wrapper' got type='x'; expected none"),
+        ("custom_hooks=[{}]", "custom_hooks.0 got {}; expected dict(type=...)"),
+        (
+            "custom_hooks=[{'type': 'os.path'}]",
+            "custom_hooks.0: type got os.path; expected a class or a function",
+        ),
+        ("custom_hooks=[{'type': 3}]", "custom_hooks.0.type got 3; expected an imported class"),
+        ("seed=-1", "seed got -1; expected an int from 0 to 2**32 - 1"),
+        ("work_dir=5", "work_dir got 5; expected a folder"),
+    ],
+)
+def test_faults_of_sections(option, says):
+    assert says in refusal(config.load, "amused_512_own", [option])
+
+
+def test_missing_section_and_missing_option():
+    assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}) == (
+        "the config has faults: no section 'train_dataloader'; no section 'optim_wrapper'; "
+        "no section 'train_cfg'"
+    )
+    assert faults_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
+
+
+def test_visualizer_backends_are_checked():
+    _, resolved = config.load(
+        "vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"]
+    )
+    assert resolved["vis_backends"] == [{"type": "mmengine.visualization.LocalVisBackend"}]
+    option = "vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend', 'img_save': 1}]"
+    assert "unknown key 'img_save' for LocalVisBackend" in refusal(config.load, "vq_32_emoji", [option])
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fit"),
+    [
+        (1, float, True),
+        (True, int, False),
+        (True, float, False),
+        (1, bool, False),
+        ([1, 2], list[int], True),
+        ([1, "2"], list[int], False),
+        ([1, 2], tuple[int, ...], True),
+        ([1, 2], tuple[int, int], True),
+        ([1, 2, 3], tuple[int, int], False),
+        ("x", list[str], False),
+        ({"a": 1}, dict, True),
+        ([], dict[str, int], False),
+        (None, int | None, True),
+        ("anything", object, True),
+    ],
+)
+def test_fits(value, hint, fit):
+    assert fits(value, hint) is fit
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_what_is_written_loads_as_the_same(folder, name):
+    settings, resolved = config.load(name, [], {"work_dir": "some 'where'"})
+    path = write(folder / "config.py", config.to_text(settings, "line one\nline two"))
+    assert config.load(path) == (settings, resolved)
+    text = (folder / "config.py").read_text(encoding="utf-8")
+    assert text.startswith("# line one\n# line two\nseed = 0\n")
+    assert text.index("batch_size = ") < text.index("model = ")
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_copied_config(folder, monkeypatch, name, capsys):
+    assert main(["copy-cfg", name, "mine/my.py"]) == 0
+    assert capsys.readouterr().out == "wrote mine/my.py; train it with: diffengine train mine/my.py\n"
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert config.load("../mine/my.py") == config.load(name)
+    text = (folder / "mine" / "my.py").read_text(encoding="utf-8")
+    switched = [line.removeprefix("# ") if " = " in line else line for line in text.splitlines()]
+    path = write(folder / "all.py", "\n".join(switched))
+    shipped, everything = config.load(name)[1], config.load(path)[1]
+    assert everything.pop("train_dataloader") == {**shipped.pop("train_dataloader"), "skip_unreadable": True}
+    assert everything == shipped
+    edited = write(folder / "edited.py", text.replace("# batch_size = ", "batch_size = 1") + "\n")
+    assert config.load(edited)[1]["train_dataloader"]["batch_size"] != shipped["batch_size"]
+
+
+# ---------------------------------------------------------------------------------------------- law 8
+
+
+def settings_of(name):
+    written = config.read(name)
+    return {key: value for key, value in written.items() if key not in config.SECTIONS}
+
+
+def other(value):
+    """Another value that could stand there."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value, "more"]
+    return 3 if value is None else {**value, "more": 1}
+
+
+def sections(resolved):
+    return {key: value for key, value in resolved.items() if key in config.SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [(name, setting) for name in TRAINABLE for setting in settings_of(name)]
+)
+def test_a_setting_acts(name, setting):
+    """Changing a setting changes a section, wherever it is used and nowhere else."""
+    written = config.read(name)
+    before, after = (
+        config.resolve(each) for each in (written, {**written, setting: other(written[setting])})
+    )
+    assert sections(before) != sections(after)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_no_setting_stands_twice(name):
+    """A section that holds a setting's value under the setting's name says so by a reference."""
+    written = config.read(name)
+    settings = settings_of(name)
+
+    def literals(value, path):
+        if isinstance(value, dict):
+            return [leaf for key, item in value.items() for leaf in literals(item, f"{path}.{key}")]
+        if isinstance(value, list):
+            return [leaf for item in value for leaf in literals(item, path)]
+        return [(path.rpartition(".")[2], path)] if not str(value).startswith("${") else []
+
+    found = [path for section in sections(written).items() for key, path in literals(section[1], section[0])
+             if key in settings]  # fmt: skip
+    assert found == []
+
+
+def test_resolution_acts_in_every_part():
+    _, resolved = config.load("amused_512_own", ["resolution=256", "data=here", "caption=it", "batch_size=2"])
+    assert resolved["train_dataloader"] == {
+        "dataset": {
+            "type": "diffengine.datasets.ImageTextDataset", "path": "here", "caption": "it", "prefix": "",
+        },
+        "image_transforms": [
+            {"type": "diffengine.datasets.Resize", "size": 256},
+            {"type": "diffengine.datasets.Flip", "p": 0.0},
+            {"type": "diffengine.datasets.Crop", "size": 256, "random": True},
+            {"type": "diffengine.datasets.ToTensor"},
+        ],
+        "transforms": [{"type": "diffengine.datasets.DropCaption", "p": 0.1}],
+        "batch_size": 2,
+        "num_workers": 4,
+    }  # fmt: skip
+    assert resolved["default_hooks"]["preview"]["resolution"] == 256

@@ -1,0 +1,249 @@
+"""What is exported is what was trained, and nothing is lost by exporting."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AmusedImg2ImgPipeline, AmusedInpaintPipeline, AmusedPipeline, UVit2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
+
+from diffengine import export
+from diffengine.errors import UserError
+from diffengine.export import export_components, export_pipeline, model_of, trusted_config
+from diffengine.models.amused import AmusedModel
+from diffengine.models.amused.vocabulary import learn_vocabulary
+from diffengine.models.vq import VQTokenizerModel
+from tests.support import models
+
+DRAW: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.make_model_folder(tmp_path_factory.mktemp("model") / "toy", "toy")
+
+
+def changed(folder: Path, **options: Any) -> AmusedModel:
+    """A model whose weights are not the folder's any more."""
+    model = AmusedModel(str(folder), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    return model
+
+
+def equal(loaded: torch.nn.Module, live: torch.nn.Module) -> bool:
+    left, right = loaded.state_dict(), live.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---------------------------------------------------------------------------------------------- components
+
+
+def test_components_bit_for_bit(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy, train=["transformer", "text_encoder"])
+    folders = export_components(model, tmp_path)
+    assert folders == [tmp_path / "transformer", tmp_path / "text_encoder"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["text_encoder", "transformer"]
+    assert equal(UVit2DModel.from_pretrained(tmp_path, subfolder="transformer"), model.transformer)
+    assert equal(CLIPTextModelWithProjection.from_pretrained(folders[1]), model.text_encoder)
+    assert [file.suffix for file in sorted(folders[0].iterdir())] == [".json", ".safetensors"]
+
+
+def test_chosen_keys(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy, train=["transformer", "text_encoder"])
+    assert export_components(model, tmp_path, ["text_encoder"]) == [tmp_path / "text_encoder"]
+    assert [file.name for file in tmp_path.iterdir()] == ["text_encoder"]
+    with pytest.raises(
+        UserError, match="--save-keys got 'vqvae'; this model trains transformer, text_encoder"
+    ):
+        export_components(model, tmp_path / "other", ["vqvae"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_frozen_weights_are_not_read(toy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    for name in ("vqvae", "text_encoder"):
+        for file in (folder / name).glob("*.safetensors"):
+            file.unlink()
+    export_components(AmusedModel(str(folder)), tmp_path / "out")
+
+
+def test_an_older_export_is_replaced(toy: Path, tmp_path: Path) -> None:
+    export_components(AmusedModel(str(toy)), tmp_path)
+    (tmp_path / "transformer" / "stale.txt").write_text("old")
+    model = changed(toy)
+    export_components(model, tmp_path)
+    assert not (tmp_path / "transformer" / "stale.txt").exists()
+    assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), model.transformer)
+
+
+def test_a_failure_leaves_the_older_export(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = AmusedModel(str(toy))
+    export_components(first, tmp_path)
+
+    def full(self: Any, folder: Path, **options: Any) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(UVit2DModel, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write to '.*': .*No space left on device"):
+        export_components(changed(toy), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["transformer"]
+    assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), first.transformer)
+
+
+def test_what_does_not_load_back_is_an_error(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy)
+    (folder,) = export_components(model, tmp_path)
+    export._check(model.transformer, folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    bits = state["embed.conv.weight"].view(torch.int32)
+    bits.view(-1)[0] ^= 1  # the last bit of one value
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"does not load back what was written: 1 parts, first embed\.conv"):
+        export._check(model.transformer, folder)
+
+
+def test_weights_that_are_not_numbers_still_load_back(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy)
+    with torch.no_grad():
+        model.transformer.embed.conv.weight.view(-1)[0] = float("nan")
+    export_components(model, tmp_path)
+
+
+def test_the_base_model_is_not_overwritten(toy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy, tmp_path / "base"))
+    before = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    model = changed(folder)
+    said = r"is the transformer that this model was made from, and would be lost; write to another folder"
+    with pytest.raises(UserError, match=said):
+        export_components(model, folder)
+    with pytest.raises(UserError, match=said):
+        export_components(model, tmp_path / "base" / "vqvae" / "..")
+    with pytest.raises(UserError, match="that this model was made from"):
+        export_pipeline(model, folder)
+    own = AmusedModel(str(toy), transformer=str(folder / "transformer"))
+    with pytest.raises(UserError, match=said):
+        export_components(own, folder)
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="is the vqvae that this model was made from"):
+        export_components(VQTokenizerModel(str(folder)), folder)
+
+
+def test_a_folder_of_other_things_is_not_replaced(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and holds no exported component"):
+        export_components(AmusedModel(str(toy)), tmp_path)
+    assert (tmp_path / "transformer" / "thesis.tex").read_text() == "years of work"
+
+
+# ---------------------------------------------------------------------------------------------- pipeline
+
+
+def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy)
+    out = export_pipeline(model, tmp_path / "pipeline")
+    assert sorted(file.name for file in out.iterdir()) == [
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"
+    ]  # fmt: skip
+    live, loaded = model.build_pipeline(), AmusedPipeline.from_pretrained(out)
+    pictures = [
+        pipeline("yoda pokemon", generator=torch.Generator().manual_seed(1), **DRAW).images[0]
+        for pipeline in (live, loaded)
+    ]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    picture, mask = pictures[0], Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    edited = AmusedImg2ImgPipeline.from_pretrained(out)("a cat", picture, **DRAW).images[0]
+    filled = AmusedInpaintPipeline.from_pretrained(out)("a cat", picture, mask, **DRAW).images[0]
+    assert edited.size == filled.size == (32, 32)
+    export_pipeline(model, out)  # again, over itself
+    assert equal(UVit2DModel.from_pretrained(out / "transformer"), model.transformer)
+
+
+def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path: Path) -> None:
+    assets = learn_vocabulary(["a red cat", "a blue dog"], 540, 12)
+    text = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    transformer = {
+        "hidden_size": 32, "micro_cond_encode_dim": 8, "in_channels": 24, "block_out_channels": 24,
+        "num_res_blocks": 1, "block_num_heads": 2, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "intermediate_size": 64, "sample_size": 8,
+    }  # fmt: skip
+    model = AmusedModel(
+        vqvae=str(toy), tokenizer={"vocab_size": 540, "max_length": 12}, text_encoder=text,
+        transformer=transformer, train=["transformer", "text_encoder"], assets=assets,
+    )  # fmt: skip
+    loaded = AmusedPipeline.from_pretrained(export_pipeline(model, tmp_path / "out"))
+    assert loaded.tokenizer.get_vocab() == model.components.tokenizer.get_vocab()
+    assert loaded.tokenizer.model_max_length == 12
+    assert loaded.scheduler.config.mask_token_id == model.mask_id
+    drawn = [
+        pipeline("a blue cat", generator=torch.Generator().manual_seed(1), **DRAW).images[0].tobytes()
+        for pipeline in (model.build_pipeline(), loaded)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_model_without_pipeline(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="VQTokenizerModel has no pipeline; leave --pipeline out to export vqvae"
+    ):
+        export_pipeline(VQTokenizerModel(str(toy)), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint(
+    toy: Path, kind: str = "diffengine.models.amused.AmusedModel", **options: Any
+) -> dict[str, Any]:
+    config = {"model": {"type": kind, "pretrained": str(toy), **options}, "seed": 0}
+    return {"config": json.dumps(config), "name": "own", "assets": {}, "model": changed(toy).trained_state()}
+
+
+def test_the_model_of_a_checkpoint(toy: Path) -> None:
+    state = checkpoint(toy)
+    model = model_of(state, trusted_config(state, None, "checkpoint 'x'"), "checkpoint 'x'")
+    assert isinstance(model, AmusedModel)
+    assert equal(model.transformer, changed(toy).transformer)
+    assert not model.training
+
+
+@pytest.mark.parametrize("kind", ["os.system", "builtins.exec", "subprocess.run"])
+def test_a_checkpoint_cannot_name_code_to_run(toy: Path, kind: str) -> None:
+    with pytest.raises(UserError, match=f"names the class '{kind}', which is not run on a checkpoint's word"):
+        trusted_config(checkpoint(toy, kind), None, "checkpoint 'x'")
+    nested = checkpoint(toy, vqvae={"type": kind})
+    with pytest.raises(UserError, match=f"names the class '{kind}'"):
+        trusted_config(nested, None, "checkpoint 'x'")
+
+
+def test_a_checkpoint_cannot_name_a_trusted_package_that_is_no_model(toy: Path) -> None:
+    """diffusers.DiffusionPipeline.from_pretrained runs remote code when asked to."""
+    state = checkpoint(toy, "diffusers.DiffusionPipeline")
+    with pytest.raises(UserError, match=r"names 'diffusers\.DiffusionPipeline', which is no TrainableModel"):
+        model_of(state, trusted_config(state, None, "checkpoint 'x'"), "checkpoint 'x'")
+
+
+def test_a_checkpoint_of_another_model(toy: Path) -> None:
+    given = {"model": {"type": "diffengine.models.vq.VQTokenizerModel"}}
+    with pytest.raises(
+        UserError, match=r"is of another model: got .*AmusedModel, the config has .*VQ.*\('own'\)"
+    ):
+        trusted_config(checkpoint(toy), given, "checkpoint 'x'")
+
+
+def test_a_class_that_the_users_config_names_is_used(toy: Path) -> None:
+    given = {"model": {"type": "own.Model"}}
+    assert trusted_config(checkpoint(toy, "own.Model"), given, "x")["model"]["type"] == "own.Model"

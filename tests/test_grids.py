@@ -1,0 +1,78 @@
+"""Grids of captioned pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from diffengine.grids import drawable, enlarge, grid, save_grid, stack, wrap
+
+FONT = ImageFont.load_default(size=14)
+
+
+def plain(size: int, colour: tuple[int, int, int] = (200, 0, 0)) -> Image.Image:
+    return Image.new("RGB", (size, size), colour)
+
+
+@pytest.mark.parametrize(("size", "count", "columns", "shown"), [
+    (512, 1, 1, 512), (512, 3, 2, 512), (32, 1, 1, 128), (32, 16, 4, 128), (100, 5, 3, 200),
+])  # fmt: skip
+def test_layout(size: int, count: int, columns: int, shown: int) -> None:
+    sheet = np.asarray(grid([("a cat", plain(size))] * count))
+    rows = -(-count // columns)
+    assert sheet.shape[1] == columns * (shown + 8) + 8
+    red = (sheet == (200, 0, 0)).all(axis=-1)
+    assert red.sum() == count * shown * shown  # every picture whole: no caption lies over one
+    assert red[8 : 8 + shown, 8 : 8 + shown].all()
+    height = (sheet.shape[0] - 8) // rows
+    assert (sheet[8 + shown : 8 + height] < 100).any()  # ink under the first row
+
+
+def test_columns() -> None:
+    assert grid([("", plain(128))] * 6, columns=6).width == 6 * 136 + 8
+
+
+def test_small_pictures_are_enlarged_by_whole_factors() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    big = enlarge(picture, 128)
+    assert big.size == (144, 144)
+    np.testing.assert_array_equal(np.asarray(big)[1::3, 1::3], np.asarray(picture))
+
+
+def test_lines_fit() -> None:
+    texts = ["a " * 300, "word" * 100, "a cat " + "long" * 20 + " end", "", "short"]
+    for text in texts:
+        lines = wrap(text, FONT, 120)
+        assert len(lines) <= 4
+        assert all(FONT.getlength(line) <= 120 for line in lines)
+        whole = "".join(lines).replace(" ", "").removesuffix("…")
+        assert text.replace(" ", "").startswith(whole)
+    assert wrap("a  cat on\na mat", FONT, 500) == ["a cat on a mat"]
+    assert wrap("", FONT, 120) == [""]
+    assert wrap("a " * 300, FONT, 120)[-1].endswith("…")
+
+
+def test_captions_the_font_lacks_become_numbers(tmp_path: Path) -> None:
+    assert drawable("A cat, “quoted” …")
+    assert not drawable("猫")
+    assert not drawable("кот")
+    path = tmp_path / "new" / "grid.png"
+    numbered = save_grid([("a cat", plain(32)), ("ねこ 🐱", plain(32))], path)
+    assert (path.parent / "captions.txt").read_text(encoding="utf-8") == "[1] a cat\n[2] ねこ 🐱\n"
+    assert numbered.tobytes() == grid([("a cat", plain(32)), ("[2]", plain(32))]).tobytes()
+    assert [file.name for file in sorted(path.parent.iterdir())] == ["captions.txt", "grid.png"]
+    with Image.open(path) as saved:
+        assert saved.tobytes() == numbered.tobytes()
+
+
+def test_no_list_of_captions_where_none_is_needed(tmp_path: Path) -> None:
+    save_grid([("a cat", plain(32))], tmp_path / "grid.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_stack() -> None:
+    sheet = np.asarray(stack([("before", plain(64)), ("after", plain(96, (0, 0, 200)))]))
+    assert sheet.shape == (64 + 96 + 2 * 26, 96, 3)
+    assert ((sheet == (200, 0, 0)).all(axis=-1)).sum() == 64 * 64
+    assert ((sheet == (0, 0, 200)).all(axis=-1)).sum() == 96 * 96

@@ -1,0 +1,420 @@
+"""What a user may get wrong, and the one line that answers: what was got, what is expected, what to do."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffengine.cli import main
+from diffengine.engine.workdir import holds_run
+from tests.support.models import make_model_folder
+from tests.support.pictures import write_photo_folder
+
+CONFIG = """
+extends = "amused_512_own"
+resolution = 32
+data = "photos"
+pretrained = "model"
+batch_size = 2
+num_workers = 0
+prompts = ["a cat"]
+max_iters = 1
+preview_every = None
+default_hooks = dict(preview=dict(options=dict(num_inference_steps=1)))
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy model, four photos, a config, and a run of one step."""
+    root = tmp_path_factory.mktemp("world")
+    make_model_folder(root / "model", "toy")
+    write_photo_folder(root / "photos", 4, 48)
+    (root / "toy.py").write_text(CONFIG, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["train", "toy.py", "--work-dir", "run"]) == 0
+    return root
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A folder of its own for each mistake, over links to the world."""
+    for name in ("model", "photos", "toy.py", "run"):
+        (tmp_path / name).symlink_to(world / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("NPROC_PER_NODE", "NNODES", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def train(*argv):
+    return ["train", "toy.py", "--work-dir", "new", *argv]
+
+
+def options(*pairs):
+    return lambda here: train("--cfg-options", *pairs)
+
+
+def own_folder(here, name):
+    """The linked folder as a copy that may be spoilt."""
+    source = (here / name).resolve()
+    (here / name).unlink()
+    return shutil.copytree(source, here / name)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+def typo_in_a_file(here):
+    (here / "mine.py").write_text("extends = 'toy.py'\nlearning_rat = 1e-3\n")
+    return ["train", "mine.py", "--work-dir", "new"]
+
+
+def folder_without_captions(here):
+    Path("bare").mkdir()
+    shutil.copy("photos/astronaut.jpg", "bare")
+    return train("--data", "bare")
+
+
+def text_file_named_as_a_picture(here):
+    photos = own_folder(here, "photos")
+    for file in photos.glob("*.[jp][pn]g"):
+        file.write_text("this is no picture")
+    return train()
+
+
+def captions_in_latin_1(here):
+    photos = own_folder(here, "photos")
+    (photos / "metadata.csv").write_bytes("file_name,text\nastronaut.jpg,café\n".encode("latin-1"))
+    return train()
+
+
+def metadata_names_no_file(here):
+    photos = own_folder(here, "photos")
+    with (photos / "metadata.csv").open("a") as file:
+        file.write("lost.png,a lost picture\n")
+    return train()
+
+
+def empty_folder(here):
+    Path("empty").mkdir()
+    return train("--data", "empty")
+
+
+def truncated_checkpoint(here):
+    whole = Path("run/iter_1.pth").read_bytes()
+    Path("cut.pth").write_bytes(whole[: len(whole) // 2])
+    return ["convert", "toy.py", "cut.pth", "out"]
+
+
+def foreign_file(here):
+    torch.save({"weights": torch.zeros(2)}, "other.pth")
+    return ["convert", "toy.py", "other.pth", "out"]
+
+
+class Trap:
+    """A pickle that makes a file when it is read."""
+
+    def __reduce__(self):
+        return open, ("sprung", "w")
+
+
+def booby_trapped_checkpoint(here):
+    torch.save({"format": "diffengine-1", "model": Trap()}, "trap.pth")
+    return ["convert", "toy.py", "trap.pth", "out"]
+
+
+def booby_trapped_resume(here):
+    torch.save({"format": "diffengine-1", "model": Trap()}, "trap.pth")
+    return train("--resume", "trap.pth")
+
+
+def with_model_type(here, name, **more):
+    state = torch.load("run/iter_1.pth", weights_only=True)
+    config = json.loads(state["config"])
+    config["model"] = {"type": name, **more}
+    del config["pretrained"]
+    Path("spoilt").mkdir()
+    torch.save({**state, "config": json.dumps(config)}, "spoilt/iter_1.pth")
+    return "spoilt"
+
+
+def checkpoint_that_names_a_foreign_class(here):
+    return ["convert", with_model_type(here, "os.system", command="touch sprung")]
+
+
+def checkpoint_that_names_a_loader_of_code(here):
+    name = "transformers.dynamic_module_utils.get_class_from_dynamic_module"
+    return ["sample", with_model_type(here, name, class_reference="a.B"), "a cat"]
+
+
+def model_without_tokenizer_files(here):
+    model = own_folder(here, "model")
+    shutil.rmtree(model / "tokenizer")
+    (model / "tokenizer").mkdir()
+    return train()
+
+
+def components_of_two_models(here):
+    make_model_folder("tiny", "tiny")
+    return train("--cfg-options", "model.text_encoder=tiny")
+
+
+def run_under_another_config(here):
+    return [
+        "train",
+        "toy.py",
+        "--work-dir",
+        "new",
+        "--resume",
+        "run/iter_1.pth",
+        "--cfg-options",
+        "learning_rate=1",
+    ]
+
+
+def work_dir_is_a_file(here):
+    Path("new").write_text("")
+    return train()
+
+
+def copied_over(here):
+    return ["copy-cfg", "vq_32_emoji", "toy.py"]
+
+
+def overwritten_source(here):
+    own_folder(here, "model")
+    return ["convert", "toy.py", "run/iter_1.pth", "model"]
+
+
+MISTAKES = {
+    "no command": (lambda here: [], "diffengine: error: the following arguments are required: COMMAND"),
+    "unknown command": (lambda here: ["trian"], "invalid choice: 'trian' .choose from .*train.*help` shows"),
+    "unknown flag": (lambda here: train("--batch-size", "3"), "unrecognized arguments: --batch-size 3"),
+    "no config": (lambda here: ["train"], "the following arguments are required: config"),
+    "unknown config": (lambda here: ["train", "amused_512_pokemn"], "did you mean 'amused_512_pokemon_blip'"),
+    "missing config file": (
+        lambda here: ["train", "my.py"],
+        "config file 'my.py' does not exist; .*list-cfg",
+    ),
+    "unknown key": (options("batchsize=4"), "unknown key 'batchsize'; did you mean 'batch_size'"),
+    "unknown key of a part": (
+        options("model.pretraned=x"),
+        "unknown key 'pretraned' for AmusedModel; did you",
+    ),
+    "no equals sign": (options("batch_size"), "got 'batch_size'; expected KEY=VALUE, as in batch_size=4"),
+    "typo in a file": (typo_in_a_file, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
+    "wrong type": (options("batch_size=many"), r"got 'many' \(str\); expected int, as in batch_size=2"),
+    "wrong word": (options("precision=fp8"), "precision got 'fp8' .*'auto' or 'bf16' or 'fp16' or 'fp32'"),
+    "negative seed": (options("seed=-1"), "seed got -1; expected an int from 0"),
+    "batch of nothing": (
+        options("batch_size=0"),
+        "batch size 0 .*; expected at least one .*; set it to 1 or more",
+    ),
+    "two lengths": (options("max_epochs=1"), "got max_epochs=1 and max_iters=1; expected one .* to None"),
+    "no length": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),
+    "fp16 on a CPU": (
+        options("precision=fp16"),
+        "precision got 'fp16' on a CPU.*; set precision=fp32 or bf16",
+    ),
+    "odd resolution": (options("resolution=36"), "36x36 px; .*sides divisible by 8 .*: set resolution to 32"),
+    "trains the frozen": (
+        options("model.train=['vqvae']"),
+        r"model: train got \['vqvae'\]; expected one or both",
+    ),
+    "preview option": (
+        options("default_hooks.preview.options.guidance=3"),
+        "preview option 'guidance' is unknown; expected one of guidance_scale",
+    ),
+    "missing data": (
+        lambda here: train("--data", "no/such/folder"),
+        "no file or folder 'no/such/folder'; expec",
+    ),
+    "data not in the cache": (
+        lambda here: train("--data", "no-one/nothing"),
+        "no-one/nothing.* cannot be loaded",
+    ),
+    "empty folder": (empty_folder, "no pictures in empty; expected pictures, Parquet files"),
+    "wrong column": (
+        options("train_dataloader.dataset.caption_column=title"),
+        "no column 'title'; it has file_name, text; set caption_column",
+    ),
+    "no captions": (folder_without_captions, "no captions in bare; expected metadata.csv .* NAME.txt"),
+    "text named as a picture": (text_file_named_as_a_picture, r"photos/\w+\.(jpg|png)'? .*skip_unreadable"),
+    "captions in latin-1": (captions_in_latin_1, "metadata.csv is not UTF-8 text .*; save it as UTF-8"),
+    "metadata names no file": (
+        metadata_names_no_file,
+        "line 6 names the picture 'lost.png', which is no file",
+    ),
+    "missing model": (
+        lambda here: train("--pretrained", "./no/model"),
+        "model folder './no/model' does not exist",
+    ),
+    "model not in the cache": (
+        lambda here: train("--pretrained", "no-one/none"),
+        "cannot load .* of 'no-one/none'",
+    ),
+    "empty tokenizer folder": (
+        model_without_tokenizer_files,
+        "no tokenizer.*; expected vocab.json and merges.txt",
+    ),
+    "components of two models": (components_of_two_models, "text_encoder.hidden_size is 24; "),
+    "work dir is a file": (work_dir_is_a_file, "cannot use work dir 'new'"),
+    "existing run": (
+        lambda here: ["train", "toy.py", "--work-dir", "run"],
+        "'run' holds a run; --resume goes on .* --work-dir DIR .* --overwrite deletes",
+    ),
+    "resume and overwrite": (
+        lambda here: train("--overwrite", "--resume"),
+        "--resume: not allowed with .*--overwr",
+    ),
+    "resume of nothing": (lambda here: train("--resume", "no.pth"), "checkpoint 'no.pth' does not exist"),
+    "resume under another config": (
+        run_under_another_config,
+        "learning_rate was 8e-05 and is 1.0; repeat the flag",
+    ),
+    "resume of a trap": (
+        booby_trapped_resume,
+        "'trap.pth' holds more than tensors .* not read: it may run code",
+    ),
+    "launcher without torchrun": (
+        lambda here: train("--launcher", "pytorch"),
+        "got no RANK .* with torchrun",
+    ),
+    "convert one argument": (
+        lambda here: ["convert", "toy.py"],
+        "got only 'toy.py'; expected CONFIG CKPT OUT",
+    ),
+    "convert two arguments": (
+        lambda here: ["convert", "toy.py", "run/iter_1.pth"],
+        "but no OUT; expected CONFIG",
+    ),
+    "convert an empty dir": (lambda here: ["convert", "model"], "work dir 'model' holds no checkpoint"),
+    "missing checkpoint": (lambda here: ["convert", "toy.py", "no.pth", "out"], "'no.pth' does not exist"),
+    "truncated checkpoint": (truncated_checkpoint, r"'cut.pth' is broken or cut off \(\d+ bytes\)"),
+    "foreign checkpoint": (foreign_file, "'other.pth' is no checkpoint of diffengine"),
+    "another model": (
+        lambda here: ["convert", "vq_32_emoji", "run/iter_1.pth", "out"],
+        r"is of another model: got \S+AmusedModel, the config has \S+VQTokenizerModel; use .*'toy'",
+    ),
+    "booby-trapped": (
+        booby_trapped_checkpoint,
+        "'trap.pth' holds more than tensors .* not read: it may run code",
+    ),
+    "foreign class": (checkpoint_that_names_a_foreign_class, "names the class 'os.system', which is not run"),
+    "loader of code": (
+        checkpoint_that_names_a_loader_of_code,
+        "get_class_from_dynamic_module', which is no Train",
+    ),
+    "unknown component": (
+        lambda here: ["convert", "toy.py", "run/iter_1.pth", "out", "--save-keys", "vqvae"],
+        "--save-keys got 'vqvae'; this model trains transformer",
+    ),
+    "two ways to convert": (
+        lambda here: ["convert", "run", "--pipeline", "--save-keys", "transformer"],
+        "--pipeline writes every component; leave out --save-keys",
+    ),
+    "over its own source": (
+        overwritten_source,
+        "'model/transformer' is the transformer .*write to another folder",
+    ),
+    "sample of no pipeline": (
+        lambda here: ["sample", "photos", "a cat"],
+        "'photos' is neither a pipeline folder",
+    ),
+    "sample of a hub name": (
+        lambda here: ["sample", "no-one/none", "a cat"],
+        "cannot load a pipeline of 'no-one/none'",
+    ),
+    "sample of nothing": (lambda here: ["sample", "./none", "a cat"], "model folder './none' does not exist"),
+    "no steps": (
+        lambda here: ["sample", "model", "a cat", "--steps", "0"],
+        "--steps got 0; expected at least 1",
+    ),
+    "no PNG": (
+        lambda here: ["sample", "model", "a cat", "-o", "a.jpg"],
+        "--output got 'a.jpg'; .*ends in .png",
+    ),
+    "sample of odd size": (
+        lambda here: ["sample", "model", "a cat", "--resolution", "36"],
+        "36x36 px; .*sides divisible by 8",
+    ),
+    "copied over": (copied_over, "'toy.py' exists; choose another name"),
+    "copied to text": (lambda here: ["copy-cfg", "vq_32_emoji", "my.txt"], "got 'my.txt'; .*ends in .py"),
+    "copy of no name": (lambda here: ["copy-cfg", "vq_emoji", "my.py"], "did you mean 'vq_32_emoji'"),
+    "copy of a base": (lambda here: ["copy-cfg", "amused", "my.py"], "got 'amused'; expected a shipped name"),
+    "no such list": (
+        lambda here: ["list-cfg", "sdxl"],
+        "no shipped config matches 'sdxl'; there are amused_",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(here, mistake, capfd):
+    make, answer = MISTAKES[mistake]
+    if mistake == "fp16 on a CPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    argv = make(here)
+    capfd.readouterr()
+    assert main(argv) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert re.match(r"diffengine( [a-z-]+)?: error: ", lines[0])
+    assert re.search(answer, lines[0]), lines[0]
+    assert not Path("sprung").exists()
+    assert not Path("out").exists()
+    assert not holds_run(Path("new")), "a second try would be refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "answer"),
+    [
+        ("NPROC_PER_NODE", "many", "NPROC_PER_NODE got 'many'; expected a whole number of at least 1"),
+        ("NPROC_PER_NODE", "0", "NPROC_PER_NODE got '0'; expected a whole number of at least 1"),
+        ("NNODES", "2", "NNODES=2 got no MASTER_ADDR; set it to the machine with NODE_RANK=0"),
+    ],
+)
+def test_a_mistake_in_the_environment(here, monkeypatch, capsys, name, value, answer):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv(name, value)
+    assert main(train()) == 2
+    assert capsys.readouterr().err == f"diffengine train: error: {answer}\n"
+
+
+def test_the_choice_of_precision_is_printed(world):
+    chosen = "(auto, " if torch.cuda.is_available() else "fp32 (auto, on a CPU) on 1 x cpu"
+    assert chosen in (world / "run" / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_class_of_ones_own_serves(here, monkeypatch):
+    """A data set is any importable class with a length and samples; a config names it."""
+    (here / "my_pictures.py").write_text(
+        "from PIL import Image\n\n\nclass Mine:\n    def __init__(self, count: int):\n"
+        "        self.count = count\n\n    def __len__(self):\n        return self.count\n\n"
+        "    def __getitem__(self, index):\n"
+        "        return {'image': Image.new('RGB', (40, 40), (90 * index, 0, 0)), 'text': 'red'}\n"
+    )
+    (here / "mine.py").write_text(
+        "from my_pictures import Mine\n\nextends = 'toy.py'\n"
+        "train_dataloader = dict(dataset=dict(type=Mine, count=2))\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    assert main(["train", "mine.py", "--work-dir", "new"]) == 0
+    assert (here / "new" / "iter_1.pth").exists()
+
+
+def test_a_damaged_picture_can_be_skipped(here, capfd):
+    """What the line on an unreadable picture says to do works."""
+    photos = own_folder(here, "photos")
+    Image.new("RGB", (40, 40)).save(photos / "black.png")
+    (photos / "astronaut.jpg").write_text("this is no picture")
+    with (photos / "metadata.csv").open("a") as file:
+        file.write("black.png,black\n")
+    assert main(train("--cfg-options", "train_dataloader.skip_unreadable=True")) == 0
+    assert (here / "new" / "iter_1.pth").exists()
