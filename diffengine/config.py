@@ -42,7 +42,7 @@ GIVEN = {
     "train_dataloader": {"model", "seed", "start_iter"},
     "optim_wrapper": {"model"},
     "param_scheduler": {"optimizer", "num_iters"},
-    "train_cfg": {"runner", "dataloader"},
+    "train_cfg": {"dataloader"},
     "vis_backends": {"save_dir"},
 }
 # Where a part stands, which names the class that it configures.

@@ -87,7 +87,7 @@ def drawable(caption: str) -> bool:
 
 
 def wrap(caption: str, font: Font, width: int, most: int = 4) -> list[str]:
-    """Lines no wider than `width` pixels, at most `most`, broken at spaces; within a word too long for one."""
+    """Lines no wider than `width` pixels, at most `most`; broken at spaces, or within a word too long."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -166,9 +166,8 @@ def _build_parts(
     loop = StepLoop(
         build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"]
     )
-    loop.stream[
-        start_iter * loop.batch_size
-    ]  # a fault in the data or its shape shows before anything is written
+    first = start_iter * loop.batch_size
+    loop.stream[first]  # a fault in the data or its shape shows before anything is written
     optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
     schedule = build_param_scheduler(
         **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters

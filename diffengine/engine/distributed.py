@@ -6,6 +6,7 @@ timeout. So whatever may raise a `UserError` runs inside `on_rank_0` or `on_all_
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -150,4 +151,8 @@ def wrap(model: nn.Module) -> nn.Module:
     """The model as ranks train it together; itself where there is one."""
     if world_size() == 1:
         return model
+    # A depthwise kernel's gradient comes in another of its equal layouts, and is copied; and what torch
+    # 2.13 would have in place of broadcast_buffers, older ones do not know.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
