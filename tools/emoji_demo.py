@@ -1,9 +1,9 @@
-"""Draw every caption of the emoji data with an exported pipeline, and count how often the right picture came out.
+"""Draw every caption of the emoji data with an exported pipeline, and count how often it drew the right one.
 
     python tools/emoji_demo.py PIPELINE_FOLDER OUT_FOLDER
 
-retrieval@1: a drawn picture counts when, of all originals, its own caption's is nearest in L2 over pixels. The
-numbers come from the pictures that the exported pipeline drew, nothing else.
+retrieval@1: a drawn picture counts when, of all originals, its own caption's is nearest in L2 over pixels.
+The numbers come from the pictures that the exported pipeline drew, nothing else.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, see
 def round_trips(pipeline: AmusedPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
     """Every picture through the VQ model's tokens and back: the best that any drawing could do."""
     pixels = pipeline.image_processor.preprocess(pictures)
-    decoded = torch.cat([pipeline.vqvae.decode(pipeline.vqvae.encode(chunk).latents).sample for chunk in pixels.split(64)])
+    decoded = torch.cat(
+        [pipeline.vqvae.decode(pipeline.vqvae.encode(chunk).latents).sample for chunk in pixels.split(64)]
+    )
     return pipeline.image_processor.postprocess(decoded.clamp(0, 1), output_type="pil")
 
 
@@ -91,7 +93,7 @@ def save_pictures(
     held_out: np.ndarray,
     options: argparse.Namespace,
 ) -> None:
-    """`grid.png`: twelve emoji on their four backgrounds, original left and drawn right; never trained ones framed.
+    """`grid.png`: twelve emoji on their four backgrounds, original left, drawn right; never trained ones framed.
 
     And `strip.png`, one picture after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
     """
@@ -113,11 +115,15 @@ def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image
     both.paste(left, (0, 0))
     both.paste(right, (left.width + 2, 0))
     if framed:
-        ImageDraw.Draw(both).rectangle((0, 0, both.width - 1, both.height - 1), outline=(220, 30, 30), width=2)
+        ImageDraw.Draw(both).rectangle(
+            (0, 0, both.width - 1, both.height - 1), outline=(220, 30, 30), width=2
+        )
     return both
 
 
-def inpaint(pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace) -> Image.Image:
+def inpaint(
+    pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace
+) -> Image.Image:
     """The right half of a picture drawn anew from its caption: original, what was kept, result."""
     mask = Image.new("L", original.size, 0)
     mask.paste(255, (original.width // 2, 0, original.width, original.height))

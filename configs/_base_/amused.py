@@ -1,9 +1,10 @@
 """What every aMUSEd config shares; the settings are the fine-tuning config's."""
 
+from torch.optim import AdamW
+
 from diffengine.datasets import Crop, DropCaption, Flip, ImageTextDataset, Resize, ToTensor
 from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 from diffengine.models.amused import AmusedModel
-from torch.optim import AdamW
 
 data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of pictures, or a parquet file
 pretrained = "amused/amused-512"  # a hub name, or a folder with the five components
@@ -50,7 +51,9 @@ param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
 train_cfg = dict(max_epochs="${max_epochs}", max_iters="${max_iters}", micro_batch_size="${micro_batch_size}")
 default_hooks = dict(
     metrics=dict(type=MetricsHook, every="${log_every}"),
-    preview=dict(type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}"),
+    preview=dict(
+        type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}"
+    ),
     checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
     export=dict(type=ExportHook),
 )

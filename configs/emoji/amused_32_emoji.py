@@ -8,12 +8,13 @@
 It draws what it is told, also an emoji on a background on which it has never seen it.
 """
 
-from diffengine.datasets import DropCaption, EmojiDataset, ToTensor
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
-from diffengine.models.amused import AmusedModel
 from diffusers import UVit2DModel
 from torch.optim import AdamW
 from transformers import CLIPTextConfig
+
+from diffengine.datasets import DropCaption, EmojiDataset, ToTensor
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.models.amused import AmusedModel
 
 emoji = 128
 backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
@@ -86,7 +87,10 @@ train_cfg = dict(max_iters="${max_iters}")
 default_hooks = dict(
     metrics=dict(type=MetricsHook, every="${log_every}"),
     preview=dict(
-        type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}",
+        type=PreviewHook,
+        prompts="${prompts}",
+        every="${preview_every}",
+        resolution="${resolution}",
         options=dict(guidance_scale=1.0, strip=True),
     ),
     checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),

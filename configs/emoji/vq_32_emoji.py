@@ -6,11 +6,12 @@
 8x8 tokens of 256 codes. Pictures come with the packages of `pip install diffengine[emoji]`: no download.
 """
 
+from diffusers import VQModel
+from torch.optim import AdamW
+
 from diffengine.datasets import EmojiDataset, ToTensor
 from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 from diffengine.models.vq import VQTokenizerModel
-from diffusers import VQModel
-from torch.optim import AdamW
 
 emoji = 128
 backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])

@@ -37,8 +37,8 @@ class SubjectDataset:
     ) -> None:
         if (class_data is None) != (class_prompt is None):
             raise UserError(
-                f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected both, or "
-                "neither to train without class pictures"
+                f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected "
+                "both, or neither to train without class pictures"
             )
         if prior_loss_weight < 0:
             raise UserError(f"prior_loss_weight got {prior_loss_weight}; expected 0 or more")

@@ -108,14 +108,16 @@ class PreviewHook(Hook):
 
 
 def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image]]:
-    """Up to `count` distinct captions with their pictures, evenly spaced over the data.
+    """Up to `count` distinct captions with their pictures, spread over the data.
+
+    By the golden ratio, since equal steps would fall in with data that is itself in groups.
 
     Raises:
         UnreadablePicture: unless those are to be skipped.
     """
     found: dict[str, Image.Image] = {}
     size = len(dataset)
-    places = [size * place // count for place in range(count)] if size >= count else []
+    places = [int(size * (place * 0.6180339887498949 % 1)) for place in range(count)] if size >= count else []
     for place in dict.fromkeys([*places, *range(min(size, 4 * count))]):
         if len(found) == count:
             break
