@@ -93,7 +93,7 @@ def save_pictures(
     held_out: np.ndarray,
     options: argparse.Namespace,
 ) -> None:
-    """`grid.png`: twelve emoji on their four backgrounds, original left, drawn right; never trained ones framed.
+    """`grid.png`: twelve emoji on four backgrounds, original left, drawn right; never trained ones framed.
 
     And `strip.png`, one picture after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
     """
