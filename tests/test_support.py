@@ -251,7 +251,8 @@ def test_captioned_photos_are_distinct_and_repeat() -> None:
 def test_photo_folder_has_its_captions_in_each_form(tmp_path: Path) -> None:
     said = pictures.write_photo_folder(tmp_path / "csv", n=3)
     assert list(said) == ["astronaut.jpg", "cat.png", "coffee.jpg"]
-    assert Image.open(tmp_path / "csv" / "cat.png").size == (451, 300)
+    with Image.open(tmp_path / "csv" / "cat.png") as picture:
+        assert picture.size == (451, 300)
     with open(tmp_path / "csv" / "metadata.csv", newline="", encoding="utf-8") as table:
         assert {row["file_name"]: row["text"] for row in csv.DictReader(table)} == said
 
@@ -261,7 +262,8 @@ def test_photo_folder_has_its_captions_in_each_form(tmp_path: Path) -> None:
 
     assert pictures.write_photo_folder(tmp_path / "txt", n=3, size=48, captions="txt") == said
     assert (tmp_path / "txt" / "cat.txt").read_text(encoding="utf-8") == said["cat.png"] + "\n"
-    assert Image.open(tmp_path / "txt" / "cat.png").size == (48, 48)
+    with Image.open(tmp_path / "txt" / "cat.png") as picture:
+        assert picture.size == (48, 48)
 
 
 # --- hub, the answer

@@ -31,7 +31,7 @@ class Captioned:
 @pytest.mark.parametrize(
     ("captions", "count", "chosen"),
     [
-        (list("abcdefgh"), 4, ["a", "c", "e", "g"]),  # evenly spaced
+        (list("abcdefgh"), 4, ["a", "e", "b", "g"]),  # spread by the golden ratio
         (list("ab"), 4, ["a", "b"]),
         (list("aaab"), 2, ["a", "b"]),  # distinct, where the spaced ones are not
         ([["x", "y"], "z"], 2, ["x", "z"]),  # of several captions the first

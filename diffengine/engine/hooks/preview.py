@@ -24,7 +24,7 @@ class PreviewHook(Hook):
 
     Args:
         prompts: captions to draw, none for no previews; or a number, to take that many distinct captions
-            (with their pictures) from the data, evenly spaced.
+            (with their pictures) from the data, spread over it.
         every: in the unit the config counts; None for the beginning and the end only.
         resolution: side in pixels; None for the model's own.
         seed: picture i draws from seed + i.
