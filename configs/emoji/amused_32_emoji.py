@@ -38,7 +38,7 @@ model = dict(
     type=AmusedModel,
     train=["transformer", "text_encoder"],
     vqvae="${vqvae}",
-    tokenizer=dict(vocab_size=2048, max_length=8),
+    tokenizer=dict(vocab_size=2048, max_length=16),
     text_encoder=dict(
         type=CLIPTextConfig,
         hidden_size=128,
