@@ -10,6 +10,8 @@ from typing import Any
 
 from diffengine.errors import UserError
 
+EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
+
 
 def resolve(type_name: str) -> Any:
     """The class or function that a dotted name stands for; UserError when there is none."""
@@ -17,10 +19,11 @@ def resolve(type_name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"type '{type_name}' cannot be imported ({error}): check the import at the top of the config, "
-            "and that the package that holds it is installed"
-        ) from error
+        extra = EXTRAS.get(type_name.partition(".")[0])
+        check = "check the import at the top of the config, and that the package that holds it is installed"
+        if extra and isinstance(error, ImportError):
+            check = f"pip install 'diffengine[{extra}]'"
+        raise UserError(f"type '{type_name}' cannot be imported ({error}): {check}") from error
 
 
 def build(part: Any, **given: Any) -> Any:

@@ -47,7 +47,7 @@ def equal(loaded: torch.nn.Module, live: torch.nn.Module) -> bool:
 
 def test_components_bit_for_bit(toy: Path, tmp_path: Path) -> None:
     model = changed(toy, train=["transformer", "text_encoder"])
-    folders = export_components(model, tmp_path)
+    folders = [item.folder for item in export_components(model, tmp_path)]
     assert folders == [tmp_path / "transformer", tmp_path / "text_encoder"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["text_encoder", "transformer"]
     assert equal(UVit2DModel.from_pretrained(tmp_path, subfolder="transformer"), model.transformer)
@@ -57,7 +57,9 @@ def test_components_bit_for_bit(toy: Path, tmp_path: Path) -> None:
 
 def test_chosen_keys(toy: Path, tmp_path: Path) -> None:
     model = changed(toy, train=["transformer", "text_encoder"])
-    assert export_components(model, tmp_path, ["text_encoder"]) == [tmp_path / "text_encoder"]
+    (exported,) = export_components(model, tmp_path, ["text_encoder"])
+    assert exported.folder == tmp_path / "text_encoder"
+    assert exported.difference == exported.relative == 0
     assert [file.name for file in tmp_path.iterdir()] == ["text_encoder"]
     with pytest.raises(
         UserError, match="--save-keys got 'vqvae'; this model trains transformer, text_encoder"
@@ -103,15 +105,14 @@ def test_a_failure_leaves_the_older_export(
 
 def test_what_does_not_load_back_is_an_error(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
-    (folder,) = export_components(model, tmp_path)
-    export._check(model.transformer, folder)
+    folder = export_components(model, tmp_path)[0].folder
     weights = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     bits = state["embed.conv.weight"].view(torch.int32)
     bits.view(-1)[0] ^= 1  # the last bit of one value
     save_file(state, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"does not load back what was written: 1 parts, first embed\.conv"):
-        export._check(model.transformer, folder)
+        export._check_whole(model, "transformer", model.transformer, folder, torch.float32)
 
 
 def test_weights_that_are_not_numbers_still_load_back(toy: Path, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_folder_of_other_things_is_not_replaced(toy: Path, tmp_path: Path) -> 
 
 def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
-    out = export_pipeline(model, tmp_path / "pipeline")
+    out = export_pipeline(model, tmp_path / "pipeline").folder
     assert sorted(file.name for file in out.iterdir()) == [
         "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"
     ]  # fmt: skip
@@ -184,7 +185,7 @@ def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path:
         vqvae=str(toy), tokenizer={"vocab_size": 540, "max_length": 12}, text_encoder=text,
         transformer=transformer, train=["transformer", "text_encoder"], assets=assets,
     )  # fmt: skip
-    loaded = AmusedPipeline.from_pretrained(export_pipeline(model, tmp_path / "out"))
+    loaded = AmusedPipeline.from_pretrained(export_pipeline(model, tmp_path / "out").folder)
     assert loaded.tokenizer.get_vocab() == model.components.tokenizer.get_vocab()
     assert loaded.tokenizer.model_max_length == 12
     assert loaded.scheduler.config.mask_token_id == model.mask_id

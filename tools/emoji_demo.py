@@ -62,7 +62,8 @@ def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, see
     started = time.perf_counter()
     for start in range(0, len(captions), 64):
         drawn += pipeline(captions[start : start + 64], guidance_scale=guidance, generator=generator).images
-        print(f"drew {len(drawn)}/{len(captions)} in {time.perf_counter() - started:.0f} s", flush=True)
+        if len(captions) > 64:
+            print(f"drew {len(drawn)}/{len(captions)} in {time.perf_counter() - started:.0f} s", flush=True)
     return drawn
 
 
@@ -78,11 +79,16 @@ def round_trips(pipeline: AmusedPipeline, pictures: list[Image.Image]) -> list[I
 
 def nearest_is_own(drawn: list[Image.Image], originals: list[Image.Image]) -> np.ndarray:
     """(N,) bool: whether each picture's nearest original, in L2 over pixels, is its own."""
+    return distances(drawn, originals).argmin(axis=1) == np.arange(len(originals))
+
+
+def distances(some: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
+    """(N, M): L2 over pixels."""
     a, b = (
         torch.tensor(np.stack([np.asarray(image) for image in images]), dtype=torch.float64).flatten(1)
-        for images in (drawn, originals)
+        for images in (some, others)
     )
-    return (torch.cdist(a, b).argmin(dim=1) == torch.arange(len(b))).numpy()
+    return torch.cdist(a, b).numpy()
 
 
 def save_pictures(

@@ -2,8 +2,9 @@
 
     diffengine train amused_512_own --data FOLDER
 
-FOLDER holds pictures with a metadata.csv (file_name,text), or NAME.txt beside each picture. One caption for
-all: --cfg-options caption="a photo of sks dog". Pictures are not mirrored: lettering and faces should not be.
+FOLDER holds pictures with a metadata.csv (file_name,text), or NAME.txt beside each picture. One caption
+for all: --cfg-options caption="a photo of sks dog". Pictures are not mirrored: lettering and faces should
+not be.
 """
 
 extends = "amused"

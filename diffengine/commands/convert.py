@@ -19,29 +19,42 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained"
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="write whole components, adapters added to their base"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="write the averaged weights of a run that kept them (EMAHook)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     from diffengine import config
     from diffengine.engine import checkpoint
-    from diffengine.export import export_components, export_pipeline, model_of, trusted_config
+    from diffengine.engine.state import with_average
+    from diffengine.export import DTYPES, export_components, export_pipeline, model_of, trusted_config
     from diffengine.models.loading import quiet_libraries
 
     quiet_libraries()
     if options.pipeline and options.save_keys:
         raise UserError("--pipeline writes every component; leave out --save-keys")
+    if options.pipeline and options.merge:
+        raise UserError("--pipeline merges adapters by itself; leave out --merge")
     given, path, out = _sources(options)
     state, source = checkpoint.read(path), f"checkpoint '{path}'"
+    if options.ema:
+        state = with_average(state, source)
     settings = trusted_config(state, config.read(given) if given else None, source)
     model = model_of(state, config.resolve(settings), source)
+    dtype = DTYPES[options.dtype]
     if options.pipeline:
-        print(f"wrote {export_pipeline(model, out)}, checked tensor by tensor; open it with")
-        print(f"  AmusedPipeline.from_pretrained({str(out)!r})")
-        return 0
-    for folder in export_components(model, out, options.save_keys):
-        kind = type(model.exportable[folder.name]).__name__
-        print(f"wrote {folder}, checked tensor by tensor; open it with")
-        print(f"  {kind}.from_pretrained({str(out)!r}, subfolder={folder.name!r})")
+        exported = [export_pipeline(model, out, dtype=dtype)]
+    else:
+        exported = export_components(model, out, options.save_keys, merge=options.merge, dtype=dtype)
+    for item in exported:
+        print("\n  ".join([f"wrote {item}; open it with", *item.lines]))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Draw pictures: a captioned PNG grid from prompts, by a pipeline folder, a hub name or a run's work dir."""
+"""Draw pictures: a captioned PNG grid from prompts.
+
+By a pipeline folder, a hub name, a run's work dir, or what `convert` wrote on the base it was trained from.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,8 +11,11 @@ from diffengine.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a pipeline folder, a hub name, or a run's work dir")
+    parser.add_argument(
+        "source", help="a pipeline folder, a hub name, a run's work dir, or a folder that convert wrote"
+    )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--base", help="the pipeline to put what convert wrote on; an adapter names its own")
     parser.add_argument("--seed", type=int, default=0, help="picture i draws from SEED + i (default 0)")
     parser.add_argument("--guidance", type=float, default=10.0, help="guidance scale (default 10)")
     parser.add_argument("--steps", type=int, default=12, help="drawing steps (default 12)")
@@ -26,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     path = _checked(options)
-    pipeline = _pipeline(options.source).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = _pipeline(options.source, options.base).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     for place, prompt in enumerate(options.prompts):
@@ -57,26 +63,74 @@ def _checked(options: argparse.Namespace) -> Path:
     return path
 
 
-def _pipeline(source: str) -> Any:
-    """The pipeline of a folder or hub name, or over the newest checkpoint of a work dir."""
+def _pipeline(source: str, base: str | None) -> Any:
+    """Of a folder or hub name; of a work dir's newest checkpoint; or of what convert wrote, on its base."""
     from diffusers import AmusedPipeline
 
-    from diffengine import config
     from diffengine.engine import checkpoint
-    from diffengine.export import model_of, trusted_config
-    from diffengine.models.base import MaskedImageModel
+    from diffengine.models.adapters import read_folder
     from diffengine.models.loading import load_component
 
     folder = Path(source)
     if not folder.is_dir() or (folder / "model_index.json").exists():
+        if base:
+            raise UserError(f"--base got '{base}', but '{source}' is a whole pipeline; leave it out")
         return load_component(source, "", AmusedPipeline.from_pretrained)
     newest = checkpoint.newest(folder)
-    if newest is None:
+    if newest is not None and not base:
+        return _of_checkpoint(newest)
+    settings = [read_folder(part) for part in [folder, *sorted(folder.iterdir())]]
+    bases = [item.get("base_model_name_or_path") for item in settings if item]
+    base = base or next(filter(None, bases), None)
+    if base is None:
         raise UserError(
-            f"'{folder}' is neither a pipeline folder (no model_index.json) nor a work dir (no checkpoint)"
+            f"'{folder}' is neither a pipeline folder (no model_index.json) nor a work dir (no checkpoint), "
+            "nor an adapter that names its base; for what convert wrote, name it with --base"
         )
-    state = checkpoint.read(newest)
-    source = f"checkpoint '{newest}'"
+    pipeline = load_component(base, "", AmusedPipeline.from_pretrained)
+    _put_on(pipeline, folder)
+    return pipeline
+
+
+def _put_on(pipeline: Any, folder: Path) -> None:
+    """Put an adapter, or the exported components in a folder, on a pipeline.
+
+    Raises:
+        UserError: there is nothing that fits.
+    """
+    from diffengine.models.adapters import load_with_peft, read_folder
+    from diffengine.models.loading import load_module
+
+    alone = read_folder(folder)
+    kind = (alone or {}).get("auto_mapping") or {}
+    found = False
+    for name in ("transformer", "text_encoder", "vqvae"):
+        module, part = getattr(pipeline, name), folder / name
+        if alone and kind.get("base_model_class") == type(module).__name__:
+            part = folder
+        if read_folder(part):
+            try:
+                load_with_peft(module, part)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"adapter '{part}' does not fit {name} of the base: {reason}") from error
+        elif (part / "config.json").is_file():
+            pipeline.register_modules(**{name: load_module(str(part), name, type(module))})
+        else:
+            continue
+        found = True
+    if not found:
+        raise UserError(f"'{folder}' holds no adapter or component that convert wrote")
+
+
+def _of_checkpoint(path: Path) -> Any:
+    """The pipeline over a checkpoint's model."""
+    from diffengine import config
+    from diffengine.engine import checkpoint
+    from diffengine.export import model_of, trusted_config
+    from diffengine.models.base import MaskedImageModel
+
+    state, source = checkpoint.read(path), f"checkpoint '{path}'"
     model = model_of(state, config.resolve(trusted_config(state, None, source)), source)
     if not isinstance(model, MaskedImageModel):
         raise UserError(f"{source} is of {type(model).__name__}, which draws nothing from text")

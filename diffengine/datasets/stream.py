@@ -6,6 +6,7 @@ and index. Nothing is stored or replayed: where a run goes on, and with how many
 nothing.
 """
 
+import math
 import os
 import signal
 import threading
@@ -212,8 +213,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Tensors are stacked; all else becomes a list that stays on the host: texts, ints, ragged numpy arrays.
 
     `num_targets`, how many tokens of each sample the loss counts, is 1 each where no transform set it.
+    `weight`, what each of them counts in the loss, is there if any sample has one; the others' is 1.
     """
     batch: Batch = {"num_targets": [1] * len(samples)}
+    if any("weight" in sample for sample in samples):
+        samples = [{**sample, "weight": _weight(sample)} for sample in samples]
     for key, value in samples[0].items():
         values = [sample[key] for sample in samples]
         if isinstance(value, torch.Tensor):
@@ -230,16 +234,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def split(batch: Batch, size: int | None) -> list[Batch]:
-    """The batch in micro-batches of at most `size` rows, their tensors views of it; None: in one."""
-    rows = len(batch["num_targets"])
-    if size is None:
-        return [batch]
-    if size < 1:
-        raise UserError(f"micro-batch size got {size}; expected at least 1, or None for the whole batch")
-    return [
-        {key: value[start : start + size] for key, value in batch.items()} for start in range(0, rows, size)
-    ]
+def _weight(sample: Sample) -> float:
+    """A sample's weight in the loss. Above 0, so that no step is without any."""
+    weight = float(sample.get("weight", 1.0))
+    if not 0 < weight < math.inf:
+        raise UserError(f"a sample got weight {weight}; expected a finite number above 0")
+    return weight
 
 
 class _Batches(Dataset):

@@ -1,11 +1,32 @@
 """A subject's few pictures, beside pictures of its class, so that the class is not forgotten (DreamBooth)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from diffengine.datasets.folder import is_picture, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.pictures import Sample
 from diffengine.errors import UserError
+
+
+@dataclass
+class MissingPictures:
+    """Pictures that a data set waits for: the run draws them with the model, before it trains.
+
+    Attributes:
+        folder: where they go; it need not exist.
+        prompt: what to draw.
+        numbers: one a picture: the seed of its noise, and its file `NNNNNN.png`, which is not there yet.
+        options: the model's own drawing options, by name.
+    """
+
+    folder: Path
+    prompt: str
+    numbers: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class SubjectDataset:
@@ -19,10 +40,13 @@ class SubjectDataset:
     instance_prompt: "a photo of sks dog".
     class_data: a folder of class pictures, or None to train on the subject alone. Where it holds fewer than
         `num_class_images`, the run draws the missing ones with the base model before training.
-    class_prompt: "a photo of a dog". num_class_images: how many to use, default 100.
-    prior_loss_weight: default 1.0.
+    class_prompt: "a photo of a dog". num_class_images: how many to use, default 100: the first by path.
+    class_drawing: options of that drawing, as of previews: `dict(guidance_scale=4.0)`.
+    prior_loss_weight: above 0, default 1.0.
 
-    Raises UserError for class pictures without a prompt, and for a negative weight.
+    Class pictures are looked at when the first of them is read, so that they may be drawn before.
+    Raises UserError for class pictures without a prompt, for numbers that make no sense, and for folders one
+    inside the other.
     """
 
     def __init__(
@@ -33,6 +57,7 @@ class SubjectDataset:
         class_data: str | None = None,
         class_prompt: str | None = None,
         num_class_images: int = 100,
+        class_drawing: dict | None = None,
         prior_loss_weight: float = 1.0,
     ) -> None:
         if (class_data is None) != (class_prompt is None):
@@ -40,22 +65,63 @@ class SubjectDataset:
                 f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected "
                 "both, or neither to train without class pictures"
             )
-        if prior_loss_weight < 0:
-            raise UserError(f"prior_loss_weight got {prior_loss_weight}; expected 0 or more")
-        self.subject: Any = ImageTextDataset(data, caption=instance_prompt)
-        self.of_class: Any = None
-        if class_data is not None:
-            self.of_class = ImageTextDataset(class_data, caption=class_prompt, max_samples=num_class_images)
+        if num_class_images < 1:
+            raise UserError(
+                f"num_class_images got {num_class_images}; expected at least 1, or class_data=None for none"
+            )
+        if prior_loss_weight <= 0:
+            raise UserError(
+                f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None "
+                "to train without class pictures"
+            )
+        if class_data is not None and _overlap(data, class_data):
+            raise UserError(
+                f"class_data got '{class_data}' and data '{data}', one inside the other; expected folders "
+                "apart, since each is read with its subfolders"
+            )
+        self.subject = ImageTextDataset(data, caption=instance_prompt)
+        self.class_data = class_data
+        self.class_prompt = class_prompt
+        self.num_class_images = num_class_images
+        self.class_drawing: Mapping[str, Any] = class_drawing or {}
         self.prior_loss_weight = prior_loss_weight
 
+    @cached_property
+    def of_class(self) -> ImageTextDataset:
+        """The class pictures in use, `num_class_images` of them."""
+        missing = self.missing_pictures()
+        if missing is not None:
+            raise UserError(
+                f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class pictures; "
+                "train with a model that draws them, add them, or lower num_class_images"
+            )
+        assert self.class_data is not None
+        return ImageTextDataset(self.class_data, caption=self.class_prompt, max_samples=self.num_class_images)
+
+    def missing_pictures(self) -> MissingPictures | None:
+        """The class pictures to draw, numbered by the first file names that are free; None for none."""
+        if self.class_data is None or self.class_prompt is None:
+            return None
+        folder = Path(self.class_data).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"class_data got '{folder}', which is no folder; expected one of class pictures")
+        files = list_files(folder) if folder.is_dir() else []
+        missing = self.num_class_images - sum(map(is_picture, files))
+        if missing <= 0:
+            return None
+        taken = {file.name for file in files if file.parent == folder}
+        free = (number for number in range(10**6) if f"{number:06}.png" not in taken)
+        numbers = [number for number, _ in zip(free, range(missing))]
+        return MissingPictures(folder, self.class_prompt, numbers, dict(self.class_drawing))
+
     def __len__(self) -> int:
-        if self.of_class is None:
+        if self.class_data is None:
             return len(self.subject)
-        return 2 * max(len(self.subject), len(self.of_class))
+        return 2 * max(len(self.subject), self.num_class_images)
 
     def __getitem__(self, index: int) -> Sample:
         dataset, place = self._locate(index)
-        weight = 1.0 if dataset is self.subject else self.prior_loss_weight
+        weight = self.prior_loss_weight if dataset is not self.subject else 1.0
         return {**dataset[place], "weight": weight}
 
     def size(self, index: int) -> tuple[int, int]:
@@ -64,15 +130,21 @@ class SubjectDataset:
         return dataset.size(place)
 
     def captions(self) -> Iterator[str]:
-        """Every caption, of the subject and then of the class."""
+        """Every caption, of the subject and then of the class; no picture is read."""
         yield from self.subject.captions()
-        if self.of_class is not None:
-            yield from self.of_class.captions()
+        if self.class_prompt is not None:
+            yield from [self.class_prompt] * self.num_class_images
 
-    def _locate(self, index: int) -> tuple[Any, int]:
+    def _locate(self, index: int) -> tuple[ImageTextDataset, int]:
         """(data set, place in it): even indices are the subject's."""
-        if self.of_class is None:
+        if self.class_data is None:
             return self.subject, index
         half, of_class = divmod(index, 2)
         dataset = self.of_class if of_class else self.subject
         return dataset, half % len(dataset)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one path is the other, or lies inside it."""
+    a, b = (Path(path).expanduser().resolve() for path in (one, other))
+    return a.is_relative_to(b) or b.is_relative_to(a)

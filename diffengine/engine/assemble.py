@@ -1,7 +1,9 @@
 """From a resolved config to a run: every part built, in the order they need one another."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
-from diffengine.datasets import PositionSampler, Stream, make_loader, survey
+from diffengine.datasets import MissingPictures, PositionSampler, Stream, make_loader, survey
 from diffengine.engine import checkpoint, distributed
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import (
@@ -23,7 +25,7 @@ from diffengine.engine.runner import Runner
 from diffengine.engine.state import check_same_run, restore
 from diffengine.engine.workdir import begin
 from diffengine.errors import UserError
-from diffengine.models.base import TrainableModel
+from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
 from diffengine.registry import build, resolve
 
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
@@ -117,6 +119,9 @@ def build_run(
     parts = distributed.on_all_ranks(
         lambda: _build_parts(resolved, dataset, assets, start_iter, device, work_dir)
     )
+    draw_missing(dataset, parts.model, parts.optim)
+    # A fault in the data or its shape shows before anything is written (but pictures that the data lacked).
+    distributed.on_all_ranks(lambda: parts.loop.stream[start_iter * parts.loop.batch_size])
     distributed.on_rank_0(lambda: begin(work_dir, settings, name, resume is None, parts.model.exportable))
     runner = Runner(parts.model, work_dir, parts.hooks, parts.backends, settings, name, resolved["seed"])
     runner.set_training(parts.loop, parts.optim, parts.schedule)
@@ -166,13 +171,63 @@ def _build_parts(
     loop = StepLoop(
         build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"]
     )
-    first = start_iter * loop.batch_size
-    loop.stream[first]  # a fault in the data or its shape shows before anything is written
     optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
     schedule = build_param_scheduler(
         **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters
     )
     return Parts(model, loop, optim, schedule, hooks, backends)
+
+
+def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -> None:
+    """Draw the pictures that a data set waits for, with the model as it is before training.
+
+    Rank 0 draws. Each is written beside and renamed, so a run that is killed goes on with the next one.
+
+    Raises:
+        UserError: on every rank, if the model cannot draw them, or they cannot be written.
+    """
+    if not hasattr(dataset, "missing_pictures"):
+        return
+    missing = distributed.on_rank_0(lambda: _to_draw(dataset.missing_pictures(), model))
+    if missing:
+        for number in missing.numbers:  # so no rank waits for longer than one picture takes
+            distributed.on_rank_0(partial(_draw_one, missing, number, model, optim))
+
+
+def _to_draw(missing: MissingPictures | None, model: TrainableModel) -> MissingPictures | None:
+    """What is missing, if this model can draw it."""
+    if missing is None:
+        return None
+    lack = f"'{missing.folder}' lacks {len(missing.numbers)} class pictures"
+    if not isinstance(model, MaskedImageModel) or model.assets:
+        why = "is built from nothing" if model.assets else "draws nothing from text"
+        raise UserError(
+            f"{lack}, and the model, which {why}, cannot draw them; add them, or start from a trained model"
+        )
+    print(f"{lack}: drawing '{missing.prompt}' before training", flush=True)
+    return missing
+
+
+def _draw_one(missing: MissingPictures, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
+    """Write `NNNNNN.png`, unless it has come by itself."""
+    path = missing.folder / f"{number:06}.png"
+    beside = path.with_name(f".{path.name}.part")
+    request = PreviewRequest([missing.prompt], seed=number, options=missing.options)
+    with optim.autocast():
+        (picture,) = model.preview(request)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.image.save(beside, "PNG")
+        if not path.exists():
+            beside.rename(path)
+        done = missing.numbers.index(number) + 1
+        if done % 10 == 0 or done == len(missing.numbers):
+            print(f"drew {done}/{len(missing.numbers)} class pictures", flush=True)
+    except OSError as error:
+        raise UserError(f"cannot write class picture '{path}': {error}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()
 
 
 def announce(runner: Runner, resolved: Mapping[str, Any], device: torch.device) -> None:

@@ -5,6 +5,8 @@
      "assets"     learnt text files
      "optimizer", "param_scheduler", "scaler"
      "counters"   {"iter": optimizer steps taken, "epoch": passes over the data completed}
+     "micro_batch_size"   {"asked", "found"}, only where memory ran out
+     "ema"        {"updates", "weights"}, of EMAHook
      ...}         what hooks add in `before_save_checkpoint`
 
 `torch.load(weights_only=True)` accepts it, and reading one executes nothing.

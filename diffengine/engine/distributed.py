@@ -80,11 +80,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_counts(*counts: int) -> list[int]:
-    """Host integers added over all ranks, in one exchange between hosts."""
+def add_counts(*counts: float) -> list[float]:
+    """Host numbers added over all ranks, in one exchange between hosts: exact for integers, below 2^53."""
     if world_size() == 1:
         return list(counts)
-    total = torch.tensor(counts, dtype=torch.int64)
+    total = torch.tensor(counts, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 

@@ -2,7 +2,8 @@
 
 Its loss is the mean over *all* the step's targets, however they are split over ranks and micro-batches:
 counts are added on the host, and each micro-batch back-propagates `loss_sum * world / total` (DDP averages
-over ranks). So the split changes nothing but rounding.
+over ranks). So the split changes nothing but rounding, and a step that runs out of memory is taken again in
+smaller parts. A sample with a weight counts that much: sum_i w_i sum_j ce_ij / sum_i w_i n_i.
 """
 
 import hashlib
@@ -25,7 +26,10 @@ from torch.utils.data import DataLoader
 
 from diffengine.datasets import Stream, steps_for_epochs
 from diffengine.engine import distributed
+from diffengine.engine.micro import MicroBatches, free_memory, out_of_step, too_large
 from diffengine.errors import UserError
+
+TRIALS = 2  # steps that several ranks try before they take them
 
 
 class Interrupted(Exception):
@@ -41,8 +45,8 @@ class Step:
     """What one iteration leaves for the hooks; tensors are still on the device.
 
     Attributes:
-        sums: sums over this rank's targets: "loss" and what the model logs.
-        targets: this rank's targets, on the host.
+        sums: weighted sums over this rank's targets: "loss" and what the model logs.
+        targets: this rank's targets, each with its sample's weight, on the host.
         samples: the global batch's samples.
         learning_rate: that this step took.
         grad_norm: before clipping, or None.
@@ -52,7 +56,7 @@ class Step:
     """
 
     sums: dict[str, Tensor]
-    targets: int
+    targets: float
     samples: int
     learning_rate: float
     grad_norm: Tensor | None
@@ -70,7 +74,7 @@ class StepLoop(BaseLoop):
         max_epochs: passes over the data; or
         max_iters: optimizer steps. One of the two; hooks' intervals count in the same unit.
         micro_batch_size: samples per forward on one device, at most; None for a rank's whole share of the
-            step.
+            step. Where the memory does not hold so many, it halves.
         tf32: let fp32 matrix products on the GPU use TF32.
     """
 
@@ -92,7 +96,8 @@ class StepLoop(BaseLoop):
         self.interval_unit = "epoch" if self.by_epoch else "iter"
         self.max_iters = count_iters(max_epochs, max_iters, self.num_samples, self.batch_size)
         self.max_epochs: int = self._epochs_at(self.max_iters) if max_epochs is None else max_epochs
-        self.num_micro_batches = count_micro_batches(self.batch_size, micro_batch_size)
+        self.micro = MicroBatches(self.batch_size, micro_batch_size)
+        self._unproven = TRIALS if distributed.world_size() > 1 else 0
         self.done = 0  # optimizer steps taken
         self.iter = 0  # mmengine's: the same, but in `after_train_iter` it still names the step just taken
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -189,37 +194,108 @@ class StepLoop(BaseLoop):
             batches.close()  # a generator: its workers end now
         return 0
 
-    def _step(self, batch: dict[str, Any], total: int) -> Step:
-        """One optimizer step over this rank's share of a batch with `total` targets on all ranks together."""
+    def _step(self, batch: dict[str, Any], total: float) -> Step:
+        """One optimizer step over this rank's share of a batch that has `total` weighted targets in all."""
         runner, optim = self.runner, self.runner.optim_wrapper
         scale = distributed.world_size() / total
-        micro_batches = split(batch, self.num_micro_batches)
+        sums = self._in_memory(batch, scale)
+        rate = optim.optimizer.param_groups[0]["lr"]
+        try:
+            norm = optim.step()
+        except torch.OutOfMemoryError as error:  # its state, which no smaller micro-batch makes smaller
+            raise too_large("the optimizer's state does", str(error)) from error
+        runner.param_scheduler.step()
+        skipped = sum(batch.get("skipped", ()))
+        return Step(sums, count_targets(batch), self.batch_size, rate, norm, skipped)
+
+    def _in_memory(self, batch: dict[str, Any], scale: float) -> dict[str, Tensor]:
+        """The gradients and sums of a step, in parts that fit into memory on every rank.
+
+        Ranks exchange gradients inside the backward pass, where one that fails leaves the others waiting. So
+        on several ranks the first steps of a process are tried without an exchange before they are taken:
+        two, since with the first comes the optimizer's state.
+
+        Raises:
+            UserError: not even the smallest part fits; or memory ran out on one of several ranks later on.
+        """
+        several = distributed.world_size() > 1
+        if not several or self._unproven:
+            sums = self._search(batch, scale, exchange=not several)
+            if not several:
+                return sums
+            self._unproven -= 1
+        try:
+            return self._accumulate(batch, scale, exchange=True)
+        except torch.OutOfMemoryError as error:
+            raise out_of_step(distributed.rank(), self.done + 1, self.micro, str(error)) from error
+
+    def _search(self, batch: dict[str, Any], scale: float, exchange: bool) -> dict[str, Tensor]:
+        """Try the step, in halves of the micro-batch as long as memory runs out on any rank.
+
+        What fails leaves no trace: no gradients, and buffers as they were.
+
+        Args:
+            exchange: take the step with what fits; else leave no trace of that either.
+        """
+        runner = self.runner
+        while True:
+            buffers = [(buffer, buffer.clone()) for buffer in runner.trainable.buffers()]
+            sums: dict[str, Tensor] = {}
+            reason = None
+            try:
+                sums = self._accumulate(batch, scale, exchange)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            (failed,) = distributed.add_counts(int(reason is not None))
+            if exchange and not failed:
+                return sums
+            runner.optim_wrapper.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            if not failed:
+                return sums
+            free_memory()
+            before_size = self.micro.size
+            if not self.micro.halve():
+                fault = None if reason is None else self.micro.too_large(reason)
+                distributed.share_fault(fault)
+            runner.logger.info(
+                f"out of memory with {before_size} pictures at a time: step {self.done + 1} is taken again "
+                f"with {self.micro.size}, and so are all after it (micro_batch_size)"
+            )
+
+    def _accumulate(self, batch: dict[str, Any], scale: float, exchange: bool) -> dict[str, Tensor]:
+        """Add up the gradients of all parts; the sums of their losses and of what the model logs.
+
+        Args:
+            scale: of the losses' sums.
+            exchange: average gradients over ranks with the last part; else leave every rank its own.
+        """
+        runner, optim = self.runner, self.runner.optim_wrapper
         sums: dict[str, Tensor] = {}
         runner.trainable.before_step(self.iter)
-        for place, micro_batch in enumerate(micro_batches):
+        for place, micro_batch in enumerate(split(batch, self.micro.count)):
             seed_generators(micro_seed(runner.seed, self.iter, place, runner.rank), optim.device)
-            with self._sync(last=place == len(micro_batches) - 1):
+            with self._sync(exchange and place == self.micro.count - 1):
                 prepared = runner.trainable.prepare(micro_batch)
                 with optim.autocast():
                     loss_sum, logs = runner.model(prepared)
                 optim.backward(loss_sum * scale)
             for name, value in {"loss": loss_sum.detach(), **logs}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        rate = optim.optimizer.param_groups[0]["lr"]
-        norm = optim.step()
-        runner.param_scheduler.step()
-        targets, skipped = sum(batch["num_targets"]), sum(batch.get("skipped", ()))
-        return Step(sums, targets, self.batch_size, rate, norm, skipped)
+        return sums
 
-    def _sync(self, last: bool) -> AbstractContextManager:
-        """Gradients are exchanged between ranks with the last micro-batch only."""
+    def _sync(self, exchange: bool) -> AbstractContextManager:
+        """Whether a backward pass ends in an exchange of gradients between ranks."""
         model = self.runner.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+        apart = isinstance(model, DistributedDataParallel) and not exchange
+        return model.no_sync() if apart else nullcontext()
 
 
-def _next(batches: Iterator[dict[str, Any]], stop: "StopRequest") -> tuple[dict[str, Any], int, int]:
-    """This rank's next batch; and of all ranks, in one exchange: the targets, and the signal that asks to
-    stop or 0.
+def _next(batches: Iterator[dict[str, Any]], stop: "StopRequest") -> tuple[dict[str, Any], float, int]:
+    """This rank's next batch; and of all ranks, in one exchange: the weighted targets, and the signal that
+    asks to stop or 0.
 
     Raises:
         UserError: on every rank, if any rank's data has a fault.
@@ -231,11 +307,18 @@ def _next(batches: Iterator[dict[str, Any]], stop: "StopRequest") -> tuple[dict[
     except UserError as error:
         fault = error
     total, asked, faults = distributed.add_counts(
-        sum(batch["num_targets"]), int(stop.signum is not None), int(fault is not None)
+        count_targets(batch), int(stop.signum is not None), int(fault is not None)
     )
     if faults:
         distributed.share_fault(fault)
     return batch, total, (stop.signum or signal.SIGTERM) if asked else 0
+
+
+def count_targets(batch: dict[str, Any]) -> float:
+    """Weighted targets of a host batch, sum_i w_i n_i; an exact count where there are no weights."""
+    if "weight" not in batch:
+        return sum(batch["num_targets"])
+    return math.fsum(weight * count for weight, count in zip(batch["weight"], batch["num_targets"]))
 
 
 def count_iters(max_epochs: int | None, max_iters: int | None, num_samples: int, batch_size: int) -> int:
@@ -256,27 +339,6 @@ def count_iters(max_epochs: int | None, max_iters: int | None, num_samples: int,
         return max_iters
     assert max_epochs is not None
     return steps_for_epochs(max_epochs, num_samples, batch_size)
-
-
-def count_micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
-    """Micro-batches per step, the same on all ranks: a model may talk to other ranks in `forward`.
-
-    Raises:
-        UserError: the size is below 1, or a rank's share has fewer samples than that.
-    """
-    if micro_batch_size is None:
-        return 1
-    if micro_batch_size < 1:
-        raise UserError(f"micro_batch_size got {micro_batch_size}; expected at least 1, or None")
-    world = distributed.world_size()
-    count = math.ceil(math.ceil(batch_size / world) / micro_batch_size)
-    if batch_size // world < count:
-        raise UserError(
-            f"batch_size {batch_size} over {world} processes gives shares of {batch_size // world} and "
-            f"{batch_size // world + 1}, which micro_batch_size {micro_batch_size} cannot split alike; "
-            f"set it to {micro_batch_size + 1}, or batch_size to a multiple of {world}"
-        )
-    return count
 
 
 def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -56,11 +56,25 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """Any torch-style optimizer class; those that can on every device are fused: one kernel for all."""
+    """Any torch-style optimizer class; those that can on every device are fused: one kernel for all.
+
+    Raises:
+        UserError: the class refuses its options, or has no learning rate for a schedule to change.
+    """
     options = dict(optimizer)
     if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
-    return build(options, params=parameter_groups(model))
+    try:
+        built = build(options, params=parameter_groups(model))
+    except ValueError as error:
+        raise UserError(f"optimizer {options['type']}: {error}") from error
+    for group in built.param_groups:
+        if not isinstance(group.get("lr"), int | float):
+            raise UserError(
+                f"optimizer {options['type']} got lr={group.get('lr')}; expected a number, which the "
+                "schedule changes (Adafactor: set lr and relative_step=False)"
+            )
+    return built
 
 
 def build_optim_wrapper(

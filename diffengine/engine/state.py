@@ -1,6 +1,7 @@
 """What of a run is saved, and how it is put back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def collect(runner: Any) -> dict[str, Any]:
         "scaler": runner.optim_wrapper.scaler.state_dict(),
         "counters": {"iter": runner.train_loop.done, "epoch": runner.train_loop.epochs_done},
     }
+    if found := runner.train_loop.micro.state():
+        state["micro_batch_size"] = found
     runner.call_hook("before_save_checkpoint", checkpoint=state)
     return state
 
@@ -47,7 +50,21 @@ def restore(runner: Any, state: dict[str, Any], path: Path) -> None:
     schedule.load_state_dict({**state["param_scheduler"], "lr_lambdas": [None] * len(schedule.lr_lambdas)})
     runner.optim_wrapper.scaler.load_state_dict(state["scaler"])
     runner.train_loop.start_at(state["counters"]["iter"])
+    runner.train_loop.micro.restore(state.get("micro_batch_size"))
     runner.call_hook("after_load_checkpoint", checkpoint=state)
+
+
+def with_average(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A checkpoint whose trained parameters are its average.
+
+    Raises:
+        UserError: it has none.
+    """
+    if "ema" not in state:
+        raise UserError(
+            f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema"
+        )
+    return {**state, "model": {**state["model"], **state["ema"]["weights"]}}
 
 
 def check_same_run(state: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,8 @@ EMA and DDP never see them. Its submodules are what training changes, under the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
@@ -42,6 +43,19 @@ class Frozen(Generic[ModuleT]):
         if next(self._module.parameters()).device != device:
             self._module.to(device)
         return self._module
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; the mode before is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass
@@ -134,6 +148,17 @@ class TrainableModel(nn.Module, ABC):
     @abstractmethod
     def sources(self) -> dict[str, Path]:
         """The local folders that components were loaded from, by component: no export overwrites them."""
+
+    @abstractmethod
+    def base(self, name: str) -> nn.Module:
+        """Component `name` loaded anew, on the host: what its adapter sits on, if it has one."""
+
+    @abstractmethod
+    def probe(self, name: str, module: nn.Module) -> Tensor:
+        """What `module`, as component `name` on the host, gives for a fixed input: its logits, say.
+
+        Two that give the same are the same component. Eval mode, no gradients; nothing else is loaded.
+        """
 
     @abstractmethod
     def preview(self, request: PreviewRequest) -> list[Picture]:

@@ -92,7 +92,7 @@ def test_size_and_batches():
 def test_faults_of_options():
     refused("split 'val'; expected train, unseen or all", split="val")
     refused("split 'unseen' without backgrounds", split="unseen", backgrounds=None)
-    refused("count 0 and size 72; expected at least 1", count=0)
+    refused("count 0, start 0 and size 72; expected at least 1, 0 and 1", count=0)
     refused("background 'sky' got None; expected the name of a CSS colour", backgrounds=["sky"])
     refused("background 'sky' got .0, 0, 256.; expected", backgrounds={"sky": [0, 0, 256]})
     refused("expected at least one colour, none twice", backgrounds=["red", "red"])

@@ -18,7 +18,6 @@ from diffengine.datasets import (
     collate,
     generator,
     make_loader,
-    split,
     steps_for_epochs,
 )
 from diffengine.errors import UserError
@@ -150,8 +149,8 @@ def test_ranks_and_micro_batches_hold_the_same_samples():
         next(iter(make_loader(stream(), PositionSampler(8, rank=rank, world_size=2, start_step=2))))
         for rank in (0, 1)
     ]
-    micro = split(whole, 4)
-    assert plain(halves) == plain(micro)
+    parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(4), slice(4, 8))]
+    assert plain(halves) == plain(parts)
     rows = plain([stream()[position] for position in range(16, 24)])
     assert [plain(whole)["image"][row] for row in range(8)] == [row["image"] for row in rows]
     assert plain(whole)["order"] == [row["order"] for row in rows]
@@ -294,16 +293,13 @@ def test_collate_stacks_tensors_and_lists_the_rest():
         collate([samples[0], {**samples[1], "image": torch.zeros(3, 1, 1)}])
 
 
-def test_split_gives_views_by_rows():
-    batch = collate([{"image": torch.full((2,), row), "text": str(row)} for row in range(5)])
-    parts = split(batch, 2)
-    assert [part["text"] for part in parts] == [["0", "1"], ["2", "3"], ["4"]]
-    assert [len(part["num_targets"]) for part in parts] == [2, 2, 1]
-    assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
-    assert parts[1]["image"].data_ptr() == batch["image"][2:].data_ptr()
-    assert split(batch, None) == [batch]
-    with pytest.raises(UserError, match="micro-batch size got 0"):
-        split(batch, 0)
+def test_weights_are_there_if_a_sample_has_one():
+    assert "weight" not in collate([{"text": "a"}, {"text": "b"}])
+    assert collate([{"text": "a"}, {"text": "b", "weight": 2}])["weight"] == [1.0, 2.0]
+    assert collate([{"weight": 0.5}, {}])["weight"] == [0.5, 1.0]
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"got weight {float(weight)}; expected a finite number above 0"):
+            collate([{"weight": weight}])
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(5, 4), (8, 4), (3, 8)])

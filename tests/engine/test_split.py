@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffengine.engine import distributed
-from diffengine.engine.loop import Interrupted, count_micro_batches, split
+from diffengine.engine.loop import Interrupted, split
+from diffengine.engine.micro import count_micro_batches
 from diffengine.errors import Told, UserError
 from tests.engine import runs
 from tests.engine.conftest import REFERENCE

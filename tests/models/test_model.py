@@ -116,7 +116,7 @@ def head_gradients(transformer: UVit2DModel, index: Tensor | None) -> tuple[Tens
         logits = transformer(*given).permute(0, 2, 3, 1).flatten(0, 2)
     else:
         with head_on(transformer, index):
-            logits = transformer(*given)[0, :, :, 0].T
+            logits = transformer(*given)[0, :, : len(index), 0].T
     picked = logits if index is not None else logits[torch.tensor([3, 64, 127])]
     picked.square().sum().backward()
     return picked.detach(), {

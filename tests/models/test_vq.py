@@ -232,7 +232,7 @@ def test_faults_are_the_users(toy: Path) -> None:
 def test_export_loads_in_diffusers(tmp_path: Path) -> None:
     model = VQTokenizerModel(SIZES, seed=3)
     train(model, batches(2))
-    (folder,) = export_components(model, tmp_path)
+    folder = export_components(model, tmp_path)[0].folder
     assert folder == tmp_path / "vqvae"
     loaded = VQModel.from_pretrained(tmp_path, subfolder="vqvae")
     for name, tensor in model.vqvae.state_dict().items():

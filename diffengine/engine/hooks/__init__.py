@@ -6,8 +6,9 @@ counts.
 """
 
 from diffengine.engine.hooks.checkpoint import CheckpointHook
+from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.hooks.export import ExportHook
 from diffengine.engine.hooks.metrics import MetricsHook
 from diffengine.engine.hooks.preview import PreviewHook
 
-__all__ = ["CheckpointHook", "ExportHook", "MetricsHook", "PreviewHook"]
+__all__ = ["CheckpointHook", "EMAHook", "ExportHook", "MetricsHook", "PreviewHook"]

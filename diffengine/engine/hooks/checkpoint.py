@@ -7,6 +7,7 @@ from typing import Any, final
 from mmengine.hooks import Hook
 
 from diffengine.engine import checkpoint, distributed
+from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.state import collect
 from diffengine.errors import UserError
 
@@ -65,8 +66,8 @@ class CheckpointHook(Hook):
 
 
 def expected_size(runner: Any) -> int:
-    """Bytes of one checkpoint: what is trained, and an optimizer state of two values per parameter."""
+    """Bytes of one checkpoint: what is trained, an optimizer state of twice that, perhaps an average."""
     trained = sum(
         tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values()
     )
-    return 3 * trained
+    return trained * (4 if any(isinstance(hook, EMAHook) for hook in runner.hooks) else 3)

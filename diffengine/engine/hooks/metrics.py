@@ -38,7 +38,8 @@ class MetricsHook(Hook):
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._targets = self._steps = self._samples = self._skipped = 0
+        self._targets: float = 0
+        self._steps = self._samples = self._skipped = 0
         self._wait = self._seconds = 0.0
 
     def before_train(self, runner: Any) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffengine.datasets import Crop, Resize, UnreadablePicture, generator
 from diffengine.engine import distributed
+from diffengine.engine.hooks.ema import averaged_weights
 from diffengine.errors import UserError
 from diffengine.grids import save_grid, stack
 from diffengine.models.base import PreviewRequest
@@ -73,7 +74,7 @@ class PreviewHook(Hook):
     def _draw_grid(self, runner: Any) -> None:
         if not self.request.prompts:
             self._choose(runner.train_loop.stream)
-        with runner.optim_wrapper.autocast():
+        with averaged_weights(runner), runner.optim_wrapper.autocast():
             pictures = runner.trainable.preview(self.request)
         path = self._path(runner, runner.train_loop.done)
         grid = save_grid([(picture.label, picture.image) for picture in pictures], path)

@@ -20,6 +20,7 @@ from diffengine.errors import UserError
 from diffengine.models.amused.vocabulary import from_assets
 from diffengine.models.loading import component_folder, load_component, load_module, seeded, unknown_sizes
 
+KINDS = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
 Origin = str | Mapping[str, Any] | None  # a folder or hub name, sizes, or "as `pretrained` says"
 
 
@@ -61,6 +62,16 @@ class Components:
             if isinstance(origin, str)
         }
         return {name: folder for name, folder in folders.items() if folder is not None}
+
+    def spell_origin(self, name: str) -> str:
+        """What a loaded component is called from anywhere: a hub name, or a folder's absolute path."""
+        origin = str(self.origins[name])
+        folder = Path(origin).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else origin
+
+    def fresh(self, name: str) -> Any:
+        """A transformer or text encoder loaded anew, as it was before training."""
+        return load_module(str(self.origins[name]), name, KINDS[name])
 
     # ------------------------------------------------------------------------------------------ configs
 
@@ -127,9 +138,8 @@ class Components:
             UserError: a config cannot be loaded.
         """
         text = self.text_config  # first: of a name that leads nowhere, the tokenizer is empty and no error
-        kinds = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
         unknown: list[str] = []
-        for name, kind in kinds.items():
+        for name, kind in KINDS.items():
             origin = self.origins[name]
             if isinstance(origin, Mapping):
                 unknown += unknown_sizes(name, origin, kind)

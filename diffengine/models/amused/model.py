@@ -16,14 +16,25 @@ from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
+from diffengine.models import adapters as peft_adapters
 from diffengine.models.amused.components import Components
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
 from diffengine.models.amused.vocabulary import learn_vocabulary
-from diffengine.models.base import Batch, Frozen, MaskedImageModel, Picture, PreviewRequest, SampleDraw
+from diffengine.models.base import (
+    Batch,
+    Frozen,
+    MaskedImageModel,
+    Picture,
+    PreviewRequest,
+    SampleDraw,
+    evaluating,
+)
+from diffengine.models.checkpointing import checkpoint_blocks
 from diffengine.models.drawing import draw, draw_strip, sides_of
 from diffengine.models.masking import DrawMask, Schedule, mask_tokens
 
 TRAINABLE = ("transformer", "text_encoder")
+HEAD_ROWS = 64  # the head runs on a multiple of so many positions
 
 
 @final
@@ -36,16 +47,23 @@ class AmusedModel(MaskedImageModel):
             hub name, or `dict(...)` of sizes to build it from nothing. `tokenizer` sizes are `vocab_size` and
             `max_length`: a byte-pair vocabulary is learnt from the captions. Sizes that follow from other
             components need not be given.
-        train: the components to train; "transformer", "text_encoder" or both.
+        train: the components to train in full; "transformer", "text_encoder" or both. None: the transformer,
+            unless there are adapters.
+        adapters: the components to train by an adapter of peft, each with its config:
+            `dict(transformer=dict(type=LoraConfig, r=16, lora_alpha=32, target_modules=["to_q", "to_k"]))`.
+            The base stays as it is. One component may have an adapter while the other is trained in full.
+        gradient_checkpointing: keep the inputs of blocks only, and run them again in the backward pass: less
+            memory for more time, gradients the same.
         mask_schedule: "cosine" or "linear", see `masking.mask_ratio`.
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
         vq_batch_size: pictures that the VQ model encodes at once.
         assets: files of a learnt vocabulary, given by the run.
-        seed: of the weights built from sizes, given by the run.
+        seed: of the weights built from sizes and of adapters, given by the run.
 
     Raises:
         UserError: a component's config cannot be loaded; or, all in one and before any weights are read: an
-            option is out of range, components do not fit together, or one built from sizes is frozen.
+            option is out of range, components do not fit together, or one built from sizes is frozen; or an
+            adapter that does not fit its component.
     """
 
     def __init__(
@@ -56,7 +74,9 @@ class AmusedModel(MaskedImageModel):
         tokenizer: str | dict | None = None,
         text_encoder: str | dict | None = None,
         transformer: str | dict | None = None,
-        train: list[Literal["transformer", "text_encoder"]] | tuple[str, ...] = ("transformer",),
+        train: list[Literal["transformer", "text_encoder"]] | tuple[str, ...] | None = None,
+        adapters: dict | None = None,
+        gradient_checkpointing: bool = False,
         mask_schedule: Schedule = "cosine",
         label_smoothing: float = 0.0,
         vq_batch_size: int = 8,
@@ -68,31 +88,61 @@ class AmusedModel(MaskedImageModel):
             "vqvae": vqvae, "tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer,
         }  # fmt: skip
         self.components = Components(pretrained, origins, assets or {}, seed)
-        faults = self._option_faults(train, label_smoothing, vq_batch_size) + self.components.faults()
+        adapters = adapters or {}
+        if train is None:
+            train = () if adapters else ("transformer",)
+        faults = self._option_faults(train, adapters, label_smoothing, vq_batch_size)
+        faults += self.components.faults()
         if faults:
             raise UserError("model: " + "; ".join(faults))
         self._assets = dict(assets or {})
+        self._seed = seed
         self.label_smoothing = label_smoothing
         self.mask_schedule = mask_schedule
         self.mask_id: int = self.components.scheduler.config.mask_token_id
-        if "transformer" in train:
-            self.transformer = self.components.transformer
-        if "text_encoder" in train:
-            self.text_encoder = self.components.text_encoder
-        self.requires_grad_(True)
-        self._frozen = {
-            name: Frozen(partial(getattr, self.components, name))
-            for name in ("vqvae", *TRAINABLE)
-            if name not in train
-        }
+        self._frozen: dict[str, Frozen] = {"vqvae": Frozen(partial(getattr, self.components, "vqvae"))}
+        for name in TRAINABLE:
+            load = partial(self._load, name, adapters.get(name), gradient_checkpointing)
+            if name in train or name in adapters:
+                self.add_module(name, load())
+            else:
+                self._frozen[name] = Frozen(load)
         self.preprocessor = AmusedPreprocessor(
             self._frozen["vqvae"], self.components.tokenizer, vq_batch_size
         )
 
-    def _option_faults(self, train: Iterable[str], label_smoothing: float, vq_batch_size: int) -> list[str]:
+    def _load(self, name: str, adapter: Any, gradient_checkpointing: bool) -> nn.Module:
+        """A component as it is trained: with its adapter, if it has one, and checkpointed, if asked for.
+
+        Frozen ones are checkpointed as well: where the text encoder learns, its gradient comes through the
+        transformer. Without gradients nothing is.
+        """
+        module = getattr(self.components, name).requires_grad_(True)
+        if adapter is not None:
+            config = peft_adapters.read_config(adapter, name)
+            config.base_model_name_or_path = self.components.spell_origin(name)
+            peft_adapters.inject(module, config, name, self._seed)
+        if gradient_checkpointing:
+            checkpoint_blocks(blocks_of(module))
+        return module
+
+    def _option_faults(
+        self, train: Iterable[str], adapters: Mapping[str, Any], label_smoothing: float, vq_batch_size: int
+    ) -> list[str]:
         faults = []
-        if not list(train) or any(name not in TRAINABLE for name in train):
-            faults.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}")
+        if any(name not in TRAINABLE for name in train) or not (list(train) or adapters):
+            faults.append(
+                f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters"
+            )
+        for name, adapter in adapters.items():
+            if name not in TRAINABLE:
+                faults.append(f"adapters got '{name}'; expected one or both of {list(TRAINABLE)}")
+            elif name in train:
+                faults.append(f"{name} is both in `train` and in `adapters`; name it in one of them")
+            elif self.components.from_sizes(name):
+                faults.append(f"{name} is built from sizes, so an adapter has no base: give a folder for it")
+            else:
+                faults += _faults_of_adapter(adapter, name)
         if not 0 <= label_smoothing < 1:
             faults.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
         if vq_batch_size < 1:
@@ -101,7 +151,7 @@ class AmusedModel(MaskedImageModel):
             f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder "
             f"for it{'' if name == 'vqvae' else ', or name it in `train`'}"
             for name in ("vqvae", *TRAINABLE)
-            if name not in train and self.components.from_sizes(name)
+            if name not in train and name not in adapters and self.components.from_sizes(name)
         ]
 
     # ------------------------------------------------------------------------------------------ training
@@ -137,7 +187,10 @@ class AmusedModel(MaskedImageModel):
         return self.preprocessor(batch, self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds`, `masked_index`."""
+        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds`, `masked_index`.
+
+        Where samples have weights, also `target_weights` (M,), by which loss and logs are summed.
+        """
         index = batch["masked_index"]
         hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
@@ -148,12 +201,18 @@ class AmusedModel(MaskedImageModel):
                 pooled_text_emb=pooled_BD,
                 micro_conds=batch["micro_conds"],
             )
-        logits_MV = logits[0, :, :, 0].T.float()
+        logits_MV = logits[0, :, : len(index), 0].T.float()
         targets = batch["token_ids"].flatten().index_select(0, index)
-        loss = F.cross_entropy(logits_MV, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        weights = batch.get("target_weights")
+        loss = F.cross_entropy(
+            logits_MV, targets, label_smoothing=self.label_smoothing,
+            reduction="sum" if weights is None else "none",
+        )  # fmt: skip
         with torch.no_grad():
-            correct = (logits_MV.argmax(dim=1) == targets).sum().float()
-        return loss, {"accuracy": correct}
+            correct = (logits_MV.argmax(dim=1) == targets).float()
+        if weights is None:
+            return loss, {"accuracy": correct.sum()}
+        return loss @ weights, {"accuracy": correct @ weights}
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Caption ids (B,T) as in AmusedPipeline: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
@@ -185,6 +244,29 @@ class AmusedModel(MaskedImageModel):
     @property
     def sources(self) -> dict[str, Path]:
         return self.components.sources
+
+    def base(self, name: str) -> nn.Module:
+        return self.components.fresh(name)
+
+    def probe(self, name: str, module: Any) -> Tensor:
+        """The transformer's logits of one picture, half of it masked; of the text encoder, both outputs."""
+        rng = torch.Generator().manual_seed(0)
+        sizes = module.config
+        with evaluating(module):
+            if name == "text_encoder":
+                ids = torch.randint(sizes.vocab_size, (1, sizes.max_position_embeddings), generator=rng)
+                output = module(ids, output_hidden_states=True, return_dict=True)
+                return torch.cat([output.hidden_states[-2].flatten(), output.text_embeds.flatten()])
+            side = sizes.sample_size
+            token_ids = torch.randint(sizes.codebook_size, (1, side, side), generator=rng)
+            masked = torch.rand(token_ids.shape, generator=rng) < 0.5
+            length = self.components.tokenizer.model_max_length
+            return module(
+                token_ids.masked_fill(masked, sizes.vocab_size - 1),
+                torch.randn(1, length, sizes.encoder_hidden_size, generator=rng),
+                torch.randn(1, sizes.cond_embed_dim, generator=rng),
+                torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]]),
+            )
 
     def build_pipeline(self) -> AmusedPipeline:
         """With a scheduler of its own: AmusedInpaintPipeline rewrites one that it shares to "linear"."""
@@ -221,15 +303,35 @@ class AmusedModel(MaskedImageModel):
         return pictures
 
 
+def _faults_of_adapter(adapter: Any, name: str) -> list[str]:
+    try:
+        peft_adapters.read_config(adapter, name)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks that make up a transformer or text encoder, and hold nearly all of its activations."""
+    if isinstance(module, UVit2DModel):
+        ends = (module.down_block, module.up_block)
+        parts = [part for end in ends for part in (*end.res_blocks, *end.attention_blocks)]
+        return [*parts, *module.transformer_layers]
+    return list(module.text_model.encoder.layers)
+
+
 @contextmanager
 def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
-    """Run the token head at the flat positions `index` (M,) only; the transformer gives logits (1,V,M,1).
+    """Run the token head at the flat positions `index` (M,) only; the transformer gives logits (1,V,>=M,1).
 
-    Exact, since the head is 1x1 convolutions and a norm over channels: each position stands alone.
+    Exact, since the head is 1x1 convolutions and a norm over channels: each position stands alone. Rows of
+    zeros make M a multiple of `HEAD_ROWS`; what comes after M is theirs. On a CPU torch keeps memory for each
+    shape of a convolution that it has seen, and M is another in each step.
     """
 
     def gather(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         rows_MC = arguments[0].permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index)
+        rows_MC = F.pad(rows_MC, (0, 0, 0, -len(index) % HEAD_ROWS))
         return (rows_MC.T[None, :, :, None],)
 
     handle = transformer.mlm_layer.register_forward_pre_hook(gather)
@@ -237,16 +339,3 @@ def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; the mode before is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -32,14 +32,21 @@ class AmusedPreprocessor:
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
         """Moves `batch` to the device and adds its tokens.
 
-        Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B] and `masked`; gives `token_ids`
-        (B,h,w) int64, `text_ids` (B,T) int64, `micro_conds`, and `masked_index` (M,) int64.
+        Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B], `masked`, and perhaps `weight` [B];
+        gives `token_ids` (B,h,w) int64, `text_ids` (B,T) int64, `micro_conds`, `masked_index` (M,) int64, and
+        where there are weights `target_weights` (M,): each masked token has its sample's.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
         else:
             token_ids = self.encode(to_device(batch["image"], device))
+        weights = {}
+        if "weight" in batch:
+            counts = torch.tensor([len(row) for row in batch["masked"]])
+            each = torch.tensor(batch["weight"]).repeat_interleave(counts)
+            weights["target_weights"] = to_device(each, device)
         return {
+            **weights,
             "token_ids": token_ids,
             "micro_conds": to_device(batch["micro_conds"], device),
             "text_ids": to_device(self.text_ids(batch["text"]), device),

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
-from diffengine.models.base import Batch, Picture, PreviewRequest, TrainableModel
+from diffengine.models.base import Batch, Picture, PreviewRequest, TrainableModel, evaluating
 from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
 from diffengine.models.masking import CheckSides
 
@@ -178,6 +178,17 @@ class VQTokenizerModel(TrainableModel):
     def sources(self) -> dict[str, Path]:
         folder = component_folder(self._origin, "vqvae") if isinstance(self._origin, str) else None
         return {"vqvae": folder} if folder else {}
+
+    def base(self, name: str) -> nn.Module:
+        return _build(self._origin, self.seed)
+
+    def probe(self, name: str, module: Any) -> Tensor:
+        """The round trip of a picture of noise."""
+        side = 4 * self.sample_draw.factor
+        pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        with evaluating(module):
+            quantized, _, _ = module.quantize(module.encode(pixels).latents)
+            return module.decoder(module.post_quant_conv(quantized))
 
     def preview(self, request: PreviewRequest) -> list[Picture]:
         """Each picture beside its round trip through the codes."""

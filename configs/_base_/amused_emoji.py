@@ -1,0 +1,75 @@
+"""What the fine-tunes of the emoji base share; `make demo` leaves the base where they look for it."""
+
+from peft import LoraConfig
+from torch.optim import AdamW
+
+from diffengine.datasets import DropCaption, ToTensor
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.models.amused import AmusedModel
+
+pretrained = "work_dirs/emoji_demo/pipeline"
+resolution = 32
+prompts = 16
+batch_size = 32
+max_iters = 400
+preview_every = 400
+checkpoint_every = 400
+keep_checkpoints = 1
+learning_rate = 3e-3
+warmup_iters = 20
+weight_decay = 0.0
+precision = "auto"
+caption_dropout = 0.0
+num_workers = 0
+lora_rank = 8
+lora_alpha = 16  # strength is alpha / rank
+log_every = 25
+
+model = dict(
+    type=AmusedModel,
+    pretrained="${pretrained}",
+    train=[],
+    adapters=dict(
+        transformer=dict(
+            type=LoraConfig,
+            r="${lora_rank}",
+            lora_alpha="${lora_alpha}",
+            target_modules=[
+                "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
+                "norm1.linear", "norm2.linear", "norm3.linear",
+                "channelwise_linear_1", "channelwise_linear_2", "cond_embeds_mapper",
+            ],
+        ),
+        text_encoder=dict(
+            type=LoraConfig,
+            r="${lora_rank}",
+            lora_alpha="${lora_alpha}",
+            target_modules=["token_embedding", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        ),
+    ),
+)  # fmt: skip
+train_dataloader = dict(
+    image_transforms=[dict(type=ToTensor)],
+    transforms=[dict(type=DropCaption, p="${caption_dropout}")],
+    batch_size="${batch_size}",
+    num_workers="${num_workers}",
+)
+optim_wrapper = dict(
+    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay="${weight_decay}"),
+    precision="${precision}",
+    clip_grad=1.0,
+)
+param_scheduler = dict(name="cosine", warmup_iters="${warmup_iters}")
+train_cfg = dict(max_iters="${max_iters}")
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every="${log_every}"),
+    preview=dict(
+        type=PreviewHook,
+        prompts="${prompts}",
+        every="${preview_every}",
+        resolution="${resolution}",
+        options=dict(guidance_scale=1.0),
+    ),
+    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
+    export=dict(type=ExportHook),
+)

@@ -1,0 +1,45 @@
+"""A subject from a few pictures (DreamBooth, arXiv 2208.12242), aMUSEd 512 with LoRA.
+
+    diffengine train amused_512_dreambooth_lora --data FOLDER --cfg-options class_data=work_dirs/dogs
+
+FOLDER holds three to ten pictures of the subject. So that its class is not forgotten, half of every step
+is of the class; class pictures that `class_data` lacks are drawn by the base model before training, and
+stay there for the next run.
+"""
+
+from diffengine.datasets import SubjectDataset
+
+extends = ["amused", "lora"]
+
+data = "pictures"
+instance_prompt = "a photo of sks dog"
+class_data = "work_dirs/class_pictures/dog"
+class_prompt = "a photo of a dog"
+num_class_images = 100
+prior_loss_weight = 1.0
+pretrained = "amused/amused-512"
+resolution = 512
+prompts = [
+    "a photo of sks dog in the snow",
+    "a photo of sks dog on a beach",
+    "a photo of a dog",
+    "a photo of a cat",
+]
+batch_size = 8
+max_iters = 1000
+preview_every = 250
+checkpoint_every = 250
+learning_rate = 1e-4
+flip = 0.0
+
+train_dataloader = dict(
+    dataset=dict(
+        type=SubjectDataset,
+        data="${data}",
+        instance_prompt="${instance_prompt}",
+        class_data="${class_data}",
+        class_prompt="${class_prompt}",
+        num_class_images="${num_class_images}",
+        prior_loss_weight="${prior_loss_weight}",
+    )
+)

@@ -1,0 +1,11 @@
+"""aMUSEd 512 on the Pokemon captions with LoRA: for a card of 8 GB.
+
+    diffengine train amused_512_pokemon_blip_lora --cfg-options micro_batch_size=1
+
+As the reference recipe, with the learning rate of the published 512 LoRA runs (12.7 GB at 8 pictures at
+once).
+"""
+
+extends = ["amused_512_pokemon_blip", "lora"]
+
+learning_rate = 1e-4

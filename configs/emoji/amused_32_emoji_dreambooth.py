@@ -1,0 +1,43 @@
+"""A subject with prior preservation (DreamBooth): a dog of its own, and the base's dogs beside it.
+
+    python tools/emoji_finetune.py subject work_dirs/emoji_subject
+    diffengine train amused_32_emoji_dreambooth
+    diffengine convert work_dirs/amused_32_emoji_dreambooth --pipeline
+    python tools/emoji_finetune.py score amused_32_emoji_dreambooth
+
+The base draws the class pictures before training.
+"""
+
+from diffengine.datasets import SubjectDataset
+
+extends = "amused_emoji"
+
+data = "work_dirs/emoji_subject"
+instance_prompt = "sks dog on a white background"
+class_data = "work_dirs/emoji_class"
+class_prompt = "dog on a white background"
+num_class_images = 32
+prior_loss_weight = 1.0
+prompts = [
+    "sks dog on a white background",
+    "sks dog on a blue background",
+    "dog on a blue background",
+    "cat on a blue background",
+]
+batch_size = 16
+max_iters = 100
+preview_every = 100
+checkpoint_every = 100
+
+train_dataloader = dict(
+    dataset=dict(
+        type=SubjectDataset,
+        data="${data}",
+        instance_prompt="${instance_prompt}",
+        class_data="${class_data}",
+        class_prompt="${class_prompt}",
+        num_class_images="${num_class_images}",
+        class_drawing=dict(guidance_scale=1.0),
+        prior_loss_weight="${prior_loss_weight}",
+    )
+)

@@ -1,0 +1,31 @@
+"""Teach the emoji base emoji that it has not seen: adapters on transformer and text encoder.
+
+    make demo               # the base
+    make demo-finetune      # this, and its score
+
+16 new emoji on three backgrounds each; it is then asked for them on the fourth. Their names are words that
+the base's vocabulary spells in pieces it never learnt, so the text encoder's embeddings have an adapter too.
+"""
+
+from diffengine.datasets import EmojiDataset
+
+extends = "amused_emoji"
+
+first_new = 128  # the base knows those before
+new_emoji = 16
+backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
+min_transparent = 0.35
+batch_size = 32
+max_iters = 400
+learning_rate = 3e-3
+
+train_dataloader = dict(
+    dataset=dict(
+        type=EmojiDataset,
+        start="${first_new}",
+        count="${new_emoji}",
+        backgrounds="${backgrounds}",
+        min_transparent="${min_transparent}",
+        size="${resolution}",
+    )
+)

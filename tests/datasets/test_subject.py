@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffengine.datasets import Stream, SubjectDataset, collate
+from diffengine.errors import UserError
+
+
+def write(folder, names, size=(8, 6)):
+    """A plain picture for each name; its red tells its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, name in enumerate(names):
+        Image.new("RGB", size, (10 * place, 0, 0)).save(folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def dogs(tmp_path):
+    """Three pictures of the subject, captioned otherwise, and five of its class."""
+    data = write(tmp_path / "mine", ["a.png", "b.png", "c.png"])
+    (tmp_path / "mine" / "a.txt").write_text("not this caption")
+    return data, write(tmp_path / "class", [f"{place}.png" for place in range(5)], (4, 4))
+
+
+def subject(dogs, **options):
+    return SubjectDataset(
+        dogs[0], "a photo of sks dog",
+        **{"class_data": dogs[1], "class_prompt": "a photo of a dog", "num_class_images": 4, **options},
+    )  # fmt: skip
+
+
+def reds(samples):
+    return [sample["image"].getpixel((0, 0))[0] // 10 for sample in samples]
+
+
+def test_subject_and_class_take_turns_and_the_shorter_half_repeats(dogs):
+    dataset = subject(dogs, prior_loss_weight=0.5)
+    assert len(dataset) == 8
+    samples = [dataset[place] for place in range(8)]
+    assert reds(samples[::2]) == [0, 1, 2, 0]
+    assert reds(samples[1::2]) == [0, 1, 2, 3]  # the first four of five
+    assert {(sample["text"], sample["weight"]) for sample in samples[::2]} == {("a photo of sks dog", 1.0)}
+    assert {(sample["text"], sample["weight"]) for sample in samples[1::2]} == {("a photo of a dog", 0.5)}
+    assert [dataset.size(place) for place in (0, 1)] == [(8, 6), (4, 4)]
+    assert list(dataset.captions()) == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 4
+    few = subject(dogs, num_class_images=2)
+    assert len(few) == 6
+    assert reds(few[place] for place in range(1, 6, 2)) == [0, 1, 0]
+
+
+def test_an_epoch_is_half_of_the_class(dogs):
+    stream = Stream(subject(dogs), [], [], seed=3)
+    batch = collate([{**stream[position], "image": None} for position in range(8)])
+    assert sorted(batch["text"]) == ["a photo of a dog"] * 4 + ["a photo of sks dog"] * 4
+    assert batch["weight"] == [1.0] * 8
+
+
+def test_without_class_pictures(dogs):
+    dataset = SubjectDataset(dogs[0], "sks")
+    assert len(dataset) == 3
+    assert reds(dataset[place] for place in range(3)) == [0, 1, 2]
+    assert list(dataset.captions()) == ["sks"] * 3
+    assert dataset.missing_pictures() is None
+
+
+def test_missing_pictures_have_the_first_free_numbers(dogs, tmp_path):
+    assert subject(dogs, num_class_images=5).missing_pictures() is None
+    folder = Path(dogs[1])
+    Image.new("RGB", (4, 4)).save(folder / "000001.png")
+    (folder / ".000000.png.part").write_bytes(b"half of one")
+    (folder / "note.txt").write_text("no picture")
+    options = {"guidance_scale": 4.0}
+    missing = subject(dogs, num_class_images=9, class_drawing=options).missing_pictures()
+    assert (missing.folder, missing.prompt, missing.options) == (folder, "a photo of a dog", options)
+    assert missing.numbers == [0, 2, 3]  # five, and 000001.png, are there
+    absent = subject((dogs[0], str(tmp_path / "new" / "class")), num_class_images=2)
+    assert absent.missing_pictures().numbers == [0, 1]
+    assert len(absent) == 6
+    assert len(list(absent.captions())) == 5
+
+
+def test_class_pictures_are_looked_for_when_they_are_read(dogs, tmp_path):
+    folder = tmp_path / "later"
+    dataset = subject((dogs[0], str(folder)), num_class_images=2)
+    assert dataset[0]["text"] == "a photo of sks dog"
+    with pytest.raises(UserError, match=r"later lacks 2 of 2 class pictures; .* or lower num_class_images"):
+        dataset[1]
+    write(folder, ["000000.png", "000001.png"])
+    assert dataset[1]["text"] == "a photo of a dog"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"class_prompt": None}, "class_prompt=None; expected both, or neither"),
+        ({"class_data": None}, "class_data=None and class_prompt='a photo of a dog'; expected both"),
+        ({"prior_loss_weight": 0}, "prior_loss_weight got 0; expected a number above 0"),
+        ({"num_class_images": 0}, "num_class_images got 0; expected at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(dogs, options, text):
+    with pytest.raises(UserError, match=text):
+        subject(dogs, **options)
+
+
+def test_folders_that_are_none_or_hold_one_another(dogs, tmp_path):
+    for folders in [(dogs[0], str(Path(dogs[0], "class"))), (dogs[0], str(tmp_path)), (dogs[0], dogs[0])]:
+        with pytest.raises(UserError, match="one inside the other; expected folders apart"):
+            subject(folders)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file', which is no folder"):
+        subject((dogs[0], str(tmp_path / "file"))).missing_pictures()

@@ -1,0 +1,175 @@
+"""The average: by its formula, of what is trained only, resumed exactly, seen by previews and convert."""
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from diffengine import cli
+from diffengine.engine import checkpoint
+from diffengine.engine.hooks import EMAHook
+from diffengine.engine.hooks.checkpoint import expected_size
+from diffengine.engine.hooks.ema import averaged_weights
+from diffengine.errors import UserError
+from tests.engine import runs
+from tests.engine.runs import TEXT_TOO, Toy, assert_equal_checkpoints, in_child, train
+
+EMA = {"type": "diffengine.engine.hooks.EMAHook", "decay": 0.5}
+SETTINGS = {"max_iters": 6, "checkpoint_every": 2, "keep_checkpoints": None, "learning_rate": 1e-2,
+            "custom_hooks": [EMA]}  # fmt: skip
+
+
+class Weights(Hook):
+    """Keeps the weights before the first step and after each."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def before_train(self, runner: Any) -> None:
+        self._keep(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self._keep(runner)
+
+    def _keep(self, runner: Any) -> None:
+        self.steps.append({name: item.clone() for name, item in runner.trainable.trained_state().items()})
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Toy) -> tuple[Path, list[dict[str, Tensor]]]:
+    """A run of six steps that kept an average, and its weights by step."""
+    work_dir = toy.root / "averaged"
+    runner = runs.build(toy.config("averaged", **SETTINGS), work_dir, TEXT_TOO)
+    weights = Weights()
+    runner.register_hook(weights)
+    runner.train()
+    return work_dir, weights.steps
+
+
+def test_the_average_by_its_formula(whole: tuple[Path, list[dict[str, Tensor]]]) -> None:
+    work_dir, steps = whole
+    saved = checkpoint.read(work_dir / "iter_6.pth")["ema"]
+    assert saved["updates"] == 6
+    assert list(saved["weights"]) == [name for name in steps[0] if "position_ids" not in name]  # no buffers
+    for name, average in saved["weights"].items():
+        expected = steps[0][name].double()
+        for update, weights in enumerate(steps[1:]):
+            decay = min(0.5, (1 + update) / (10 + update))
+            expected = decay * expected + (1 - decay) * weights[name].double()
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(average, steps[-1][name])
+
+
+def test_decays() -> None:
+    hook = EMAHook()
+    assert [hook.decay_at(n) for n in (0, 1, 8)] == [1 / 10, 2 / 11, 9 / 18]
+    assert hook.decay_at(10**6) == 0.9999
+    assert EMAHook(0.9, warmup=False).decay_at(0) == 0.9
+    for decay in (0, 1, -0.5, math.nan):
+        with pytest.raises(UserError, match=f"got decay={decay}; expected a number between 0 and 1"):
+            EMAHook(decay)
+
+
+def test_killed_and_resumed_is_bit_equal(
+    toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    path = toy.config("averaged", **SETTINGS)
+    kill = {"type": "tests.engine.runs.SignalAt", "step": 3, "signum": int(signal.SIGKILL)}
+    flags = ["--cfg-options", TEXT_TOO]
+    assert in_child(train, path, tmp_path, *flags, f"custom_hooks={[EMA, kill]}") == -signal.SIGKILL
+    assert train(path, tmp_path, "--resume", *flags) == 0
+    for name in ("iter_4.pth", "iter_6.pth"):
+        assert_equal_checkpoints(tmp_path / name, whole[0] / name)
+        mine, theirs = (checkpoint.read(folder / name)["ema"] for folder in (tmp_path, whole[0]))
+        assert mine["updates"] == theirs["updates"]
+        assert mine["weights"].keys() == theirs["weights"].keys()
+        assert all(torch.equal(mine["weights"][key], theirs["weights"][key]) for key in mine["weights"])
+
+
+def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    from tests.engine.conftest import REFERENCE
+
+    path = toy.config("reference", **REFERENCE)
+    runner = runs.build(
+        path, tmp_path, f"custom_hooks={[EMA]}", "max_iters=9", resume=reference / "iter_8.pth"
+    )
+    assert expected_size(runner) == 4 * sum(4 * p.numel() for p in runner.trainable.parameters())
+    runner.train()
+    before, after = (checkpoint.read(file) for file in (reference / "iter_8.pth", tmp_path / "iter_9.pth"))
+    assert after["ema"]["updates"] == 1
+    name, average = next(iter(after["ema"]["weights"].items()))
+    torch.testing.assert_close(average, 0.1 * before["model"][name] + 0.9 * after["model"][name])
+
+
+def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> None:
+    """Swapped in and back, bit for bit; the pictures are the average's."""
+    settings = {
+        **SETTINGS,
+        "max_iters": 3,
+        "checkpoint_every": None,
+        "prompts": ["a cat"],
+        "preview_every": 3,
+    }
+    with_one, without = tmp_path / "with", tmp_path / "without"
+    runner = runs.build(toy.config("with", **settings), with_one)
+    pointers = {name: item.data_ptr() for name, item in runner.trainable.named_parameters()}
+    runner.train()
+    assert {name: item.data_ptr() for name, item in runner.trainable.named_parameters()} == pointers
+    assert train(toy.config("without", **{**settings, "custom_hooks": []}), without) == 0
+    assert_equal_checkpoints(with_one / "iter_3.pth", without / "iter_3.pth")
+    drawn = [
+        (folder / "previews" / f"{step:06}.png").read_bytes()
+        for folder in (with_one, without)
+        for step in (0, 3)
+    ]
+    assert drawn[0] == drawn[2]
+    assert drawn[1] != drawn[3]
+
+    live = {name: item.clone() for name, item in runner.trainable.named_parameters()}
+    average = checkpoint.read(with_one / "iter_3.pth")["ema"]["weights"]
+    with averaged_weights(runner):
+        inside = {name: item.clone() for name, item in runner.trainable.named_parameters()}
+    for name, item in runner.trainable.named_parameters():
+        assert torch.equal(inside[name], average[name])
+        assert torch.equal(item, live[name])
+
+
+def test_convert_writes_the_average(
+    toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from diffusers import UVit2DModel
+
+    path, file = toy.config("averaged", **SETTINGS), whole[0] / "iter_6.pth"
+    state = checkpoint.read(file)
+    weights = {"--ema": state["ema"]["weights"], None: state["model"]}
+    for flag, expected in weights.items():
+        out = tmp_path / str(flag)
+        assert cli.main(["convert", path, str(file), str(out), *([flag] if flag else [])]) == 0
+        loaded = UVit2DModel.from_pretrained(out / "transformer").state_dict()
+        assert all(torch.equal(item, expected[f"transformer.{name}"]) for name, item in loaded.items())
+    assert train(toy.config("plain"), tmp_path / "plain") == 0
+    assert cli.main(["convert", str(tmp_path / "plain"), "--ema"]) == 2
+    said = capsys.readouterr().err
+    assert "iter_1.pth' keeps no average; train with EMAHook among custom_hooks, or leave out --ema" in said
+    assert said.count("\n") == 1
+
+
+def test_nothing_is_read_and_only_the_trained_is_averaged(toy: Toy, tmp_path: Path) -> None:
+    from tests.engine.test_metrics import device_reads
+
+    runner = runs.build(toy.config("reads_ema", **SETTINGS), tmp_path, "model.train=['text_encoder']")
+    (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    hook.before_train(runner)
+    with device_reads() as seen:
+        hook.after_train_iter(runner, 0)
+    assert not seen
+    trained = {name for name, _ in runner.trainable.text_encoder.named_parameters()}
+    assert hook.weights.keys() == {f"text_encoder.{name}" for name in trained}
+    assert {item.dtype for item in hook.weights.values()} == {torch.float32}

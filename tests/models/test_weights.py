@@ -1,0 +1,81 @@
+"""Samples that count more than others, and the shapes that the head runs on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffengine.models.amused import AmusedModel
+from diffengine.models.masking import mask_tokens
+from tests.models.test_model import close
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighed_loss_is_the_formula(toy: Path, batch: dict[str, Any], smoothing: float) -> None:
+    """sum_i w_i sum_j ce_ij over samples i and their masked tokens j."""
+    model = AmusedModel(str(toy), label_smoothing=smoothing).train()
+    weights = [0.25, 3.0, 1.0]
+    alone = []
+    for place in range(3):
+        one = {key: value[place : place + 1] for key, value in batch.items()}
+        loss, logs = model(model.prepare(one))
+        alone.append((loss, logs["accuracy"]))
+    expected = sum(w * loss for w, (loss, _) in zip(weights, alone))
+    wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    loss, logs = model(model.prepare({**batch, "weight": weights}))
+    got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    close(loss.detach(), expected.detach())
+    assert logs["accuracy"] == pytest.approx(sum(w * float(right) for w, (_, right) in zip(weights, alone)))
+    for mine, theirs in zip(got, wanted):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            close(mine, theirs, 2e-5)
+
+
+def test_each_masked_token_has_its_samples_weight(model: AmusedModel, batch: dict[str, Any]) -> None:
+    prepared = model.prepare({**batch, "weight": [0.5, 2.0, 1.0]})
+    assert prepared["target_weights"].tolist() == [0.5] * 1 + [2.0] * 20 + [1.0] * 64
+    assert prepared["target_weights"].dtype == torch.float32
+    assert "target_weights" not in model.prepare(batch)
+
+
+def test_weights_of_one_change_nothing(model: AmusedModel, batch: dict[str, Any]) -> None:
+    plain, logs = model(model.prepare(batch))
+    weighed, also = model(model.prepare({**batch, "weight": [1.0] * 3}))
+    close(weighed, plain, 1e-6)
+    assert also == logs
+
+
+def test_few_shapes_for_the_head_and_the_same_logits(model: AmusedModel, batch: dict[str, Any]) -> None:
+    shapes: list[tuple[int, ...]] = []
+    logits: list[Tensor] = []
+
+    def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        shapes.append(tuple(arguments[0].shape))
+        logits.append(output)
+
+    handle = model.transformer.mlm_layer.register_forward_hook(note)
+    draw = np.random.default_rng(0)
+    try:
+        with torch.no_grad():
+            for _ in range(30):
+                masked = [draw.permutation(64)[: draw.integers(1, 65)] for _ in range(3)]
+                prepared = model.prepare({**batch, "masked": masked})
+                loss, _ = model(prepared)
+                index = prepared["masked_index"]
+                text, pooled = model.encode_text(prepared["text_ids"])
+                inputs = mask_tokens(prepared["token_ids"], index, model.mask_id)
+                full = model.transformer(inputs, text, pooled, prepared["micro_conds"])
+                shapes.pop()
+                logits.pop()
+                rows = full.permute(0, 2, 3, 1).flatten(0, 2)[index]
+                close(logits[-1][0, :, : len(index), 0].T, rows, 1e-6)
+                targets = prepared["token_ids"].flatten()[index]
+                close(loss, F.cross_entropy(rows, targets, reduction="sum"))
+    finally:
+        handle.remove()
+    assert {shape[2] for shape in shapes} <= {64, 128, 192}

@@ -1,0 +1,54 @@
+"""What gradient checkpointing keeps at the released size: 512 px, batch 2, fp32 on a CPU.
+
+Needs 15 GB of memory and some minutes. Run with -s for the figures.
+"""
+
+import time
+
+import pytest
+import torch
+from diffusers import UVit2DModel
+from torch import Tensor
+
+from diffengine.models.amused.model import blocks_of, head_on
+from diffengine.models.checkpointing import checkpoint_blocks
+from tests.models.test_checkpointing import saved_bytes
+from tests.support import models
+
+pytestmark = pytest.mark.soak
+
+
+def test_full_size() -> None:
+    torch.manual_seed(0)
+    transformer = UVit2DModel(**models.transformer_config("full", 512))
+    ids = torch.randint(8192, (2, 32, 32))
+    index = torch.randperm(2 * 1024)[:1200]
+    text, pooled, conditions = torch.randn(2, 77, 768), torch.randn(2, 768), torch.full((2, 5), 512.0)
+
+    def run() -> Tensor:
+        with head_on(transformer, index):
+            logits = transformer(
+                ids.flatten().index_fill(0, index, 8255).view_as(ids), text, pooled, conditions
+            )
+        return logits[0, :, : len(index), 0].square().mean()
+
+    expected: dict[str, Tensor] = {}
+    figures = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_blocks(blocks_of(transformer))
+        started = time.perf_counter()
+        loss, kept = saved_bytes(run, [transformer])
+        loss.backward()
+        figures.append((kept, time.perf_counter() - started))
+        gradients = {name: value.grad for name, value in transformer.named_parameters()}
+        for name, gradient in gradients.items():
+            assert gradient is None or not checkpointed or torch.equal(gradient, expected[name]), name
+        expected = gradients
+        transformer.zero_grad(set_to_none=True)
+    (whole, _), (kept, _) = figures
+    for name, (size, seconds) in zip(("without", "with"), figures):
+        print(
+            f"\nfull size, 512 px, batch 2, {name}: {size / 1e9:.2f} GB kept, forward and backward {seconds:.1f} s"
+        )
+    assert whole > 5 * kept

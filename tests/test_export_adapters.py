@@ -1,0 +1,269 @@
+"""Exported adapters load in peft and in diffusers at full strength, merged ones anywhere."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AmusedPipeline, UVit2DModel
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from diffengine import cli, export
+from diffengine.errors import UserError
+from diffengine.export import export_components, export_pipeline
+from diffengine.models import adapters
+from diffengine.models.amused import AmusedModel
+from diffengine.models.base import evaluating
+from tests.models.test_adapters import LORA, TEXT, WAYS, adapter
+from tests.support import models
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TOLERANCE = 1e-6  # of the largest logit; the same sums, so 0 is what is seen
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.make_model_folder(tmp_path_factory.mktemp("model") / "toy", "toy")
+
+
+def trained(toy: Path, **options: Any) -> AmusedModel:
+    """A model whose adapters do something."""
+    model = AmusedModel(str(toy), **options)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.1)
+    return model.train()
+
+
+def logits(transformer: nn.Module) -> Tensor:
+    rng = torch.Generator().manual_seed(2)
+    ids = torch.randint(64, (2, 8, 8), generator=rng)
+    text, pooled = torch.randn(2, 64, 48, generator=rng), torch.randn(2, 40, generator=rng)
+    with evaluating(transformer):
+        return transformer(ids, text, pooled, torch.rand(2, 5, generator=rng))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def base(toy: Path) -> UVit2DModel:
+    return UVit2DModel.from_pretrained(toy / "transformer")
+
+
+def by_diffusers(toy: Path, folder: Path) -> UVit2DModel:
+    loaded = base(toy)
+    loaded.load_lora_adapter(str(folder), weight_name=WEIGHTS)
+    return loaded
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_loaders_at_full_strength(toy: Path, tmp_path: Path, way: str) -> None:
+    model = trained(toy, adapters={"transformer": adapter(way)})
+    (exported,) = export_components(model, tmp_path)
+    folder, live = tmp_path / "transformer", logits(model.transformer)
+    assert exported.folder == folder
+    assert exported.relative <= TOLERANCE
+    assert apart(logits(base(toy)), live) > 1e-3  # the adapter does something
+    assert apart(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    if way in ("loha", "oft", "ia3"):
+        assert {file.name for file in folder.iterdir()} == files
+    else:
+        assert {file.name for file in folder.iterdir()} == files | {WEIGHTS}
+        assert apart(logits(by_diffusers(toy, folder)), live) <= TOLERANCE
+    export_components(model, tmp_path / "merged", merge=True)
+    plain = UVit2DModel.from_pretrained(tmp_path / "merged", subfolder="transformer")
+    assert plain.state_dict().keys() == base(toy).state_dict().keys()
+    assert apart(logits(plain), live) <= 1e-5  # sums in another order
+
+
+def test_alpha_is_not_lost(toy: Path, tmp_path: Path) -> None:
+    """r 16 with alpha 32. The reference's file, which has no alpha, loads at half strength."""
+    lora = {**LORA, "r": 16, "lora_alpha": 32}
+    model = trained(toy, adapters={"transformer": lora})
+    export_components(model, tmp_path)
+    folder, live = tmp_path / "transformer", logits(model.transformer)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 32
+    assert apart(logits(by_diffusers(toy, folder)), live) <= TOLERANCE
+    assert apart(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
+    state = load_file(folder / WEIGHTS)
+    assert all(name.startswith("transformer.") for name in state)
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    assert apart(logits(by_diffusers(toy, folder)), live) > 0.01
+
+
+def test_the_export_notices_half_strength(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = adapters.write
+
+    def without_alpha(module: nn.Module, name: str, folder: Path) -> None:
+        write(module, name, folder)
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt"})
+
+    monkeypatch.setattr(adapters, "write", without_alpha)
+    with pytest.raises(
+        UserError, match="loaded by diffusers, is not the model that was trained: its outputs differ"
+    ):
+        export_components(trained(toy, adapters={"transformer": LORA}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_base_is_noticed(toy: Path, tmp_path: Path) -> None:
+    """The base is loaded anew for the check, so an adapter of another one does not pass."""
+    model = trained(toy, adapters={"transformer": LORA})
+    with torch.no_grad():
+        model.transformer.mlm_layer.conv2.weight.mul_(1.01)
+    with pytest.raises(UserError, match="loaded by peft, is not the model that was trained"):
+        export_components(model, tmp_path)
+    with pytest.raises(UserError, match="the merged transformer is not the model that was trained"):
+        export_components(model, tmp_path, merge=True)
+
+
+def test_the_live_model_is_left_as_it_is(toy: Path, tmp_path: Path) -> None:
+    model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
+    kept = {name: (value, value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    parameters = [id(value) for value in model.parameters()]
+    state = torch.random.get_rng_state()
+    for place, dtype in enumerate((torch.float32, torch.float16)):
+        export_components(model, tmp_path / f"a{place}", dtype=dtype)
+        export_components(model, tmp_path / f"b{place}", merge=True, dtype=dtype)
+        export_pipeline(model, tmp_path / f"c{place}", dtype=dtype)
+    assert [id(value) for value in model.parameters()] == parameters
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == kept[name][1]
+        assert torch.equal(value, kept[name][2])
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_text_encoder_adapter_and_full_text_encoder(toy: Path, tmp_path: Path) -> None:
+    model = trained(toy, adapters={"text_encoder": TEXT}, train=["transformer"])
+    export_components(model, tmp_path)
+    encoder = CLIPTextModelWithProjection.from_pretrained(toy / "text_encoder")
+    before = model.probe("text_encoder", encoder)
+    live = model.probe("text_encoder", model.text_encoder)
+    adapters.load_with_peft(encoder, tmp_path / "text_encoder")
+    assert apart(model.probe("text_encoder", encoder), live) <= TOLERANCE
+    assert apart(before, live) > 1e-4
+    assert not (tmp_path / "text_encoder" / WEIGHTS).exists()  # no loader of diffusers takes it
+    plain = UVit2DModel.from_pretrained(tmp_path / "transformer")
+    assert torch.equal(logits(plain), logits(model.transformer))
+
+
+# ----------------------------------------------------------------------------------------- pipelines, dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_pipeline_with_merged_weights(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
+    exported = export_pipeline(model, tmp_path, dtype=dtype)
+    half = dtype != torch.float32
+    assert exported.relative <= (0.05 if half else 1e-5)
+    assert (exported.relative > 1e-5) == half
+    loaded = AmusedPipeline.from_pretrained(tmp_path)
+    assert {module.dtype for module in (loaded.transformer, loaded.text_encoder, loaded.vqvae)} == {
+        torch.float32
+    }
+    assert apart(logits(loaded.transformer), logits(model.transformer)) <= (0.05 if half else 1e-5)
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    assert loaded("a cat", **options).images[0].size == (32, 32)
+    kinds = {
+        name: {value.dtype for value in load_file(next((tmp_path / name).glob("*.safetensors"))).values()}
+        for name in ("transformer", "text_encoder", "vqvae")
+    }
+    assert kinds == {"transformer": {dtype}, "text_encoder": {dtype}, "vqvae": {torch.float32}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_the_rounded_model(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
+    transformer, encoder = export_components(model, tmp_path, dtype=dtype)
+    state = load_file(tmp_path / "transformer" / "adapter_model.safetensors")
+    assert {value.dtype for value in state.values()} == {dtype}
+    assert 0 < transformer.relative < 0.02
+    assert 0 < encoder.relative < 0.05
+    loaded = logits(PeftModel.from_pretrained(base(toy), tmp_path / "transformer"))
+    for parameter in model.transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype).float()
+    assert apart(loaded, logits(model.transformer)) <= TOLERANCE
+    assert apart(logits(by_diffusers(toy, tmp_path / "transformer")), logits(model.transformer)) <= TOLERANCE
+
+
+def test_merging_nothing(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--merge got a model without adapters"):
+        export_components(AmusedModel(str(toy)), tmp_path, merge=True)
+
+
+def test_files_are_readable_as_the_umask_says(toy: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export_components(trained(toy, adapters={"transformer": LORA}, train=["text_encoder"]), tmp_path)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 5
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
+    assert not list(tmp_path.rglob(".mode"))
+
+
+# ----------------------------------------------------------------------------------------- convert, sample
+
+
+def test_the_printed_lines_open_it(toy: Path, tmp_path: Path) -> None:
+    import peft
+
+    model = trained(toy, adapters={"transformer": LORA})
+    (exported,) = export_components(model, tmp_path)
+    assert len(exported.lines) == 2
+    live = logits(model.transformer)
+    first, second = exported.lines
+    for line in (second, second.split("# or ")[1]):
+        names: dict[str, Any] = {"UVit2DModel": UVit2DModel, "peft": peft}
+        exec(f"{first}\n{line}", names)
+        assert apart(logits(names["transformer"]), live) <= TOLERANCE
+
+
+def test_convert_and_sample(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A picture by the live adapter, by its folder, merged, and as a pipeline: the same."""
+    from diffengine.commands import convert
+
+    model = trained(toy, adapters={"transformer": LORA})
+    monkeypatch.chdir(tmp_path)
+    export_components(model, Path("out"))
+    export_components(model, Path("merged"), merge=True)
+    export_pipeline(model, Path("pipeline"))
+    drawn = []
+    for source in ("out", "out/transformer", "pipeline", f"merged --base {toy}", f"out --base {toy}"):
+        words = source.split()
+        assert cli.main(["sample", words[0], "a cat", "--steps", "2", "--seed", "3", *words[1:]]) == 0
+        drawn.append(Path("sample.png").read_bytes())
+    assert all(picture == drawn[0] for picture in drawn)
+    assert cli.main(["sample", str(toy), "a cat", "--steps", "2", "--seed", "3"]) == 0
+    assert Path("sample.png").read_bytes() != drawn[0]
+    capsys.readouterr()
+    assert cli.main(["sample", "pipeline", "a", "--base", str(toy)]) == 2
+    assert "is a whole pipeline; leave it out" in capsys.readouterr().err
+    assert cli.main(["sample", "merged", "a"]) == 2
+    assert "name it with --base" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
+    assert "holds no adapter or component that convert wrote" in capsys.readouterr().err
+    settings = json.loads(Path("out/transformer/adapter_config.json").read_text())
+    Path("out/transformer/adapter_config.json").write_text(json.dumps({**settings, "r": 5}))
+    assert cli.main(["sample", "out", "a"]) == 2
+    assert "does not fit transformer of the base" in capsys.readouterr().err
+    assert convert.__doc__
+
+
+def test_tolerances_are_those_that_are_said() -> None:
+    assert (export.LOADED, export.MERGED) == (1e-5, 1e-3)
