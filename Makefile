@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := work_dirs/emoji_demo
 TEST := $(BIN)/python -m pytest
 
-.PHONY: install lint test soak gpu demo clean
+.PHONY: install lint test soak gpu demo demo-finetune clean
 
 install: $(VENV)/installed
 
@@ -34,6 +34,14 @@ demo: install
 	$(BIN)/diffengine train amused_32_emoji --overwrite
 	$(BIN)/diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth $(DEMO)/pipeline --pipeline
 	$(BIN)/python tools/emoji_demo.py $(DEMO)/pipeline $(DEMO)
+
+$(DEMO)/pipeline:
+	$(MAKE) demo
+
+demo-finetune: install | $(DEMO)/pipeline
+	$(BIN)/diffengine train amused_32_emoji_lora --overwrite
+	$(BIN)/diffengine convert work_dirs/amused_32_emoji_lora --pipeline
+	$(BIN)/python tools/emoji_finetune.py score amused_32_emoji_lora --picture $(DEMO)/finetune.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -21,8 +21,9 @@ weight_decay = 0.0
 precision = "auto"
 caption_dropout = 0.0
 num_workers = 0
-lora_rank = 8
-lora_alpha = 16  # strength is alpha / rank
+transformer_rank = 4
+text_rank = 32  # higher: new words are learnt where words are, and what the transformer composes is kept
+lora_dropout = 0.1
 log_every = 25
 
 model = dict(
@@ -32,8 +33,9 @@ model = dict(
     adapters=dict(
         transformer=dict(
             type=LoraConfig,
-            r="${lora_rank}",
-            lora_alpha="${lora_alpha}",
+            r="${transformer_rank}",
+            lora_alpha=8,
+            lora_dropout="${lora_dropout}",
             target_modules=[
                 "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
                 "norm1.linear", "norm2.linear", "norm3.linear",
@@ -42,8 +44,9 @@ model = dict(
         ),
         text_encoder=dict(
             type=LoraConfig,
-            r="${lora_rank}",
-            lora_alpha="${lora_alpha}",
+            r="${text_rank}",
+            lora_alpha=64,
+            lora_dropout="${lora_dropout}",
             target_modules=["token_embedding", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         ),
     ),

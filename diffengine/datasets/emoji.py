@@ -150,10 +150,10 @@ class _Emoji:
 
 def _draw(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[_Emoji]:
     """The first `count` emoji from number `start` that show enough of their background; RGBA pictures."""
-    inked = _Inked() if "openmoji" in artists else None
+    inked = Inked() if "openmoji" in artists else None
     found: list[_Emoji] = []
     number = -1
-    for name, file in _catalogue():
+    for name, file in catalogue():
         with Image.open(file) as image:
             twemoji = image.convert("RGBA")
         if (np.asarray(twemoji)[..., 3] == 0).mean() < min_transparent:
@@ -176,7 +176,7 @@ def _draw(artists: list[str], start: int, count: int, min_transparent: float, si
     )
 
 
-class _Inked:
+class Inked:
     """OpenMoji's drawings, by the exact code points of their SVG files, drawn from the colour font."""
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ def _text(points: str) -> str:
     return "".join(chr(int(point, 16)) for point in points.split("-"))
 
 
-def _catalogue() -> list[tuple[str, Path]]:
+def catalogue() -> list[tuple[str, Path]]:
     """(name, file) of every emoji without skin tone that is no country's flag, short names first."""
     try:
         import emoji

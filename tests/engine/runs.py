@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,8 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     for mine, theirs in pairs:
         assert mine.keys() == theirs.keys()
         for name in mine:
-            assert torch.equal(mine[name], theirs[name]), name
+            tensor = isinstance(mine[name], Tensor)  # bitsandbytes counts steps in an int
+            assert (torch.equal if tensor else eq)(mine[name], theirs[name]), name
 
 
 def in_child(work: Callable[..., int | None], *args: Any) -> int:

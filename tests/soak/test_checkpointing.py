@@ -49,6 +49,6 @@ def test_full_size() -> None:
     (whole, _), (kept, _) = figures
     for name, (size, seconds) in zip(("without", "with"), figures):
         print(
-            f"\nfull size, 512 px, batch 2, {name}: {size / 1e9:.2f} GB kept, forward and backward {seconds:.1f} s"
+            f"\nfull size, 512 px, batch 2, {name}: {size / 1e9:.2f} GB kept, {seconds:.1f} s for both passes"
         )
     assert whole > 5 * kept
