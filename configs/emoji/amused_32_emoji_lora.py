@@ -4,26 +4,28 @@
     make demo-finetune      # this, and its score
 
 16 new emoji on three backgrounds each; it is then asked for them on the fourth. Their names are words that
-the base's vocabulary spells in pieces it never learnt, so the text encoder's embeddings have an adapter too.
+the base's vocabulary spells in pieces it never learnt, so the text encoder's embeddings have an adapter too,
+of a higher rank than the transformer's: what the transformer composes is kept. 24 old emoji are shown beside
+the new ones, since of those that nothing shows nine in ten were forgotten.
 """
 
 from diffengine.datasets import EmojiDataset
 
 extends = "amused_emoji"
 
-first_new = 128  # the base knows those before
-new_emoji = 16
+first = 104  # the base knows those before 128: 24 old emoji and 16 new ones
+emoji = 40
 backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
 min_transparent = 0.35
 batch_size = 32
 max_iters = 400
-learning_rate = 3e-3
+learning_rate = 2e-3
 
 train_dataloader = dict(
     dataset=dict(
         type=EmojiDataset,
-        start="${first_new}",
-        count="${new_emoji}",
+        start="${first}",
+        count="${emoji}",
         backgrounds="${backgrounds}",
         min_transparent="${min_transparent}",
         size="${resolution}",

@@ -10,8 +10,8 @@ are shown as well, so that the hand hangs on the words and is not drawn unasked.
 
 extends = "amused_32_emoji_lora"
 
-first_new = 64
-new_emoji = 64
+first = 64
+emoji = 64
 artists = dict(twemoji="", openmoji="in ink")
 
 train_dataloader = dict(dataset=dict(artists="${artists}"))

@@ -3,12 +3,14 @@
 diffengine train amused_32_emoji_styledrop
 diffengine convert work_dirs/amused_32_emoji_styledrop --pipeline
 python tools/emoji_finetune.py score amused_32_emoji_styledrop
+
+It is then asked for other concepts in that hand. One picture teaches itself, and little of the hand.
 """
 
 extends = "amused_32_emoji_lora"
 
-first_new = 116  # penguin
-new_emoji = 1
+first = 114  # penguin
+emoji = 1
 artists = dict(openmoji="in ink")
 backgrounds = dict(white=[255, 255, 255])
 prompts = 1

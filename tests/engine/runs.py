@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +177,20 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     assert a["counters"] == b["counters"]
     assert a["param_scheduler"] == b["param_scheduler"]
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    pairs = [(a["model"], b["model"])]
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    pairs += [(a["optimizer"]["state"][key], b["optimizer"]["state"][key]) for key in a["optimizer"]["state"]]
-    for mine, theirs in pairs:
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            tensor = isinstance(mine[name], Tensor)  # bitsandbytes counts steps in an int
-            assert (torch.equal if tensor else eq)(mine[name], theirs[name]), name
+    assert_equal(a["model"], b["model"])
+    assert_equal(a["optimizer"]["state"], b["optimizer"]["state"])
+
+
+def assert_equal(mine: Any, theirs: Any, name: str = "") -> None:
+    """Nested dicts of tensors and plain values, bit for bit (bitsandbytes nests its state)."""
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys(), name
+        for key in mine:
+            assert_equal(mine[key], theirs[key], f"{name}.{key}")
+    elif isinstance(mine, Tensor):
+        assert torch.equal(mine, theirs), name
+    else:
+        assert mine == theirs, name
 
 
 def in_child(work: Callable[..., int | None], *args: Any) -> int:

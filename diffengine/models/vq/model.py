@@ -89,6 +89,8 @@ class VQTokenizerModel(TrainableModel):
         return CheckSides(2 ** (len(self.vqvae.config.block_out_channels) - 1))
 
     def prepare(self, batch: Batch) -> Batch:
+        if "weight" in batch:
+            raise UserError("a VQ model takes no weights of samples; train it on the pictures alone")
         return {"image": batch["image"].to(self.usage.device, non_blocking=True)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
