@@ -22,7 +22,9 @@ precision = "auto"
 caption_dropout = 0.0
 num_workers = 0
 transformer_rank = 4
+transformer_alpha = 8  # strength is alpha / rank
 text_rank = 32  # higher: new words are learnt where words are, and what the transformer composes is kept
+text_alpha = 64
 lora_dropout = 0.1
 log_every = 25
 
@@ -34,7 +36,7 @@ model = dict(
         transformer=dict(
             type=LoraConfig,
             r="${transformer_rank}",
-            lora_alpha=8,
+            lora_alpha="${transformer_alpha}",
             lora_dropout="${lora_dropout}",
             target_modules=[
                 "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
@@ -45,7 +47,7 @@ model = dict(
         text_encoder=dict(
             type=LoraConfig,
             r="${text_rank}",
-            lora_alpha=64,
+            lora_alpha="${text_alpha}",
             lora_dropout="${lora_dropout}",
             target_modules=["token_embedding", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         ),

@@ -13,5 +13,10 @@ extends = "amused_32_emoji_lora"
 first = 64
 emoji = 64
 artists = dict(twemoji="", openmoji="in ink")
+transformer_rank = 8  # a hand is learnt where pictures are
+transformer_alpha = 16
+text_rank = 8
+text_alpha = 16
+lora_dropout = 0.0
 
 train_dataloader = dict(dataset=dict(artists="${artists}"))

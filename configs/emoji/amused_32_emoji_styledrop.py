@@ -16,6 +16,7 @@ backgrounds = dict(white=[255, 255, 255])
 prompts = 1
 batch_size = 8
 max_iters = 100
+learning_rate = 1e-3
 preview_every = 100
 checkpoint_every = 100
 
