@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
     except SystemExit as error:  # argparse: 2 for a mistake, 0 for --help
         return error.code if isinstance(error.code, int) else 2
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it, and it tells of what it lacks
     options.argv = list(sys.argv[1:] if argv is None else argv)
     name = f"diffengine {options.command}"
     try:

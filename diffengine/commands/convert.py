@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--pipeline merges adapters by itself; leave out --merge")
     given, path, out = _sources(options)
     state, source = checkpoint.read(path), f"checkpoint '{path}'"
+    checkpoint.verify(path)
     if options.ema:
         state = with_average(state, source)
     settings = trusted_config(state, config.read(given) if given else None, source)

@@ -72,13 +72,13 @@ def _pipeline(source: str, base: str | None) -> Any:
     from diffengine.models.loading import load_component
 
     folder = Path(source)
+    newest = checkpoint.newest(folder) if folder.is_dir() else None
+    if newest is not None and not base:  # newer than a pipeline that convert wrote beside it
+        return _of_checkpoint(newest)
     if not folder.is_dir() or (folder / "model_index.json").exists():
         if base:
             raise UserError(f"--base got '{base}', but '{source}' is a whole pipeline; leave it out")
         return load_component(source, "", AmusedPipeline.from_pretrained)
-    newest = checkpoint.newest(folder)
-    if newest is not None and not base:
-        return _of_checkpoint(newest)
     settings = [read_folder(part) for part in [folder, *sorted(folder.iterdir())]]
     bases = [item.get("base_model_name_or_path") for item in settings if item]
     base = base or next(filter(None, bases), None)

@@ -53,14 +53,14 @@ def train(options: argparse.Namespace, settings: dict[str, Any], resolved: dict[
     from diffengine.engine import distributed
     from diffengine.engine.assemble import build_run
     from diffengine.engine.loop import Interrupted
-    from diffengine.engine.workdir import claim
+    from diffengine.engine.workdir import claim, release
     from diffengine.models.loading import quiet_libraries
 
     quiet_libraries()
     name = Path(options.config).stem
     device = distributed.start(options.launcher)
     try:
-        work_dir = Path(resolved.get("work_dir") or f"work_dirs/{name}")
+        work_dir = Path(resolved.get("work_dir") or f"work_dirs/{name}").expanduser()
         resume = claim(work_dir, options.resume, options.overwrite)
         runner = build_run(settings, resolved, name, work_dir, device, resume)
         runner.train()
@@ -70,6 +70,7 @@ def train(options: argparse.Namespace, settings: dict[str, Any], resolved: dict[
         return 128 + error.signum
     finally:
         distributed.stop()
+        release()
     return 0
 
 

@@ -184,6 +184,8 @@ class PositionSampler(Sampler[list[int]]):
         start_step: int = 0,
         num_steps: int | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size got {batch_size}; expected at least 1")
         if batch_size < world_size:
             raise UserError(
                 f"batch size {batch_size} is split over {world_size} processes; expected at least one "

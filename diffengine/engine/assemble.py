@@ -93,6 +93,17 @@ def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
     return distributed.on_rank_0(lambda: kind.learn_assets(options, lambda: dataset.captions()))
 
 
+def check_apart(work_dir: Path, dataset: Mapping[str, Any]) -> None:
+    """Refuse a work dir inside the data's folder: a resumed run would learn from its own previews."""
+    for name in ("path", "data"):
+        folder = Path(str(dataset.get(name) or "")).expanduser()
+        if name in dataset and folder.is_dir() and work_dir.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"work dir '{work_dir}' lies inside the data '{folder}', so previews would become "
+                "pictures to learn; choose a --work-dir outside of it"
+            )
+
+
 def build_run(
     settings: dict[str, Any],
     resolved: Mapping[str, Any],
@@ -112,6 +123,7 @@ def build_run(
     Raises:
         UserError: on every rank, if a part cannot be built on any.
     """
+    distributed.on_rank_0(lambda: check_apart(work_dir, resolved["train_dataloader"]["dataset"]))
     state = distributed.on_all_ranks(lambda: _state(resume, settings))
     dataset = distributed.on_all_ranks(lambda: build(resolved["train_dataloader"]["dataset"]))
     assets = state["assets"] if state else learn_assets(resolved, dataset)
@@ -137,6 +149,7 @@ def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | No
     if resume is None:
         return None
     state = checkpoint.read(resume)
+    checkpoint.verify(resume)
     check_same_run(state, settings, resume)
     return state
 

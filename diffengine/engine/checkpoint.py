@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -87,10 +88,30 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint '{path}' holds more than tensors and plain values, and was not read: it may run code"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint '{path}' is broken or cut off ({path.stat().st_size} bytes)") from error
+        raise UserError(
+            f"checkpoint '{path}' is broken or cut off ({path.stat().st_size} bytes); move it away, "
+            "and use the one before"
+        ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}")
     return checkpoint
+
+
+def verify(path: Path) -> None:
+    """Read all of a checkpoint and hold it against its checksums, which `read` alone does not.
+
+    Raises:
+        UserError: a byte is not what was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"checkpoint '{path}' is broken or cut off ({error})") from error
+    if damaged:
+        raise UserError(
+            f"checkpoint '{path}' is damaged (in {damaged}); move it away, and use the one before"
+        )
 
 
 def paths(work_dir: Path) -> list[Path]:
@@ -122,7 +143,7 @@ def prune(work_dir: Path, keep: int | None) -> None:
         with suppress(UserError):
             ours.append((steps(path), path))
     for _, path in sorted(ours)[:-keep]:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def check_disk(work_dir: Path, size: int, count: int) -> None:

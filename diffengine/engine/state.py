@@ -33,6 +33,7 @@ def collect(runner: Any) -> dict[str, Any]:
         "scaler": runner.optim_wrapper.scaler.state_dict(),
         "counters": {"iter": runner.train_loop.done, "epoch": runner.train_loop.epochs_done},
     }
+    state["num_samples"] = runner.train_loop.num_samples
     if found := runner.train_loop.micro.state():
         state["micro_batch_size"] = found
     runner.call_hook("before_save_checkpoint", checkpoint=state)
@@ -40,7 +41,16 @@ def collect(runner: Any) -> dict[str, Any]:
 
 
 def restore(runner: Any, state: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint back into a run whose parts are built."""
+    """Put a checkpoint back into a run whose parts are built.
+
+    Raises:
+        UserError: the data has another size, so positions would be of other pictures; or weights do not fit.
+    """
+    if state["num_samples"] != runner.train_loop.num_samples:
+        raise UserError(
+            f"cannot resume '{path}': the data had {state['num_samples']} pictures and has "
+            f"{runner.train_loop.num_samples}; restore it, or start a run of its own with --work-dir"
+        )
     runner.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
     optimizer = runner.optim_wrapper.optimizer
     optimizer.load_state_dict(state["optimizer"])

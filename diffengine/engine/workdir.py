@@ -9,6 +9,8 @@ epoch_N.pth, iter_N.pth
 transformer/, ...  the trained components in diffusers' form, at the end
 """
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,9 +24,52 @@ OURS = ("metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews",
 MARK = "as it was trained. Train it again: diffengine train config.py --work-dir DIR"
 
 
+_locks: dict[Path, int] = {}  # the work dirs that this process trains in, by open folder
+
+
 def holds_run(work_dir: Path) -> bool:
     """Whether a run has left something that could be lost here."""
-    return (work_dir / "metrics.jsonl").exists() or bool(checkpoint.paths(work_dir))
+    exports = _is_ours(work_dir) and _models(work_dir)
+    return (work_dir / "metrics.jsonl").exists() or bool(checkpoint.paths(work_dir)) or bool(exports)
+
+
+def _is_ours(work_dir: Path) -> bool:
+    """Whether a run wrote the folder's `config.py`."""
+    config = work_dir / "config.py"
+    return (
+        config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    )
+
+
+def _models(work_dir: Path) -> list[str]:
+    """Folders in it that hold a component or an adapter."""
+    return sorted({path.parent.name for path in work_dir.glob("*/*config.json")})
+
+
+def _lock(work_dir: Path) -> None:
+    """Keep other processes out of the folder until `release`, or until this process ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    place = work_dir.resolve()
+    if place in _locks:
+        return
+    folder = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise UserError(
+            f"another process is training in '{work_dir}'; wait for it, or choose another --work-dir"
+        ) from error
+    _locks[place] = folder
+
+
+def release() -> None:
+    """Let other processes train where this one did."""
+    while _locks:
+        os.close(_locks.popitem()[1])
 
 
 def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
@@ -46,6 +91,7 @@ def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
 def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
+        _lock(work_dir)
         _refuse_foreign(work_dir)
     except OSError as error:
         raise UserError(f"cannot use work dir '{work_dir}': {error}") from error
@@ -73,11 +119,9 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
 
 def _refuse_foreign(work_dir: Path) -> None:
     """A folder in use for something else is not a work dir: a run would overwrite what it holds."""
-    config = work_dir / "config.py"
-    if config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+    if _is_ours(work_dir):
         return
-    models = [path.parent.name for path in work_dir.glob("*/config.json")]
-    found = [name for name in [*OURS, "model_index.json"] if (work_dir / name).exists()] + models
+    found = [name for name in [*OURS, "model_index.json"] if (work_dir / name).exists()] + _models(work_dir)
     if found:
         raise UserError(
             f"work dir '{work_dir}' holds '{found[0]}', which no run wrote there; choose another --work-dir"
@@ -89,7 +133,15 @@ def begin(work_dir: Path, settings: dict[str, Any], name: str, anew: bool, compo
 
     Args:
         components: names of the folders that the run will export to.
+
+    Raises:
+        UserError: one of these is there, and no run wrote it.
     """
+    foreign = [] if _is_ours(work_dir) else [name for name in components if (work_dir / name).exists()]
+    if foreign:
+        raise UserError(
+            f"work dir '{work_dir}' holds '{foreign[0]}', which no run wrote there; choose another --work-dir"
+        )
     stale = list(work_dir.glob(".*.part"))
     if anew:
         stale += [work_dir / part for part in (*OURS, *components)] + checkpoint.paths(work_dir)

@@ -24,6 +24,7 @@ def test_it_holds_what_training_changes_and_nothing_else(toy: Toy, reference: Pa
     state = torch.load(path, weights_only=True)
     assert list(state) == [
         "format", "name", "config", "model", "assets", "optimizer", "param_scheduler", "scaler", "counters",
+        "num_samples",
     ]  # fmt: skip
     runner = runs.build(toy.config("look"), toy.root / "look")
     transformer = runner.trainable.module("transformer")

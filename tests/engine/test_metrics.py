@@ -202,9 +202,11 @@ def test_tensorboard_of_a_resumed_run_shows_no_step_twice(toy: Toy, tmp_path: Pa
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_that_is_no_number_is_said_and_stays_json(toy: Toy, tmp_path: Path) -> None:
+def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("nan", max_iters=3, learning_rate=1e30, clip_grad=None)
-    assert train(path, tmp_path) == 0
+    assert train(path, tmp_path) == 2
+    assert not list(tmp_path.glob("*.pth"))
+    assert not (tmp_path / "transformer").exists()
     lines = runs.metrics(tmp_path)
     assert lines[-1]["loss"] is None
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)

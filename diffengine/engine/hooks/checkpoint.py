@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from mmengine.hooks import Hook
+from torch import Tensor
 
 from diffengine.engine import checkpoint, distributed
 from diffengine.engine.hooks.ema import EMAHook
@@ -60,6 +62,7 @@ class CheckpointHook(Hook):
     def _save(self, runner: Any, state: dict[str, Any]) -> None:
         work_dir = Path(runner.work_dir)
         path = work_dir / f"{runner.train_loop.name}.pth"
+        _refuse_diverged(state["model"], runner.train_loop.done, work_dir)
         checkpoint.write(path, state)
         checkpoint.prune(work_dir, self.keep)
         runner.logger.info(f"saved {path} ({checkpoint.spell_size(path.stat().st_size)})")
@@ -71,3 +74,14 @@ def expected_size(runner: Any) -> int:
         tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values()
     )
     return trained * (4 if any(isinstance(hook, EMAHook) for hook in runner.hooks) else 3)
+
+
+def _refuse_diverged(model: dict[str, Tensor], step: int, work_dir: Path) -> None:
+    """Weights that are not finite are not saved over good ones. One read of the device."""
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in model.values()]).tolist()
+    broken = [name for name, whole in zip(model, finite) if not whole]
+    if broken:
+        raise UserError(
+            f"training diverged: {len(broken)} weights are not finite at step {step} (first {broken[0]}) "
+            f"and were not saved; lower the learning rate, and --resume from what is in '{work_dir}'"
+        )
