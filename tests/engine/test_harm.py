@@ -1,0 +1,72 @@
+"""What would lose or spoil somebody's work is refused in one line."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffengine import cli
+from tests.engine.runs import Toy, train
+
+
+def fault(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def test_a_work_dir_is_held_by_one_process(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = toy.config("held")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert train(path, tmp_path) == 2
+    assert "another process is training in" in fault(capsys)
+    os.close(folder)
+    assert train(path, tmp_path) == 0
+
+
+def test_a_run_does_not_learn_its_own_previews(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(toy.data, tmp_path / "photos")
+    path = toy.config("inside", data=str(tmp_path / "photos"))
+    assert train(path, tmp_path / "photos" / "run") == 2
+    assert "lies inside the data" in fault(capsys)
+
+
+def test_a_damaged_checkpoint_is_not_used(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = toy.config("damaged")
+    assert train(path, tmp_path) == 0
+    checkpoint = tmp_path / "iter_1.pth"
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    for command in (
+        ["convert", path, str(checkpoint), str(tmp_path / "out")],
+        ["train", path, "--work-dir", str(tmp_path), "--resume", "--cfg-options", "max_iters=2"],
+    ):
+        assert cli.main(command) == 2
+        assert "is damaged" in fault(capsys)
+
+
+def test_a_run_is_not_resumed_on_other_data(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = tmp_path / "photos"
+    shutil.copytree(toy.data, data)
+    path = toy.config("shrunk", data=str(data), max_iters=1)
+    assert train(path, tmp_path / "run") == 0
+    lines = (data / "metadata.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (data / lines[-1].split(",")[0]).unlink()
+    (data / "metadata.csv").write_text("".join(lines[:-1]), encoding="utf-8")
+    assert train(path, tmp_path / "run", "--resume", "--cfg-options", "max_iters=2") == 2
+    assert "the data had 10 pictures and has 9" in fault(capsys)
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    notes = tmp_path / "transformer" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    assert train(toy.config("foreign"), tmp_path) == 2
+    assert "which no run wrote there" in fault(capsys)
+    assert notes.read_text() == "mine"
