@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """The entry point of the installed command."""
-    # CPU threads that wait for one another spin for microseconds only, then sleep: as fast on a free machine, up
-    # to five times faster beside other work. OpenMP reads it once, when torch is imported.
+    # CPU threads that wait for one another spin for microseconds only, then sleep: as fast on a free machine,
+    # up to five times faster beside other work. OpenMP reads it once, when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.path.append("")  # so that a config finds the user's own modules here, as under `python -m`
     sys.exit(main())
