@@ -1,7 +1,7 @@
 """Peak memory and speed of the recipes beside the published figures: one process a row.
 
-    python benchmarks/memory.py --size full     # on a GPU: the table of configs/amused/README.md
-    python benchmarks/memory.py --size tiny     # anywhere: the same rows over a tiny model
+    python -m benchmarks.memory --size full     # on a GPU: the table of configs/amused/README.md
+    python -m benchmarks.memory --size tiny     # anywhere: the same rows over a tiny model
 
 Models have random weights in the real layout, pictures are real photos, and nothing is downloaded. The figure
 is the most that torch had allocated, previews apart; on a CPU it is the process's resident memory.
@@ -10,15 +10,10 @@ Published: the aMUSEd example of diffusers, fp16, one GPU.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.support import models, pictures
+from benchmarks import common
 
 # (config, pictures per step, pictures at once, published GB)
 ROWS = [
@@ -43,53 +38,50 @@ ROWS = [
 ]
 
 
-def measure(
-    config: str, batch: int, at_once: int, folders: dict[int, Path], extra: list[str]
-) -> dict[str, float] | str:
+def measure(config: str, model: Path, data: Path, *settings: str) -> dict[str, float] | str:
     """The last line of a run's metrics, or in words why there is none."""
-    resolution = int(config.split("_")[1])
-    with tempfile.TemporaryDirectory() as work_dir:
-        command = [
-            sys.executable, "-m", "diffengine", "train", config, "--data", str(folders[0]), "--pretrained",
-            str(folders[resolution]), "--work-dir", work_dir, "--cfg-options", f"batch_size={batch}",
-            f"micro_batch_size={at_once}", "max_iters=4", "log_every=1", "num_workers=2",
-            "checkpoint_every=None", "default_hooks.preview=None", "default_hooks.checkpoint=None",
-            "default_hooks.export=None", *extra,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or ["failed"])[-1]
-        lines = (Path(work_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1])
+    with tempfile.TemporaryDirectory() as scratch:
+        work_dir = Path(scratch) / "run"
+        fault = common.python(
+            *common.diffengine("train", config, model, data, work_dir, "--cfg-options"), *common.STEPS_ONLY,
+            "max_iters=4", "log_every=1", "num_workers=2", *settings,
+        )  # fmt: skip
+        if fault:
+            return fault.replace("|", "/")
+        return json.loads((work_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=("tiny", "full"), default="tiny")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--size", choices=common.SIZES, default="tiny")
     parser.add_argument("--rows", default="", help="only configs whose name holds this")
+    parser.add_argument("--first", type=int, help="only so many of them")
+    parser.add_argument("--cached", action="store_true", help="from a token cache")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    options = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    extra = ["gradient_checkpointing=True"] if options.checkpointing else []
-    how = ", gradient checkpointing" if extra else ""
-    print(f"{options.size} model on {device}, torch {torch.__version__}{how}\n")
-    print("| config | pictures per step | at once | GB | published GB | pictures/s |")
-    print("|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as root:
-        folders = {0: Path(root) / "photos"}
-        pictures.write_photo_folder(folders[0], n=16, size=600)
-        for resolution in (256, 512):
-            if any(f"_{resolution}_" in row[0] and options.rows in row[0] for row in ROWS):
-                folders[resolution] = Path(root) / str(resolution)
-                models.make_model_folder(folders[resolution], options.size, resolution=resolution)
-        for config, batch, at_once, published in ROWS:
-            if options.rows in config:
-                found = measure(config, batch, at_once, folders, extra)
-                measured = (
-                    f"{found} | {published} | |" if isinstance(found, str)
-                    else f"{found['memory_gb']:.2f} | {published} | {found['images_per_second']:.2f} |"
-                )  # fmt: skip
-                print(f"| `{config}` | {batch} | {at_once} | {measured}", flush=True)
+    options = parser.parse_args(arguments)
+    rows = [row for row in ROWS if options.rows in row[0]][: options.first]
+    how = f"{', cached' * options.cached}{', gradient checkpointing' * options.checkpointing}"
+    print(f"{options.size} model on {common.machine()}{how}\n")
+    table = common.Table("config", "pictures per step", "at once", "GB", "published GB", "pictures/s")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        data = common.write_pictures(root / "photos", 64)
+        for config, batch, at_once, published in rows:
+            resolution = int(config.split("_")[1])
+            model = root / str(resolution)
+            if not model.exists():
+                common.make_model(model, options.size, resolution)
+            way = "cached" if options.cached else "online"
+            found = measure(
+                config, model, data, *common.tokens(way, root / f"cache-{resolution}"),
+                f"batch_size={batch}", f"micro_batch_size={at_once}",
+                f"gradient_checkpointing={options.checkpointing}",
+            )  # fmt: skip
+            cells = (
+                [found, published, ""] if isinstance(found, str)
+                else [f"{found['memory_gb']:.2f}", published, f"{found['images_per_second']:.2f}"]
+            )  # fmt: skip
+            table.row(f"`{config}`", batch, at_once, *cells)
 
 
 if __name__ == "__main__":

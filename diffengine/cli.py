@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 import traceback
@@ -11,10 +10,12 @@ from types import ModuleType
 from typing import NoReturn
 
 from diffengine import __version__
-from diffengine.errors import Told, UserError
+from diffengine.errors import Told, UserError, disk_for_user
 
 COMMANDS = {
     "train": "train a config",
+    "check": "say what time, memory and disk a config takes",
+    "cache": "encode a config's pictures and captions ahead of training",
     "convert": "write a checkpoint's trained components in diffusers' form",
     "sample": "draw pictures with a pipeline folder or a work dir",
     "list-cfg": "list the shipped configs",
@@ -51,13 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
     except SystemExit as error:  # argparse: 2 for a mistake, 0 for --help
         return error.code if isinstance(error.code, int) else 2
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it, and it tells of what it lacks
     options.argv = list(sys.argv[1:] if argv is None else argv)
     name = f"diffengine {options.command}"
     try:
-        return _module(options.command).run(options)
+        with disk_for_user():
+            return _module(options.command).run(options)
     except UserError as error:
         if not isinstance(error, Told):
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)

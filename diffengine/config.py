@@ -32,6 +32,7 @@ BUILDERS = {
     "optim_wrapper": "diffengine.engine.optim.build_optim_wrapper",
     "param_scheduler": "diffengine.engine.optim.build_param_scheduler",
     "train_cfg": "diffengine.engine.loop.StepLoop",
+    "token_cache": "diffengine.engine.caching.TokenCache",
 }
 SECTIONS = {"model", "default_hooks", "custom_hooks", "vis_backends", *BUILDERS}
 NEEDED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
@@ -52,7 +53,7 @@ PARTS = (
 )  # fmt: skip
 PLAIN = {"seed": 0, "work_dir": None}  # read by the engine as they are; with the value where none is set
 
-_REFERENCE = re.compile(r"\$\{(\w+)\}")
+REFERENCE = re.compile(r"\$\{(\w+)\}")
 Plain = dict[str, Any]
 
 
@@ -252,7 +253,7 @@ def _child(target: Any, part: str, path: str) -> Any:
 
 def _literal(text: str, old: Any, key: str) -> Any:
     """`text` as the type that `old` has, where both are single values; else what it says itself."""
-    if isinstance(old, str) and not _REFERENCE.fullmatch(old) and text != "None":
+    if isinstance(old, str) and not REFERENCE.fullmatch(old) and text not in ("None", "True", "False"):
         return text
     try:
         value = _plain(ast.literal_eval(text))
@@ -291,7 +292,7 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
             return {key: replace(item, f"{path}.{key}", chain) for key, item in value.items()}
         if isinstance(value, list):
             return [replace(item, f"{path}.{place}", chain) for place, item in enumerate(value)]
-        names = _REFERENCE.findall(value) if isinstance(value, str) else []
+        names = REFERENCE.findall(value) if isinstance(value, str) else []
         wrong = [f"{path} refers to setting '{name}', which there is not{did_you_mean(name, settings)}"
                  for name in names if name not in settings]  # fmt: skip
         wrong += [
@@ -301,9 +302,9 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
         if wrong or not names:
             return value
         values = {name: replace(config[name], name, (*chain, name)) for name in names}
-        if whole := _REFERENCE.fullmatch(value):
+        if whole := REFERENCE.fullmatch(value):
             return values[whole[1]]
-        return _REFERENCE.sub(lambda match: str(values[match[1]]), value)
+        return REFERENCE.sub(lambda match: str(values[match[1]]), value)
 
     resolved = {key: replace(value, key, (key,)) for key, value in config.items()}
     return resolved, list(dict.fromkeys(faults))
@@ -316,7 +317,7 @@ def _used(config: Plain) -> set[str]:
         if isinstance(value, Mapping | list):
             items = value.values() if isinstance(value, Mapping) else value
             return set().union(*map(references, items))
-        return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
+        return set(REFERENCE.findall(value)) if isinstance(value, str) else set()
 
     used = references({key: value for key, value in config.items() if key in SECTIONS or key in PLAIN})
     found: set[str] = set()

@@ -13,11 +13,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from diffengine import __version__
 from diffengine.errors import UserError
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.models.loading import load_module
 from diffengine.registry import resolve
+from diffengine.signatures import kinds_in
+
+MARK = "_diffengine_version"  # in a pipeline's index
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,13 +107,20 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     Adapters are merged. `dtype` is that of what was trained; the rest is written as it was loaded.
 
     Raises:
-        UserError: the model has no pipeline; else as `export_components`.
+        UserError: the model has no pipeline; a pipeline is there that we did not write; else as
+            `export_components`.
     """
     if not isinstance(model, MaskedImageModel):
         trained = ", ".join(model.exportable)
         raise UserError(f"{type(model).__name__} has no pipeline; leave --pipeline out to export {trained}")
     pipeline = model.build_pipeline()
     check_targets(model, [out / name for name in pipeline.components])
+    index = out / "model_index.json"
+    if index.exists() and MARK not in index.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another "
+            "folder, or delete it"
+        )
     with _writing(out):
         whole = {key: _whole(model, key, out) for key in model.exportable}
         pipeline.register_modules(**whole)
@@ -127,6 +138,7 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
                     component, type(component).from_pretrained(beside / name, local_files_only=True), beside
                 )
         _readable(beside)
+        _mark(beside / index.name)
         for part in sorted(beside.iterdir()):
             _replace(part, out / part.name)
         beside.rmdir()
@@ -184,6 +196,12 @@ def _replace(beside: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def _mark(index: Path) -> None:
+    """Note in a pipeline's index that it is ours; diffusers passes over such a key."""
+    settings = {**json.loads(index.read_text(encoding="utf-8")), MARK: __version__}
+    index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _opens_as_fp32(folder: Path) -> None:
@@ -375,7 +393,16 @@ def model_of(state: Mapping[str, Any], resolved: Mapping[str, Any], source: str)
     kind = resolve(resolved["model"]["type"])
     if not (isinstance(kind, type) and issubclass(kind, TrainableModel)):
         raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
-    model = kind(**options, assets=state["assets"], seed=resolved["seed"])
+    try:
+        model = kind(**options, assets=state["assets"], seed=resolved["seed"])
+    except UserError as error:
+        folder = state.get("folder", str(Path.cwd()))
+        if folder == str(Path.cwd()):
+            raise
+        raise UserError(
+            f"{error}; {source} was trained in '{folder}', where relative paths in its config start: "
+            "go there, and try again"
+        ) from error
     model.load_trained_state(state["model"], source)
     return model.eval()
 
@@ -397,18 +424,11 @@ def trusted_config(state: Mapping[str, Any], given: Mapping[str, Any] | None, so
             f"{source} is of another model: got {kinds[0]}, the config has {kinds[1]}; use the config it was "
             f"trained with ('{state['name']}')"
         )
-    known = set(_types(given["model"])) if given else set()
-    for name in _types(own["model"]):
+    known = set(kinds_in(given["model"])) if given else set()
+    for name in kinds_in(own["model"]):
         if not name.startswith(trusted) and name not in known:
             raise UserError(
                 f"{source} names the class '{name}', which is not run on a checkpoint's word; give the "
                 "CONFIG that uses it"
             )
     return own
-
-
-def _types(part: Any) -> list[str]:
-    if isinstance(part, Mapping):
-        own = [str(part["type"])] if "type" in part else []
-        return own + [name for value in part.values() for name in _types(value)]
-    return [name for item in part for name in _types(item)] if isinstance(part, list) else []

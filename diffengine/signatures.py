@@ -59,6 +59,37 @@ def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[st
     return faults + [f"{path}: {name} needs '{key}'" for key in missing]
 
 
+def kinds_in(part: Any) -> list[str]:
+    """The dotted names of the classes that a (nested) part names."""
+    if isinstance(part, Mapping):
+        own = [str(part["type"])] if "type" in part else []
+        return own + [name for value in part.values() for name in kinds_in(value)]
+    return [name for item in part for name in kinds_in(item)] if isinstance(part, list) else []
+
+
+def with_defaults(part: Any, known: Set[str]) -> Any:
+    """A (nested) part of a resolved config with the options that it leaves to its class.
+
+    Only of classes in `known`; no other is imported.
+    """
+    if isinstance(part, list):
+        return [with_defaults(item, known) for item in part]
+    if not isinstance(part, Mapping):
+        return part
+    nested = {key: with_defaults(item, known) for key, item in part.items()}
+    return {**defaults_of(resolve(part["type"])), **nested} if str(part.get("type")) in known else nested
+
+
+def defaults_of(target: Callable) -> dict[str, Any]:
+    """What a class takes where an option is not given; lists for tuples, as in a config."""
+    try:
+        options = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return {}
+    defaults = {option.name: option.default for option in options if option.default is not option.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+
+
 def _suggest(key: str, options: Sequence[str]) -> str:
     known = f"; it takes {', '.join(options)}" if options else "; it takes no options"
     return did_you_mean(key, options) or known
@@ -99,6 +130,8 @@ def _items_fit(values: list, inner: tuple) -> bool:
 
 
 def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_spell, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, listing, and several processes."""
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffengine import __version__, cli, config
-from diffengine.commands import train
+from diffengine.commands import convert
+from diffengine.engine import launch
 from diffengine.errors import Told, UserError
 from tests.support.models import make_model_folder
 from tests.support.pictures import write_photo_folder
@@ -80,6 +82,23 @@ def test_a_fault_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
     assert lines[-1] == "diffengine list-cfg: failed: ZeroDivisionError: by zero"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG])
+def test_what_the_disk_refuses_is_one_line_and_2(monkeypatch, capsys, number):
+    why = os.strerror(number)
+    fail_with(monkeypatch, OSError(number, why, "run/config.py"))
+    assert cli.main(["list-cfg"]) == 2
+    assert capsys.readouterr().err == (
+        f"diffengine list-cfg: error: cannot read or write 'run/config.py': {why}; make room or allow it "
+        "there, or choose another folder\n"
+    )
+
+
+def test_another_fault_of_the_system_is_ours(monkeypatch, capsys):
+    fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    assert cli.main(["list-cfg"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_stopped_and_cut_off(monkeypatch, capsys):
     fail_with(monkeypatch, KeyboardInterrupt())
     assert cli.main(["list-cfg"]) == 130
@@ -100,6 +119,29 @@ def test_list_cfg(capsys):
     assert [line.split()[0] for line in lines] == ["amused_512_own", "amused_512_own_lora"]
     assert cli.main(["list-cfg", "vq_*"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["vq_32_emoji"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "c x.pth out --save-keys a",
+        "c x.pth out --save-keys a b",
+        "c x.pth --save-keys a out",
+        "c x.pth --save-keys a b out",
+        "c --save-keys a b x.pth out",
+        "--save-keys a b c x.pth out",
+        "--save-keys a c x.pth out --ema",
+        "--save-keys a --save-keys b -- c x.pth out",
+        "run --save-keys a b",
+        "--save-keys a run",
+        "run",
+    ],
+)
+def test_keys_may_stand_anywhere(line):
+    words, keys = convert._words(cli.parser().parse_args(["convert", *line.split()]))
+    given = [word for word in line.split() if not word.startswith("-")]
+    assert words == [word for word in given if word not in "ab"]
+    assert (keys or []) == [word for word in given if word in "ab"]
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -130,12 +172,12 @@ def at(address, port, node):
 def test_torchrun_arguments(monkeypatch, env, arguments):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert train.torchrun_arguments() == arguments
-    assert train.processes_asked()
+    assert launch.torchrun_arguments() == arguments
+    assert launch.processes_asked()
 
 
 def test_one_process_unless_asked():
-    assert not train.processes_asked()
+    assert not launch.processes_asked()
 
 
 @pytest.fixture
@@ -184,12 +226,12 @@ def test_a_signal_reaches_two_processes_which_finish_the_step_and_save(toy, monk
 
 
 def test_a_process_leaves_its_mistake_for_the_launcher_to_say(toy, monkeypatch, capsys):
-    monkeypatch.setenv(train.LAUNCHED, "1")
+    monkeypatch.setenv(launch.LAUNCHED, "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
     assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2
     assert capsys.readouterr().err == ""
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file="error.json")
-    assert train.report(ChildFailedError("train", {1: failure})) == 2
+    assert launch.report("train", ChildFailedError("train", {1: failure})) == 2
     err = capsys.readouterr().err
     assert err.startswith("diffengine train: error: no file or folder 'nowhere/at/all'")
     assert err.count("\n") == 1
@@ -201,7 +243,7 @@ def test_a_process_leaves_its_mistake_for_the_launcher_to_say(toy, monkeypatch, 
 )
 def test_the_exit_code_of_a_process_that_broke(exitcode, code, why, capsys):
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file="none")
-    assert train.report(ChildFailedError("train", {1: failure})) == code
+    assert launch.report("train", ChildFailedError("train", {1: failure})) == code
     assert capsys.readouterr().err == f"diffengine train: failed: process 1: {why}\n"
 
 
@@ -213,5 +255,5 @@ def test_a_mistake_that_two_processes_find_is_one_line_and_2(toy, monkeypatch, c
     err = capfd.readouterr().err
     assert err.startswith("diffengine train: error: no file or folder 'nowhere/at/all'")
     assert err.count("\n") == 1
-    assert train.LAUNCHED not in os.environ
+    assert launch.LAUNCHED not in os.environ
     assert not toy.exists() or list(toy.iterdir()) == []

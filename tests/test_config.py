@@ -318,7 +318,7 @@ def test_all_faults_of_a_config_in_one_error(folder):
         ),
         ("train_cfg.runner=5", "train_cfg: unknown key 'runner' for StepLoop"),
         ("model.mask_schedule=cosin", "model.mask_schedule got 'cosin' (str); expected 'cosine' or 'linear'"),
-        ("prompts=[1, 2]", "default_hooks.preview.prompts got [1, 2] (list); expected list[str] | int"),
+        ("prompts=[1, 2]", "default_hooks.preview.prompts got [1, 2] (list); expected list[str] or int"),
         ("model=5", "section 'model' got 5; expected a dict"),
         ("train_dataloader.dataset=5", "train_dataloader.dataset got 5; expected dict(type=...)"),
         (
@@ -480,5 +480,6 @@ def test_resolution_acts_in_every_part():
         "transforms": [{"type": "diffengine.datasets.DropCaption", "p": 0.1}],
         "batch_size": 2,
         "num_workers": 4,
+        "image_variations": 8,
     }  # fmt: skip
     assert resolved["default_hooks"]["preview"]["resolution"] == 256

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from diffengine import export
+from diffengine import __version__, export
 from diffengine.errors import UserError
 from diffengine.export import export_components, export_pipeline, model_of, trusted_config
 from diffengine.models.amused import AmusedModel
@@ -171,6 +171,18 @@ def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
     assert edited.size == filled.size == (32, 32)
     export_pipeline(model, out)  # again, over itself
     assert equal(UVit2DModel.from_pretrained(out / "transformer"), model.transformer)
+
+
+def test_a_pipeline_of_somebody_elses_is_not_replaced(toy: Path, tmp_path: Path) -> None:
+    model = changed(toy)
+    folder = export_pipeline(model, tmp_path / "ours").folder
+    assert json.loads((folder / "model_index.json").read_text())["_diffengine_version"] == __version__
+    AmusedPipeline.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    for other in (tmp_path / "theirs", Path(shutil.copytree(toy, tmp_path / "downloaded"))):
+        before = {file: file.read_bytes() for file in other.rglob("*") if file.is_file()}
+        with pytest.raises(UserError, match="holds a pipeline that diffengine did not write, which would be"):
+            export_pipeline(model, other)
+        assert {file: file.read_bytes() for file in other.rglob("*") if file.is_file()} == before
 
 
 def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path: Path) -> None:

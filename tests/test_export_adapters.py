@@ -243,7 +243,10 @@ def test_convert_and_sample(
     export_components(model, Path("merged"), merge=True)
     export_pipeline(model, Path("pipeline"))
     drawn = []
-    for source in ("out", "out/transformer", "pipeline", f"merged --base {toy}", f"out --base {toy}"):
+    for source in (
+        "out", "out/transformer", "pipeline", f"merged --base {toy}", f"out --base {toy}",
+        f"merged/transformer --base {toy}",
+    ):  # fmt: skip
         words = source.split()
         assert cli.main(["sample", words[0], "a cat", "--steps", "2", "--seed", "3", *words[1:]]) == 0
         drawn.append(Path("sample.png").read_bytes())
@@ -258,6 +261,9 @@ def test_convert_and_sample(
     Path("empty").mkdir()
     assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
     assert "holds no adapter or component that convert wrote" in capsys.readouterr().err
+    (Path("empty") / "config.json").write_text("[]")
+    assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
+    assert "'empty/config.json' holds no config of a component" in capsys.readouterr().err
     settings = json.loads(Path("out/transformer/adapter_config.json").read_text())
     Path("out/transformer/adapter_config.json").write_text(json.dumps({**settings, "r": 5}))
     assert cli.main(["sample", "out", "a"]) == 2

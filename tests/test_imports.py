@@ -1,6 +1,7 @@
 """Who may know whom (ARCHITECTURE.md), and that help is instant."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,15 @@ def test_help_is_instant():
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT.parent / "tools").glob("*.py")), ids=lambda file: file.name)
+def test_bitsandbytes_is_silent_from_the_first_import_on(file):
+    """Diffusers imports it, and it logs what it lacks at once."""
+    names = [node for node in ast.parse(file.read_text(encoding="utf-8")).body
+             if isinstance(node, ast.Import | ast.ImportFrom)]  # fmt: skip
+    modules = [getattr(node, "module", None) or node.names[0].name for node in names]
+    packages = [module.partition(".")[0] for module in modules]
+    others = {"diffusers", "peft", "transformers", "torch", "emoji_demo"} & {*packages}
+    assert all(packages.index("diffengine") < packages.index(name) for name in others)
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR

@@ -290,6 +290,15 @@ MISTAKES = {
         lambda here: ["convert", "toy.py"],
         "got only 'toy.py'; expected CONFIG CKPT OUT",
     ),
+    "convert nothing": (lambda here: ["convert"], "convert got nothing to convert; expected CONFIG CKPT OUT"),
+    "convert what is not there": (
+        lambda here: ["convert", "run/iter_9.pth"],
+        "got only 'run/iter_9.pth', which does not exist; expected CONFIG CKPT OUT, or the work dir",
+    ),
+    "keys in place of OUT": (
+        lambda here: ["convert", "toy.py", "run/iter_1.pth", "--save-keys", "transformer", "transformer"],
+        "convert got CONFIG and CKPT but no OUT",
+    ),
     "convert two arguments": (
         lambda here: ["convert", "toy.py", "run/iter_1.pth"],
         "but no OUT; expected CONFIG",
@@ -330,6 +339,14 @@ MISTAKES = {
     "sample of a hub name": (
         lambda here: ["sample", "no-one/none", "a cat"],
         "cannot load a pipeline of 'no-one/none'",
+    ),
+    "sample of a checkpoint that is not there": (
+        lambda here: ["sample", "run/iter_9.pth", "a cat"],
+        "checkpoint 'run/iter_9.pth' does not exist",
+    ),
+    "model that is a checkpoint": (
+        lambda here: train("--pretrained", "run/iter_9.pth"),
+        "model folder 'run/iter_9.pth' does not exist",
     ),
     "sample of nothing": (lambda here: ["sample", "./none", "a cat"], "model folder './none' does not exist"),
     "no steps": (
@@ -418,3 +435,27 @@ def test_a_damaged_picture_can_be_skipped(here, capfd):
         file.write("black.png,black\n")
     assert main(train("--cfg-options", "train_dataloader.skip_unreadable=True")) == 0
     assert (here / "new" / "iter_1.pth").exists()
+
+
+def test_a_checkpoint_is_drawn_with(here):
+    """As its work dir is."""
+    for source in ("run/iter_1.pth", "run"):
+        assert main(["sample", source, "a cat", "--steps", "1", "-o", f"{Path(source).name}.png"]) == 0
+    assert Path("iter_1.pth.png").read_bytes() == Path("run.png").read_bytes()
+
+
+def test_out_may_stand_behind_the_keys(here):
+    assert main(["convert", "--save-keys", "transformer", "toy.py", "run/iter_1.pth", "behind"]) == 0
+    assert [path.name for path in Path("behind").iterdir()] == ["transformer"]
+
+
+def test_a_run_in_another_folder_says_where_its_paths_start(here, tmp_path, monkeypatch, world, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for argv in (["sample", "../run", "a cat"], ["convert", "../toy.py", "../run/iter_1.pth", "out"]):
+        assert main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model folder 'model' does not exist" in line
+        assert line.endswith(
+            f"was trained in '{world}', where relative paths in its config start: go there, and try again"
+        )

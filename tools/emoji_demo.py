@@ -10,12 +10,14 @@ import argparse
 import time
 from pathlib import Path
 
+from diffengine import config  # before diffusers: it quiets what that imports
+
+# isort: split
 import numpy as np
 import torch
 from diffusers import AmusedInpaintPipeline, AmusedPipeline, AmusedScheduler
 from PIL import Image, ImageDraw
 
-from diffengine import config
 from diffengine.datasets import EmojiDataset
 from diffengine.grids import enlarge, grid, stack
 from diffengine.models.drawing import draw_strip

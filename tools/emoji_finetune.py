@@ -14,12 +14,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from diffengine import config  # before diffusers: it quiets what that imports
+
+# isort: split
 import numpy as np
 from diffusers import AmusedPipeline
 from emoji_demo import distances, draw_all, pair
 from PIL import Image
 
-from diffengine import config
 from diffengine.datasets import EmojiDataset
 from diffengine.grids import enlarge, grid
 from diffengine.models.loading import quiet_libraries

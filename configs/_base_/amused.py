@@ -23,10 +23,14 @@ warmup_iters = 0
 weight_decay = 1e-2
 clip_grad = 1.0
 gradient_checkpointing = False  # a third less speed for far less memory
+compile = "auto"  # the blocks by torch.compile: where it pays within the run
 precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
 caption_dropout = 0.1  # share of samples trained without caption, for guidance
 flip = 0.5  # share of samples mirrored
 random_crop = True
+image_variations = 8  # crops and flips of a picture, taken in turn; None: a new one each time, and no cache
+cache = "auto"  # encode each of them once, where the run sees it more than once
+cache_path = None  # where; None: cache/ beside the work dir
 num_workers = 4
 log_every = 10
 
@@ -48,14 +52,21 @@ train_dataloader = dict(
     transforms=[dict(type=DropCaption, p="${caption_dropout}")],
     batch_size="${batch_size}",
     num_workers="${num_workers}",
+    image_variations="${image_variations}",
 )
+token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"),
     precision="${precision}",
     clip_grad="${clip_grad}",
 )
 param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
-train_cfg = dict(max_epochs="${max_epochs}", max_iters="${max_iters}", micro_batch_size="${micro_batch_size}")
+train_cfg = dict(
+    max_epochs="${max_epochs}",
+    max_iters="${max_iters}",
+    micro_batch_size="${micro_batch_size}",
+    compile="${compile}",
+)
 default_hooks = dict(
     metrics=dict(type=MetricsHook, every="${log_every}"),
     preview=dict(

@@ -21,6 +21,8 @@ weight_decay = 0.0
 precision = "auto"
 caption_dropout = 0.0
 num_workers = 0
+cache = "auto"  # encode each picture once
+cache_path = None
 transformer_rank = 4
 transformer_alpha = 8  # strength is alpha / rank
 text_rank = 32  # higher: new words are learnt where words are, and what the transformer composes is kept
@@ -59,6 +61,7 @@ train_dataloader = dict(
     batch_size="${batch_size}",
     num_workers="${num_workers}",
 )
+token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay="${weight_decay}"),
     precision="${precision}",

@@ -32,6 +32,8 @@ precision = "auto"
 caption_dropout = 0.05
 dropout = 0.1  # in the transformer: what makes it compose what it has not seen
 num_workers = 0
+cache = "auto"  # encode each picture once
+cache_path = None
 log_every = 25
 
 model = dict(
@@ -77,6 +79,7 @@ train_dataloader = dict(
     batch_size="${batch_size}",
     num_workers="${num_workers}",
 )
+token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1),
     precision="${precision}",

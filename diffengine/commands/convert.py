@@ -8,13 +8,19 @@ from pathlib import Path
 
 from diffengine.errors import UserError
 
+NO_OUT = "convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT"
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the config that was trained, or a run's work dir alone")
+    parser.add_argument("config", nargs="?", help="the config that was trained, or a run's work dir alone")
     parser.add_argument("checkpoint", nargs="?", help="a .pth file of the run")
     parser.add_argument("out", nargs="?", help="the folder to write to")
     parser.add_argument(
-        "--save-keys", nargs="+", metavar="KEY", help="components to write; default all that was trained"
+        "--save-keys",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="components to write; default all that was trained",
     )
     parser.add_argument(
         "--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained"
@@ -42,37 +48,52 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--pipeline writes every component; leave out --save-keys")
     if options.pipeline and options.merge:
         raise UserError("--pipeline merges adapters by itself; leave out --merge")
-    given, path, out = _sources(options)
+    words, keys = _words(options)
+    given, path, out = _sources(words)
     state, source = checkpoint.read(path), f"checkpoint '{path}'"
     checkpoint.verify(path)
     if options.ema:
         state = with_average(state, source)
     settings = trusted_config(state, config.read(given) if given else None, source)
     model = model_of(state, config.resolve(settings), source)
+    if keys != options.save_keys and str(out) in model.exportable:
+        raise UserError(NO_OUT)
     dtype = DTYPES[options.dtype]
     if options.pipeline:
         exported = [export_pipeline(model, out, dtype=dtype)]
     else:
-        exported = export_components(model, out, options.save_keys, merge=options.merge, dtype=dtype)
+        exported = export_components(model, out, keys, merge=options.merge, dtype=dtype)
     for item in exported:
         print("\n  ".join([f"wrote {item}; open it with", *item.lines]))
     return 0
 
 
-def _sources(options: argparse.Namespace) -> tuple[str | None, Path, Path]:
+def _words(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """CONFIG CKPT OUT or WORK_DIR, and the keys: --save-keys before any of these has taken them as well."""
+    words = [word for word in (options.config, options.checkpoint, options.out) if word is not None]
+    keys = options.save_keys
+    if keys is None:
+        return words, None
+    by_checkpoint = len(words) > 1 or any(word.endswith(".pth") for word in [*words, *keys])
+    missing = (3 if by_checkpoint else 1) - len(words)
+    end = max(1, len(keys) - missing)
+    return [*words, *keys[end:]], keys[:end]
+
+
+def _sources(words: list[str]) -> tuple[str | None, Path, Path]:
     """(config, checkpoint, out) of either form of the command."""
     from diffengine.engine import checkpoint
 
-    if options.checkpoint is None:
-        work_dir = Path(options.config)
-        if not work_dir.is_dir():
-            raise UserError(
-                f"convert got only '{options.config}'; expected CONFIG CKPT OUT, or the work dir of a run"
-            )
+    if len(words) < 2:
+        work_dir = Path(words[0] if words else "")
+        if not words or not work_dir.is_dir():
+            lost = "" if work_dir.exists() else ", which does not exist"
+            got = f"only '{work_dir}'{lost}" if words else "nothing to convert"
+            raise UserError(f"convert got {got}; expected CONFIG CKPT OUT, or the work dir of a run")
         newest = checkpoint.newest(work_dir)
         if newest is None:
             raise UserError(f"work dir '{work_dir}' holds no checkpoint")
         return None, newest, work_dir
-    if options.out is None:
-        raise UserError("convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT")
-    return options.config, Path(options.checkpoint), Path(options.out)
+    if len(words) < 3:
+        raise UserError(NO_OUT)
+    return words[0], Path(words[1]), Path(words[2])

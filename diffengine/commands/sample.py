@@ -1,9 +1,11 @@
 """Draw pictures: a captioned PNG grid from prompts.
 
-By a pipeline folder, a hub name, a run's work dir, or what `convert` wrote on the base it was trained from.
+By a pipeline folder, a hub name, a run's work dir or checkpoint, or what `convert` wrote on the base that it
+was trained from.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from diffengine.errors import UserError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="a pipeline folder, a hub name, a run's work dir, or a folder that convert wrote"
+        "source",
+        help="a pipeline folder, a hub name, a run's work dir or checkpoint, or a folder that convert wrote",
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--base", help="the pipeline to put what convert wrote on; an adapter names its own")
@@ -64,7 +67,7 @@ def _checked(options: argparse.Namespace) -> Path:
 
 
 def _pipeline(source: str, base: str | None) -> Any:
-    """Of a folder or hub name; of a work dir's newest checkpoint; or of what convert wrote, on its base."""
+    """Of a folder, hub name, or checkpoint; of a work dir's newest; or of what convert wrote, on its base."""
     from diffusers import AmusedPipeline
 
     from diffengine.engine import checkpoint
@@ -72,7 +75,7 @@ def _pipeline(source: str, base: str | None) -> Any:
     from diffengine.models.loading import load_component
 
     folder = Path(source)
-    newest = checkpoint.newest(folder) if folder.is_dir() else None
+    newest = checkpoint.newest(folder) if folder.is_dir() else folder if folder.suffix == ".pth" else None
     if newest is not None and not base:  # newer than a pipeline that convert wrote beside it
         return _of_checkpoint(newest)
     if not folder.is_dir() or (folder / "model_index.json").exists():
@@ -101,13 +104,10 @@ def _put_on(pipeline: Any, folder: Path) -> None:
     from diffengine.models.adapters import load_with_peft, read_folder
     from diffengine.models.loading import load_module
 
-    alone = read_folder(folder)
-    kind = (alone or {}).get("auto_mapping") or {}
-    found = False
+    alone, found = _class_of(folder), False
     for name in ("transformer", "text_encoder", "vqvae"):
-        module, part = getattr(pipeline, name), folder / name
-        if alone and kind.get("base_model_class") == type(module).__name__:
-            part = folder
+        module = getattr(pipeline, name)
+        part = folder if alone == type(module).__name__ else folder / name
         if read_folder(part):
             try:
                 load_with_peft(module, part)
@@ -121,6 +121,22 @@ def _put_on(pipeline: Any, folder: Path) -> None:
         found = True
     if not found:
         raise UserError(f"'{folder}' holds no adapter or component that convert wrote")
+
+
+def _class_of(folder: Path) -> str | None:
+    """The class of the component that a folder is, or is an adapter of; None where it is neither."""
+    from diffengine.models.adapters import read_folder
+
+    adapter, path = read_folder(folder), folder / "config.json"
+    if adapter is not None:
+        return (adapter.get("auto_mapping") or {}).get("base_model_class")
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return settings.get("_class_name") or settings["architectures"][0]  # diffusers', transformers'
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"'{path}' holds no config of a component: {error!r}") from error
 
 
 def _of_checkpoint(path: Path) -> Any:

@@ -1,157 +1,39 @@
 """Train a config. With NPROC_PER_NODE set, on several GPUs by torchrun."""
 
 import argparse
-import logging
 import os
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
-from diffengine.errors import UserError
-
-LAUNCHED = "DIFFENGINE_LAUNCHED"  # set for the processes that `launch` starts: it reports for them
+from diffengine.engine import launch
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a shipped name (see list-cfg) or the path of a config file")
-    parser.add_argument("--data", help="pictures: a folder, a parquet file or a hub name (sets `data`)")
-    parser.add_argument("--pretrained", help="a model folder or hub name (sets `pretrained`)")
-    parser.add_argument("--work-dir", help="where the run goes; default work_dirs/<config name>")
+    launch.arguments(parser)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", nargs="?", const="newest", metavar="CKPT",
         help="go on from the run's newest checkpoint, or CKPT",
     )  # fmt: skip
     start.add_argument("--overwrite", action="store_true", help="delete the run that the work dir holds")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="set anything in the config: batch_size=4 optim_wrapper.clip_grad=None",
-    )  # fmt: skip
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
 
 
 def run(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
-    if LAUNCHED in os.environ:
-        return _reporting(options)
-    loaded = _load(options)
-    if processes_asked() and "RANK" not in os.environ and options.launcher == "none":
-        return launch(options.argv)
-    return train(options, *loaded)
+    return launch.run(options, train)
 
 
-def _load(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    from diffengine import config
-
-    flags = {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
-    return config.load(options.config, options.cfg_options, flags)
-
-
-def train(options: argparse.Namespace, settings: dict[str, Any], resolved: dict[str, Any]) -> int:
+def train(job: launch.Job) -> int:
     """One process's part of the run."""
-    from diffengine.engine import distributed
     from diffengine.engine.assemble import build_run
     from diffengine.engine.loop import Interrupted
     from diffengine.engine.workdir import claim, release
-    from diffengine.models.loading import quiet_libraries
 
-    quiet_libraries()
-    name = Path(options.config).stem
-    device = distributed.start(options.launcher)
     try:
-        work_dir = Path(resolved.get("work_dir") or f"work_dirs/{name}").expanduser()
-        resume = claim(work_dir, options.resume, options.overwrite)
-        runner = build_run(settings, resolved, name, work_dir, device, resume)
-        runner.train()
+        resume = claim(job.work_dir, job.options.resume, job.options.overwrite)
+        build_run(job.settings, job.resolved, job.name, job.work_dir, job.device, resume).train()
     except Interrupted as error:
-        if LAUNCHED not in os.environ:
+        if launch.LAUNCHED not in os.environ:
             print(f"diffengine train: {error}; go on with --resume", file=sys.stderr)
         return 128 + error.signum
     finally:
-        distributed.stop()
         release()
     return 0
-
-
-# ---------------------------------------------------------------------------------------------- processes
-
-
-def processes_asked() -> bool:
-    """Whether the environment asks for several processes."""
-    return any(name in os.environ for name in ("NPROC_PER_NODE", "NNODES"))
-
-
-def launch(argv: list[str]) -> int:
-    """Run this command in several processes by torchrun, which passes signals on to them.
-
-    Its exit code is that of the first process that failed, whose mistake is said here, once.
-    """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ[LAUNCHED] = "1"
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish the step and save
-    logging.disable(logging.ERROR)  # torchrun's own report of what is said below
-    try:
-        with tempfile.TemporaryDirectory(prefix="diffengine-") as logs:
-            arguments = [*torchrun_arguments(), f"--log-dir={logs}", "-m", "diffengine", *argv]
-            torchrun.run(torchrun.parse_args(arguments))
-    except SignalException as error:
-        print(f"diffengine train: stopped by {error.sigval.name}; go on with --resume", file=sys.stderr)
-        return 128 + error.sigval
-    except ChildFailedError as error:
-        return report(error)
-    finally:
-        logging.disable(logging.NOTSET)
-        del os.environ[LAUNCHED]
-    return 0
-
-
-def torchrun_arguments() -> list[str]:
-    """torchrun's options, from the environment's NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT."""
-    env = os.environ
-    nodes, node = _whole("NNODES", 1, 1), _whole("NODE_RANK", 0, 0)
-    address = env.get("MASTER_ADDR") or env.get("ADDR")
-    port = env.get("MASTER_PORT") or env.get("PORT")
-    processes = [f"--nnodes={nodes}", f"--nproc-per-node={_whole('NPROC_PER_NODE', 1, 1)}"]
-    if nodes == 1 and not port:
-        return [*processes, "--standalone"]
-    if nodes > 1 and not address:
-        raise UserError(f"NNODES={nodes} got no MASTER_ADDR; set it to the machine with NODE_RANK=0")
-    if node >= nodes:
-        raise UserError(f"NODE_RANK got {node}; expected less than NNODES={nodes}")
-    where = [f"--master-addr={address or '127.0.0.1'}", f"--master-port={port or 29500}"]
-    return [*processes, *where, f"--node-rank={node}"]
-
-
-def _whole(name: str, default: int, smallest: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < smallest:
-        raise UserError(f"{name} got '{text}'; expected a whole number of at least {smallest}")
-    return int(text)
-
-
-def _reporting(options: argparse.Namespace) -> int:
-    """`train` in a process of `launch`: a mistake is not printed by each, but left for `launch` to say."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    try:
-        return train(options, *_load(options))
-    except UserError as error:
-        get_error_handler().record_exception(UserError(str(error)))  # also of one that another process told
-        return 2
-
-
-def report(error: Any) -> int:
-    """Say why the first process of a ChildFailedError failed; its exit code, as a shell has it."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode == 2 and not isinstance(failure.message, str):
-        mistake = failure.message["message"].removeprefix("UserError: ")
-        print(f"diffengine train: error: {' '.join(mistake.split())}", file=sys.stderr)
-        return 2
-    signalled = failure.exitcode < 0
-    why = failure.message if signalled else f"exit code {failure.exitcode}, see above"
-    print(f"diffengine train: failed: process {rank}: {why}", file=sys.stderr)
-    return 128 - failure.exitcode if signalled else failure.exitcode

@@ -1,12 +1,14 @@
 """Pictures and captions in, batches out.
 
 A data set of your own is a class with `__len__` and `__getitem__(index) -> {"image": PIL RGB, "text": str}`;
-give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey, and
-`missing_pictures()` if the model is to draw some of its pictures before training. A sample may carry a
-`weight`, what each of its targets counts in the loss: a float above 0, default 1.
+give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey,
+`missing_pictures()` if the model is to draw some of its pictures before training, and `files()`, the files
+that hold its pictures' bytes, so that a cache can tell what changed without reading them. A sample may carry
+a `weight`, what each of its targets counts in the loss: a float above 0, default 1.
 """
 
 from diffengine.datasets.emoji import EmojiDataset
+from diffengine.datasets.folder import lies_in
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.pictures import Sample, UnreadablePicture
 from diffengine.datasets.stream import (
@@ -15,12 +17,13 @@ from diffengine.datasets.stream import (
     PositionSampler,
     Stream,
     collate,
+    form_loader,
     generator,
     make_loader,
     steps_for_epochs,
 )
 from diffengine.datasets.subject import MissingPictures, SubjectDataset
-from diffengine.datasets.survey import survey
+from diffengine.datasets.survey import survey, survey_captions
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform
 
 __all__ = [
@@ -41,8 +44,11 @@ __all__ = [
     "Transform",
     "UnreadablePicture",
     "collate",
+    "form_loader",
     "generator",
+    "lies_in",
     "make_loader",
     "steps_for_epochs",
     "survey",
+    "survey_captions",
 ]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets as hf
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffengine.datasets.folder import (
     CAPTION_COLUMNS,
@@ -117,6 +119,16 @@ class ImageTextDataset:
         return chain.from_iterable(
             [text] if isinstance(text, str) else text for text in map(self._text, self._caption_cells())
         )
+
+    def files(self) -> list[Path]:
+        """The files that hold the pictures' bytes, in order: Arrow files, or each picture's own."""
+        arrow = [Path(file["filename"]) for file in self._rows.cache_files]
+        cells = self._rows.data.column("image")
+        if not pa.types.is_struct(cells.type):
+            return arrow
+        apart = pc.is_null(pc.struct_field(cells, "bytes"))
+        paths = pc.struct_field(cells, "path").filter(apart).drop_null()
+        return arrow + [Path(path) for path in paths.to_pylist()]
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         picture = read_picture(*self._source(index, row))

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -42,17 +42,36 @@ class Pictures(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-def generator(seed: int, domain: int, *counter: int) -> np.random.Generator:
-    """A generator of its own for each (seed, domain, counter of up to three words).
+class Forms(Protocol):
+    """Every form of every picture, made before: what a stream has after its image transforms."""
+
+    def sample(self, index: int, variation: int, /) -> Sample: ...
+
+
+class Generators:
+    """The generators of one (seed, domain): `at(*counter)`, of up to three words, gives that counter's.
 
     The counter fills Philox's high words and the draws count in the low one, so two streams could only meet
-    after 2^64 draws. Raises UserError for a seed outside of [0, 2^64).
+    after 2^64 draws. One generator is set anew, ten times as fast as making one: what `at` gave before is no
+    longer to be used. Raises UserError for a seed outside of [0, 2^64).
     """
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed got {seed}; expected a whole number from 0 to 2^64 - 1")
-    assert len(counter) <= 3
-    words = np.array([0, *counter, *[0] * (3 - len(counter))], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, domain], dtype=np.uint64), counter=words))
+
+    def __init__(self, seed: int, domain: int) -> None:
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed got {seed}; expected a whole number from 0 to 2^64 - 1")
+        self._bits = np.random.Philox(key=np.array([seed, domain], dtype=np.uint64))
+        self._state: Any = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def at(self, *counter: int) -> np.random.Generator:
+        self._state["state"]["counter"][1:] = (*counter, *[0] * (3 - len(counter)))
+        self._bits.state = self._state
+        return self._generator
+
+
+def generator(seed: int, domain: int, *counter: int) -> np.random.Generator:
+    """A generator of its own, see `Generators`."""
+    return Generators(seed, domain).at(*counter)
 
 
 class Stream(Dataset):
@@ -60,9 +79,11 @@ class Stream(Dataset):
 
     dataset: gives {"image": PIL RGB, "text": str or list of str}; of a list one caption is drawn.
     image_transforms: change the picture. They draw from (seed, position), or, with image_variations=V, from
-        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold.
+        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold. One without a
+        property `varies` that says False is taken to change what it gives from draw to draw.
     transforms: run after them, and after the caption is drawn, from (seed, position).
     seed: default 0.
+    cache: where the pictures' forms come from instead, once it is set; they are equal.
     skip_unreadable: put the next readable picture in the place of one that cannot be decoded, and count the
         steps taken in `skipped` (int, else 0). By default it is an error.
 
@@ -91,7 +112,17 @@ class Stream(Dataset):
         self.seed = seed
         self.image_variations = image_variations
         self.skip_unreadable = skip_unreadable
+        self.cache: Forms | None = None
         self._orders: dict[int, np.ndarray] = {}
+        self._of_pictures = Generators(seed, Domain.PICTURE)
+        self._of_samples = Generators(seed, Domain.SAMPLE)
+
+    @property
+    def forms(self) -> int | None:
+        """How many forms a picture has: `image_variations`, one where no transform varies it, or no end."""
+        if not any(getattr(transform, "varies", True) for transform in self.image_transforms):
+            return 1
+        return self.image_variations
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index into the data set) of a position; each epoch is a permutation of its own."""
@@ -110,10 +141,9 @@ class Stream(Dataset):
         samples: list[Sample] = []
         while len(samples) < len(positions):
             rest = positions[len(samples) :]
-            indices = [self.locate(position)[1] for position in rest]
             try:
-                for position, index, raw in zip(rest, indices, self._read(indices)):
-                    samples.append(self._finish(position, index, raw, skipped=0))
+                for position, picture in zip(rest, self._pictures(rest)):
+                    samples.append(self._finish(position, picture, skipped=0))
             except UnreadablePicture:
                 if not self.skip_unreadable:
                     raise
@@ -121,36 +151,63 @@ class Stream(Dataset):
                 samples.append(self._finish(position, *self._next_readable(position)))
         return samples
 
-    def image_sample(self, index: int, variation: int) -> Sample:
-        """The sample of `dataset[index]` after the image transforms, in one of `image_variations` forms."""
-        assert self.image_variations is not None
-        rng = generator(self.seed, Domain.PICTURE, index, variation)
-        return _run(self.image_transforms, self.dataset[index], rng)
+    def picture_forms(self, rows: Sequence[int]) -> list[Sample | None]:
+        """For a cache: row `index * forms + variation` after the image transforms, each picture read once.
 
-    def _read(self, indices: list[int]) -> Iterable[Sample]:
+        None for a picture that cannot be read, where those are skipped.
+        """
+        assert self.forms is not None
+        raw: dict[int, Sample | None] = {}
+        for index in dict.fromkeys(row // self.forms for row in rows):
+            try:
+                raw[index] = self.dataset[index]
+            except UnreadablePicture:
+                if not self.skip_unreadable:
+                    raise
+                raw[index] = None
+        samples = []
+        for row in rows:
+            index, variation = divmod(row, self.forms)
+            picture, rng = raw[index], self._of_pictures.at(index, variation)
+            samples.append(None if picture is None else _run(self.image_transforms, picture, rng))
+        return samples
+
+    def _pictures(self, positions: Sequence[int]) -> Iterator[Sample]:
+        """What the positions' pictures are after the image transforms."""
+        places = [self.locate(position) for position in positions]
+        if self.cache is not None:
+            assert self.forms is not None
+            for epoch, index in places:
+                yield self.cache.sample(index, epoch % self.forms)
+            return
         read_many = getattr(self.dataset, "__getitems__", None)
-        return read_many(indices) if read_many else (self.dataset[index] for index in indices)
+        indices = [index for _, index in places]
+        raws = read_many(indices) if read_many else (self.dataset[index] for index in indices)
+        for position, (epoch, index), raw in zip(positions, places, raws):
+            yield self._transform(position, epoch, index, raw)
 
-    def _finish(self, position: int, index: int, raw: Sample, skipped: int) -> Sample:
-        if self.image_variations is None:
-            picture_rng = generator(self.seed, Domain.PICTURE, position)
-        else:
-            epoch, _ = self.locate(position)
-            picture_rng = generator(self.seed, Domain.PICTURE, index, epoch % self.image_variations)
-        sample = _run(self.image_transforms, raw, picture_rng)
-        rng = generator(self.seed, Domain.SAMPLE, position)
+    def _transform(self, position: int, epoch: int, index: int, raw: Sample) -> Sample:
+        counter = (position,) if self.image_variations is None else (index, epoch % self.image_variations)
+        return _run(self.image_transforms, raw, self._of_pictures.at(*counter))
+
+    def _finish(self, position: int, picture: Sample, skipped: int) -> Sample:
+        rng = self._of_samples.at(position)
         share = rng.random()  # drawn for a single caption too, so that the draws after it stay the same
-        if not isinstance(sample["text"], str):
-            sample = {**sample, "text": sample["text"][int(share * len(sample["text"]))]}
-        return {**_run(self.transforms, sample, rng), "skipped": skipped}
+        text = picture["text"]
+        if not isinstance(text, str):
+            picture = {**picture, "text": text[int(share * len(text))]}
+        return {**_run(self.transforms, picture, rng), "skipped": skipped}
 
-    def _next_readable(self, position: int) -> tuple[int, Sample, int]:
-        """(index, raw sample, steps taken) of the first readable picture from this position's index on."""
-        _, first = self.locate(position)
+    def _next_readable(self, position: int) -> tuple[Sample, int]:
+        """(picture, steps taken) of the first readable one from this position's index on."""
+        epoch, first = self.locate(position)
         for skipped in range(len(self.dataset)):
             index = (first + skipped) % len(self.dataset)
             try:
-                return index, self.dataset[index], skipped
+                if self.cache is not None:
+                    assert self.forms is not None
+                    return self.cache.sample(index, epoch % self.forms), skipped
+                return self._transform(position, epoch, index, self.dataset[index]), skipped
             except UnreadablePicture as error:
                 last = error
         raise UserError(f"none of the {len(self.dataset)} pictures can be read; the last: {last}")
@@ -263,14 +320,14 @@ class _Batches(Dataset):
 class _Loader(DataLoader):
     """Raises in the main process what a worker handed over."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch
 
 
@@ -289,6 +346,31 @@ def make_loader(
         collate_fn=_same,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main if num_workers else None,
+        generator=torch.Generator(),
+    )
+
+
+class _FormsByRow(Dataset):
+    """The stream's forms by lists of rows. A UserError is handed over as a value, as in `_Batches`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Sample | None] | UserError:
+        try:
+            return self.stream.picture_forms(rows)
+        except UserError as error:
+            return error
+
+
+def form_loader(stream: Stream, chunks: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
+    """`stream.picture_forms` of each chunk of rows, in order."""
+    return _Loader(
+        _FormsByRow(stream),
+        batch_sampler=chunks,
+        collate_fn=_same,
+        num_workers=num_workers,
         worker_init_fn=_leave_signals_to_main if num_workers else None,
         generator=torch.Generator(),
     )

@@ -1,15 +1,18 @@
 """A subject's few pictures, beside pictures of its class, so that the class is not forgotten (DreamBooth)."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffengine.datasets.folder import is_picture, list_files
+from diffengine.datasets.folder import is_picture, lies_in, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.pictures import Sample
 from diffengine.errors import UserError
+
+RECORD = "drawn.json"  # beside class pictures: those that a run drew, and what it drew them from
 
 
 @dataclass
@@ -28,6 +31,37 @@ class MissingPictures:
     numbers: list[int]
     options: dict[str, Any] = field(default_factory=dict)
 
+    def claim(self, base: str) -> None:
+        """Note in the folder's `drawn.json` that its missing pictures are drawn by the model `base`.
+
+        Pictures that are not listed there are somebody's own, and taken as they are.
+
+        Raises:
+            UserError: pictures are there that were drawn by another prompt, base or options; or the folder
+                cannot be written.
+        """
+        record = self.folder / RECORD
+        now = {"prompt": self.prompt, "base": base, "options": self.options}
+        try:
+            before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+            drawn = [name for name in before.get("pictures", []) if (self.folder / name).exists()]
+            changed = [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in now
+                       if before.get(key) != now[key]]  # fmt: skip
+            if drawn and changed:
+                raise UserError(
+                    f"'{self.folder}' holds {len(drawn)} class pictures that were drawn otherwise: "
+                    f"{'; '.join(changed)}; choose another class_data, delete them to have them drawn anew, "
+                    f"or delete {RECORD} to keep them"
+                )
+            if self.numbers:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                names = [*drawn, *(f"{number:06}.png" for number in self.numbers)]
+                beside = record.with_name(f".{RECORD}.part")
+                beside.write_text(json.dumps({**now, "pictures": names}, indent=1), encoding="utf-8")
+                beside.replace(record)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot keep class pictures in '{self.folder}': {error}") from error
+
 
 class SubjectDataset:
     """Pictures of one subject under `instance_prompt` and of its class under `class_prompt`, in turn.
@@ -39,7 +73,8 @@ class SubjectDataset:
     data: the subject's pictures, anything ImageTextDataset reads; their captions are not.
     instance_prompt: "a photo of sks dog".
     class_data: a folder of class pictures, or None to train on the subject alone. Where it holds fewer than
-        `num_class_images`, the run draws the missing ones with the base model before training.
+        `num_class_images`, the run draws the missing ones with the base model before training, and notes in
+        its `drawn.json` what they were drawn by: they serve no other prompt and no other base.
     class_prompt: "a photo of a dog". num_class_images: how many to use, default 100: the first by path.
     class_drawing: options of that drawing, as of previews: `dict(guidance_scale=4.0)`.
     prior_loss_weight: above 0, default 1.0.
@@ -74,7 +109,7 @@ class SubjectDataset:
                 f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None "
                 "to train without class pictures"
             )
-        if class_data is not None and _overlap(data, class_data):
+        if class_data is not None and (lies_in(data, class_data) or lies_in(class_data, data)):
             raise UserError(
                 f"class_data got '{class_data}' and data '{data}', one inside the other; expected folders "
                 "apart, since each is read with its subfolders"
@@ -90,7 +125,7 @@ class SubjectDataset:
     def of_class(self) -> ImageTextDataset:
         """The class pictures in use, `num_class_images` of them."""
         missing = self.missing_pictures()
-        if missing is not None:
+        if missing and missing.numbers:
             raise UserError(
                 f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class pictures; "
                 "train with a model that draws them, add them, or lower num_class_images"
@@ -99,7 +134,7 @@ class SubjectDataset:
         return ImageTextDataset(self.class_data, caption=self.class_prompt, max_samples=self.num_class_images)
 
     def missing_pictures(self) -> MissingPictures | None:
-        """The class pictures to draw, numbered by the first file names that are free; None for none."""
+        """The class pictures to draw, perhaps none, by the first free numbers; None without a class."""
         if self.class_data is None or self.class_prompt is None:
             return None
         folder = Path(self.class_data).expanduser()
@@ -107,8 +142,6 @@ class SubjectDataset:
             raise UserError(f"class_data got '{folder}', which is no folder; expected one of class pictures")
         files = list_files(folder) if folder.is_dir() else []
         missing = self.num_class_images - sum(map(is_picture, files))
-        if missing <= 0:
-            return None
         taken = {file.name for file in files if file.parent == folder}
         free = (number for number in range(10**6) if f"{number:06}.png" not in taken)
         numbers = [number for number, _ in zip(free, range(missing))]
@@ -129,6 +162,10 @@ class SubjectDataset:
         dataset, place = self._locate(index)
         return dataset.size(place)
 
+    def files(self) -> list[Path]:
+        """The files that hold the pictures' bytes, of the subject and then of the class."""
+        return self.subject.files() + (self.of_class.files() if self.class_data is not None else [])
+
     def captions(self) -> Iterator[str]:
         """Every caption, of the subject and then of the class; no picture is read."""
         yield from self.subject.captions()
@@ -142,9 +179,3 @@ class SubjectDataset:
         half, of_class = divmod(index, 2)
         dataset = self.of_class if of_class else self.subject
         return dataset, half % len(dataset)
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether one path is the other, or lies inside it."""
-    a, b = (Path(path).expanduser().resolve() for path in (one, other))
-    return a.is_relative_to(b) or b.is_relative_to(a)

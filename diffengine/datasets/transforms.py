@@ -16,27 +16,42 @@ from diffengine.errors import UserError
 
 
 class Transform(Protocol):
-    """sample, generator -> sample."""
+    """sample, generator -> sample.
+
+    Its property `varies` may say False: the same sample always becomes the same, whatever is drawn.
+    """
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+
+
+LONGEST = 64  # times the short side of what is resized
 
 
 class Resize:
     """The short side to `size` pixels, aspect kept, bilinear and antialiased.
 
-    Records `original_size`, (width, height) before, if no transform has yet.
+    Records `original_size`, (width, height) before, if no transform has yet. Of a picture that is more than
+    `LONGEST` times as long as it is wide only the middle is taken: a line would become gigabytes.
     """
+
+    varies = False
 
     def __init__(self, size: int) -> None:
         self.size = _at_least_one("Resize", size)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
+        original_size, longest = image.size, LONGEST * min(image.size)
+        if max(image.size) > longest:
+            left, top = (max(0, side - longest) // 2 for side in image.size)
+            image = image.crop(
+                (left, top, left + min(image.width, longest), top + min(image.height, longest))
+            )
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         # Above a shrinking of six times a box filter does the first part; the difference cannot be seen.
         resized = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
-        return {"original_size": image.size, **sample, "image": resized}
+        return {"original_size": original_size, **sample, "image": resized}
 
 
 class Crop:
@@ -50,6 +65,10 @@ class Crop:
     def __init__(self, size: int, random: bool = True) -> None:
         self.size = _at_least_one("Crop", size)
         self.random = random
+
+    @property
+    def varies(self) -> bool:
+        return self.random
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
@@ -79,6 +98,10 @@ class Flip:
     def __init__(self, p: float = 0.5) -> None:
         self.p = _probability("Flip", p)
 
+    @property
+    def varies(self) -> bool:
+        return 0 < self.p < 1
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.p:
             return sample
@@ -96,6 +119,8 @@ class ToTensor:
     `image`: (3, H, W) float32 in [0, 1]. `micro_conds`: (5,) float32 of original width, original height, crop
     top, crop left, in pixels, and the aesthetic score, default 6.0. The records of the other transforms go.
     """
+
+    varies = False
 
     def __init__(self, aesthetic_score: float = 6.0) -> None:
         self.aesthetic_score = aesthetic_score

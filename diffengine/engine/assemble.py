@@ -12,10 +12,22 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
-from diffengine.datasets import MissingPictures, PositionSampler, Stream, make_loader, survey
+from diffengine.datasets import (
+    MissingPictures,
+    PositionSampler,
+    Stream,
+    lies_in,
+    make_loader,
+    survey,
+    survey_captions,
+)
+from diffengine.datasets.cache import PicturelessDataset
 from diffengine.engine import checkpoint, distributed
+from diffengine.engine.caching import TokenCache, attach
+from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import (
+    DTYPES,
     StepOptimWrapper,
     build_optim_wrapper,
     build_param_scheduler,
@@ -86,6 +98,19 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
     return model
 
 
+def build_dataset(resolved: Mapping[str, Any], cache: TokenCache) -> Any:
+    """The data set; or, where its pictures are not here, what the cache at a named path holds of it."""
+    try:
+        return build(resolved["train_dataloader"]["dataset"])
+    except UserError as error:
+        stand_in = cache.stand_in()
+        if stand_in is None:
+            raise
+        if distributed.rank() == 0:
+            print(f"training from the cache '{cache.path}' alone, since {error}", flush=True)
+        return stand_in
+
+
 def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then told to all."""
     kind = resolve(resolved["model"]["type"])
@@ -93,14 +118,14 @@ def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
     return distributed.on_rank_0(lambda: kind.learn_assets(options, lambda: dataset.captions()))
 
 
-def check_apart(work_dir: Path, dataset: Mapping[str, Any]) -> None:
-    """Refuse a work dir inside the data's folder: a resumed run would learn from its own previews."""
-    for name in ("path", "data"):
-        folder = Path(str(dataset.get(name) or "")).expanduser()
-        if name in dataset and folder.is_dir() and work_dir.resolve().is_relative_to(folder.resolve()):
+def check_apart(place: Path, dataset: Mapping[str, Any], what: str, option: str) -> None:
+    """Refuse to write inside the data's folder: a resumed run would learn from its own previews."""
+    for name in ("path", "data", "class_data"):
+        folder = dataset.get(name)
+        if isinstance(folder, str) and Path(folder).expanduser().is_dir() and lies_in(place, folder):
             raise UserError(
-                f"work dir '{work_dir}' lies inside the data '{folder}', so previews would become "
-                "pictures to learn; choose a --work-dir outside of it"
+                f"{what} '{place}' lies inside the data '{folder}', and what is written there would become "
+                f"pictures to learn; choose a {option} outside of it"
             )
 
 
@@ -123,25 +148,59 @@ def build_run(
     Raises:
         UserError: on every rank, if a part cannot be built on any.
     """
-    distributed.on_rank_0(lambda: check_apart(work_dir, resolved["train_dataloader"]["dataset"]))
+    data = resolved["train_dataloader"]["dataset"]
+    distributed.on_rank_0(lambda: check_apart(work_dir, data, "work dir", "--work-dir"))
     state = distributed.on_all_ranks(lambda: _state(resume, settings))
-    dataset = distributed.on_all_ranks(lambda: build(resolved["train_dataloader"]["dataset"]))
-    assets = state["assets"] if state else learn_assets(resolved, dataset)
     start_iter = state["counters"]["iter"] if state else 0
-    parts = distributed.on_all_ranks(
-        lambda: _build_parts(resolved, dataset, assets, start_iter, device, work_dir)
-    )
-    draw_missing(dataset, parts.model, parts.optim)
-    # A fault in the data or its shape shows before anything is written (but pictures that the data lacked).
-    distributed.on_all_ranks(lambda: parts.loop.stream[start_iter * parts.loop.batch_size])
+    parts = prepare(resolved, work_dir, device, start_iter, state["assets"] if state else None)
+    steps = parts.loop.max_iters - start_iter
+    how = distributed.on_all_ranks(lambda: compile_model(parts.loop.compile, parts.model, steps, device))
     distributed.on_rank_0(lambda: begin(work_dir, settings, name, resume is None, parts.model.exportable))
     runner = Runner(parts.model, work_dir, parts.hooks, parts.backends, settings, name, resolved["seed"])
     runner.set_training(parts.loop, parts.optim, parts.schedule)
     announce(runner, resolved, device)
+    runner.logger.info(f"blocks run {how}")
     if state and resume:
         restore(runner, state, resume)
         runner.logger.info(f"resumed {resume} at step {start_iter}")
     return runner
+
+
+def prepare(
+    resolved: Mapping[str, Any],
+    work_dir: Path,
+    device: torch.device,
+    start_iter: int = 0,
+    assets: Mapping[str, str] | None = None,
+) -> "Parts":
+    """Every part of a run, and its data complete: class pictures drawn, tokens cached.
+
+    Args:
+        start_iter: the step to go on from.
+        assets: of the run that goes on; None to learn them.
+    """
+    parts = build_parts(resolved, work_dir, device, start_iter, assets)
+    draw_missing(parts.loop.stream.dataset, parts.model, parts.optim)
+    attach_cache(parts, resolved, work_dir, start_iter)
+    return parts
+
+
+def build_parts(
+    resolved: Mapping[str, Any],
+    work_dir: Path,
+    device: torch.device,
+    start_iter: int = 0,
+    assets: Mapping[str, str] | None = None,
+) -> "Parts":
+    """Every part of a run; nothing is drawn, encoded or written. Arguments as of `prepare`."""
+    cache = TokenCache(**resolved.get("token_cache", {}))
+    if cache.path:
+        check_apart(cache.path, resolved["train_dataloader"]["dataset"], "cache", "cache_path")
+    dataset = distributed.on_all_ranks(lambda: build_dataset(resolved, cache))
+    known = learn_assets(resolved, dataset) if assets is None else assets
+    return distributed.on_all_ranks(
+        lambda: _build_parts(resolved, cache, dataset, known, start_iter, device, work_dir)
+    )
 
 
 def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -164,10 +223,12 @@ class Parts:
     schedule: torch.optim.lr_scheduler.LRScheduler
     hooks: list[Hook]
     backends: list[BaseVisBackend]
+    cache: TokenCache  # not attached to the loop's stream yet
 
 
 def _build_parts(
     resolved: Mapping[str, Any],
+    cache: TokenCache,
     dataset: Any,
     assets: Mapping[str, str],
     start_iter: int,
@@ -179,7 +240,11 @@ def _build_parts(
         build({"save_dir": str(work_dir), **item}) for item in resolved.get("vis_backends", DEFAULT_BACKENDS)
     ]
     hooks = build_hooks(resolved)
-    model = build_model(resolved, assets, seed).to(device).train()
+    model = build_model(resolved, assets, seed)
+    precision, _ = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
+    if precision in DTYPES:
+        model.hold_frozen(DTYPES[precision])
+    model.to(device).train()
     data = {**resolved["train_dataloader"], "dataset": dataset}
     loop = StepLoop(
         build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"]
@@ -188,7 +253,19 @@ def _build_parts(
     schedule = build_param_scheduler(
         **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters
     )
-    return Parts(model, loop, optim, schedule, hooks, backends)
+    return Parts(model, loop, optim, schedule, hooks, backends, cache)
+
+
+def attach_cache(parts: Parts, resolved: Mapping[str, Any], work_dir: Path, start_iter: int) -> None:
+    """Encode once what need not be encoded at each step.
+
+    A fault in the data or its shape shows here, before the run writes anything of its own.
+    """
+    loop = parts.loop
+    if not isinstance(loop.stream.dataset, PicturelessDataset):
+        distributed.on_all_ranks(lambda: loop.stream[start_iter * loop.batch_size])
+    positions = loop.max_iters * loop.batch_size
+    attach(parts.cache, loop.stream, parts.model.encoder, parts.optim, resolved, work_dir, positions)
 
 
 def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -> None:
@@ -197,7 +274,8 @@ def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -
     Rank 0 draws. Each is written beside and renamed, so a run that is killed goes on with the next one.
 
     Raises:
-        UserError: on every rank, if the model cannot draw them, or they cannot be written.
+        UserError: on every rank, if the model cannot draw them, they cannot be written, or those that are
+            there were drawn otherwise.
     """
     if not hasattr(dataset, "missing_pictures"):
         return
@@ -208,17 +286,30 @@ def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -
 
 
 def _to_draw(missing: MissingPictures | None, model: TrainableModel) -> MissingPictures | None:
-    """What is missing, if this model can draw it."""
+    """What is missing, if this model can draw it, and has drawn what a run has drawn before."""
     if missing is None:
         return None
-    lack = f"'{missing.folder}' lacks {len(missing.numbers)} class pictures"
     if not isinstance(model, MaskedImageModel) or model.assets:
+        check_can_draw(missing, model)
+        return None
+    missing.claim(model.origin)
+    if missing.numbers:
+        print(f"{_lack(missing)}: drawing '{missing.prompt}' before training", flush=True)
+    return missing
+
+
+def check_can_draw(missing: MissingPictures, model: TrainableModel) -> None:
+    """Raises UserError where pictures are missing and this model draws none from text."""
+    if missing.numbers and (not isinstance(model, MaskedImageModel) or model.assets):
         why = "is built from nothing" if model.assets else "draws nothing from text"
         raise UserError(
-            f"{lack}, and the model, which {why}, cannot draw them; add them, or start from a trained model"
+            f"{_lack(missing)}, and the model, which {why}, cannot draw them; add them, or start from a "
+            "trained model"
         )
-    print(f"{lack}: drawing '{missing.prompt}' before training", flush=True)
-    return missing
+
+
+def _lack(missing: MissingPictures) -> str:
+    return f"'{missing.folder}' lacks {len(missing.numbers)} class pictures"
 
 
 def _draw_one(missing: MissingPictures, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
@@ -244,7 +335,7 @@ def _draw_one(missing: MissingPictures, number: int, model: TrainableModel, opti
 
 
 def announce(runner: Runner, resolved: Mapping[str, Any], device: torch.device) -> None:
-    """What will be trained, in two lines: sizes, and what the square crop costs."""
+    """What will be trained: its sizes, and what of pictures and captions is cut off."""
     loop = runner.train_loop
     precision, why = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
     trained = sum(parameter.numel() for parameter in runner.trainable.parameters() if parameter.requires_grad)
@@ -263,9 +354,15 @@ def build_hooks(resolved: Mapping[str, Any]) -> list[Hook]:
 
 
 def report_survey(runner: Runner, stream: Stream) -> None:
-    """What the square crop costs these pictures, where the data can tell sizes without decoding."""
+    """What the square crop costs, where the data can tell sizes without decoding; and captions cut."""
+    if distributed.rank() != 0:
+        return
     sizes: Sequence[int] = [
         transform.size for transform in stream.image_transforms if hasattr(transform, "size")
     ]
-    if sizes and hasattr(stream.dataset, "size") and distributed.rank() == 0:
+    if sizes and hasattr(stream.dataset, "size"):
         runner.logger.info(survey(stream.dataset, sizes[-1]))  # type: ignore[arg-type]
+    if hasattr(stream.dataset, "captions"):
+        line = survey_captions(stream.dataset.captions(), runner.trainable.caption_lengths)
+        if line:
+            runner.logger.info(line)

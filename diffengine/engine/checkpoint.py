@@ -1,6 +1,7 @@
 """Checkpoints: plain, only what training changes, written beside and renamed.
 
     {"format", "name", "config"   the config as JSON text, references and all
+     "folder"     where its relative paths start
      "model"      what training changes, by name
      "assets"     learnt text files
      "optimizer", "param_scheduler", "scaler"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffengine.errors import Told, UserError
+from diffengine.errors import Told, UserError, disk_for_user
 
 T = TypeVar("T")
 
@@ -97,7 +97,8 @@ def on_rank_0(work: Callable[[], T]) -> T:
     timeout.
 
     Raises:
-        UserError: `work` raised it on rank 0. The others raise `Told`, so that none is left waiting.
+        UserError: `work` raised it on rank 0, or the disk refused it. The others raise `Told`, so that none
+            is left waiting.
     """
     if world_size() == 1:
         return work()
@@ -105,7 +106,8 @@ def on_rank_0(work: Callable[[], T]) -> T:
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            box[1] = work()
+            with disk_for_user():
+                box[1] = work()
         except UserError as error:
             fault, box[0] = error, str(error)
     dist.broadcast_object_list(box, src=0)
@@ -122,7 +124,8 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     fault: UserError | None = None
     value: T | None = None
     try:
-        value = work()
+        with disk_for_user():
+            value = work()
     except UserError as error:
         fault = error
     share_fault(fault)

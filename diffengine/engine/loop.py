@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from diffengine.datasets import Stream, steps_for_epochs
 from diffengine.engine import distributed
+from diffengine.engine.compiling import Compile
 from diffengine.engine.micro import MicroBatches, free_memory, out_of_step, too_large
 from diffengine.errors import UserError
 
@@ -76,6 +77,8 @@ class StepLoop(BaseLoop):
         micro_batch_size: samples per forward on one device, at most; None for a rank's whole share of the
             step. Where the memory does not hold so many, it halves.
         tf32: let fp32 matrix products on the GPU use TF32.
+        compile: run the model's blocks as `torch.compile` makes them: True, False, or "auto" for where it
+            pays within the run. Equal to rounding; dropout draws other numbers, the same in each run.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class StepLoop(BaseLoop):
         max_iters: int | None = None,
         micro_batch_size: int | None = None,
         tf32: bool = True,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(
             None, dataloader
@@ -97,6 +101,7 @@ class StepLoop(BaseLoop):
         self.max_iters = count_iters(max_epochs, max_iters, self.num_samples, self.batch_size)
         self.max_epochs: int = self._epochs_at(self.max_iters) if max_epochs is None else max_epochs
         self.micro = MicroBatches(self.batch_size, micro_batch_size)
+        self.compile: Compile = compile
         self._unproven = TRIALS if distributed.world_size() > 1 else 0
         self.done = 0  # optimizer steps taken
         self.iter = 0  # mmengine's: the same, but in `after_train_iter` it still names the step just taken

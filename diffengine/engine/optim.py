@@ -14,6 +14,7 @@ from diffengine.registry import build, resolve
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 has none
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, str]:
@@ -142,7 +143,7 @@ class StepOptimWrapper(OptimWrapper):
         """The precision that `forward` runs in."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         self.scaler.scale(loss).backward(**kwargs)

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -31,6 +32,13 @@ from diffengine.models.base import TrainableModel
 NO_DEFAULT_HOOKS = dict.fromkeys(
     ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
 )
+
+
+class LogFile(logging.FileHandler):
+    """A log file that cannot be written is an error; logging's own would print a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # the error it is called for
 
 
 @final
@@ -102,14 +110,15 @@ class Runner(MMRunner):
         logger = logging.getLogger("diffengine.run")
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # the disk of the run before may be full
+                handler.close()
         logger.propagate = False
         logger.setLevel(logging.ERROR)  # mmengine's own lines; ours are let through once it stands
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
         if self._rank == 0:
-            file = logging.FileHandler(Path(self.work_dir) / "log.txt", encoding="utf-8")
+            file = LogFile(Path(self.work_dir) / "log.txt", encoding="utf-8")
             file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(file)
         return logger

@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from diffengine.config import BUILDERS, PLAIN, REFERENCE, SECTIONS, resolve
 from diffengine.engine import checkpoint
 from diffengine.errors import UserError
+from diffengine.signatures import kinds_in, with_defaults
 
-# A resumed run may change these freely; anything else would make it another run than the one that was
-# stopped.
-FREE = (
-    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "work_dir",
-    "default_hooks", "custom_hooks", "vis_backends",
-)  # fmt: skip
+# Sections and options that a resumed run may change; anything else would make it another run than the one
+# that was stopped.
+FREE = {
+    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "compile",
+    "work_dir", "default_hooks", "custom_hooks", "vis_backends", "token_cache",
+}  # fmt: skip
 
 
 def collect(runner: Any) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def collect(runner: Any) -> dict[str, Any]:
         "format": checkpoint.FORMAT,
         "name": runner.name,
         "config": json.dumps(runner.settings, ensure_ascii=False),
+        "folder": str(Path.cwd()),
         "model": runner.trainable.trained_state(),
         "assets": dict(runner.trainable.assets),
         "optimizer": runner.optim_wrapper.optimizer.state_dict(),
@@ -80,24 +83,40 @@ def with_average(state: Mapping[str, Any], source: str) -> dict[str, Any]:
 def check_same_run(state: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
     """Refuse to resume a run under a config that would make it another one.
 
+    What counts is what each part is given, the defaults of its class included: an option that only one of the
+    two configs names is no change where it says what the class takes anyway.
+
     Raises:
         UserError: what differs, with both values.
     """
-    before, now = _flat(json.loads(state["config"])), _flat(settings)
-    missing = object()
+    saved = json.loads(state["config"])
+    parts = [_parts(resolve(config)) for config in (saved, settings)]
+    known = set(kinds_in(parts[1]))  # no other class is imported on a checkpoint's word
+    before, now = (_flat(with_defaults(part, known)) for part in parts)
+    written = {**_flat(saved), **_flat(settings)}
     changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        f"{_setting(written.get(key)) or key} was {_spell(before, key)} and is {_spell(now, key)}"
         for key in dict.fromkeys([*before, *now])
-        if before.get(key, missing) != now.get(key, missing) and not _free(key, before, now)
+        if (key in before, before.get(key)) != (key in now, now.get(key)) and not FREE & {*key.split(".")}
     ]
     if changed:
         raise UserError(
-            f"cannot resume '{path}' under another config: {'; '.join(changed[:5])}; repeat the flags it was "
-            "started with, or start a run of its own with --work-dir"
+            f"cannot resume '{path}' under another config: {'; '.join(list(dict.fromkeys(changed))[:5])}; "
+            "repeat the flags it was started with, or start a run of its own with --work-dir"
         )
 
 
+def _parts(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a resolved config, each with what builds it; and what the engine reads as it is."""
+    acting = {key: value for key, value in config.items() if key in SECTIONS | PLAIN.keys()}
+    built = {name: {**config.get(name, {}), "type": builder} for name, builder in BUILDERS.items()}
+    return {**PLAIN, **acting, **built}
+
+
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted path; a list of parts by their places."""
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = {str(place): item for place, item in enumerate(config)}
     if isinstance(config, dict):
         return {
             name: leaf
@@ -107,10 +126,11 @@ def _flat(config: Any, path: str = "") -> dict[str, Any]:
     return {path[1:]: config}
 
 
-def _free(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a key is free, or a setting that only free keys refer to."""
-    parts = key.split(".")
-    if parts[0] in FREE or parts[-1] in FREE:
-        return True
-    users = [name for leaves in (before, now) for name, leaf in leaves.items() if leaf == f"${{{key}}}"]
-    return bool(users) and all(name.split(".")[0] in FREE or name.split(".")[-1] in FREE for name in users)
+def _setting(leaf: Any) -> str | None:
+    """The setting that stands here by its name alone."""
+    found = REFERENCE.fullmatch(leaf) if isinstance(leaf, str) else None
+    return found[1] if found else None
+
+
+def _spell(leaves: dict[str, Any], key: str) -> str:
+    return repr(leaves[key]) if key in leaves else "not set"

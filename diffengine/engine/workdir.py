@@ -92,7 +92,7 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         _lock(work_dir)
-        _refuse_foreign(work_dir)
+        _refuse_foreign(work_dir, [*OURS, "model_index.json", *_models(work_dir)])
     except OSError as error:
         raise UserError(f"cannot use work dir '{work_dir}': {error}") from error
     if resume is None:
@@ -117,12 +117,14 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
     return path
 
 
-def _refuse_foreign(work_dir: Path) -> None:
-    """A folder in use for something else is not a work dir: a run would overwrite what it holds."""
-    if _is_ours(work_dir):
-        return
-    found = [name for name in [*OURS, "model_index.json"] if (work_dir / name).exists()] + _models(work_dir)
-    if found:
+def _refuse_foreign(work_dir: Path, names: Iterable[str]) -> None:
+    """A folder in use for something else is not a work dir: a run would overwrite what it holds.
+
+    Raises:
+        UserError: one of these is there, and no run wrote it.
+    """
+    found = [name for name in names if (work_dir / name).exists()]
+    if found and not _is_ours(work_dir):
         raise UserError(
             f"work dir '{work_dir}' holds '{found[0]}', which no run wrote there; choose another --work-dir"
         )
@@ -137,11 +139,7 @@ def begin(work_dir: Path, settings: dict[str, Any], name: str, anew: bool, compo
     Raises:
         UserError: one of these is there, and no run wrote it.
     """
-    foreign = [] if _is_ours(work_dir) else [name for name in components if (work_dir / name).exists()]
-    if foreign:
-        raise UserError(
-            f"work dir '{work_dir}' holds '{foreign[0]}', which no run wrote there; choose another --work-dir"
-        )
+    _refuse_foreign(work_dir, components)
     stale = list(work_dir.glob(".*.part"))
     if anew:
         stale += [work_dir / part for part in (*OURS, *components)] + checkpoint.paths(work_dir)

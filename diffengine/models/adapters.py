@@ -113,6 +113,13 @@ def config_of(module: nn.Module) -> PeftConfig | None:
     return configs.get(NAME) if isinstance(configs, Mapping) else None
 
 
+def uses_base_as_it_is(module: nn.Module) -> bool:
+    """Whether a module's adapter adds to what its base layers give, and reads their weights no further."""
+    config = config_of(module)
+    adds = {"LORA", "LOKR", "LOHA"}
+    return config is not None and config.peft_type in adds and not getattr(config, "use_dora", False)
+
+
 # ------------------------------------------------------------------------------------------ files
 
 

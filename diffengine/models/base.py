@@ -5,7 +5,7 @@ EMA and DDP never see them. Its submodules are what training changes, under the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
+from diffengine.models.precision import hold_frozen
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
@@ -35,14 +36,50 @@ class Frozen(Generic[ModuleT]):
     def __init__(self, load: Callable[[], ModuleT]) -> None:
         self._load = load
         self._module: ModuleT | None = None
+        self._dtype: torch.dtype | None = None
 
-    def on(self, device: torch.device) -> ModuleT:
-        """The module, on `device`."""
+    def on(self, device: torch.device, parts: Sequence[str] = ()) -> ModuleT:
+        """The module, on `device`: all of it, or only those children that are `parts`."""
         if self._module is None:
             self._module = self._load().eval().requires_grad_(False)
-        if next(self._module.parameters()).device != device:
-            self._module.to(device)
+            if self._dtype is not None:
+                hold_frozen(self._module, self._dtype)
+        for name, child in self._module.named_children():
+            if (not parts or name in parts) and _device_of(child) not in (device, None):
+                child.to(device)
         return self._module
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """From when it is loaded on, keep its weights as `precision.hold_frozen` does."""
+        assert self._module is None
+        self._dtype = dtype
+
+    @property
+    def devices(self) -> dict[str, torch.device | None]:
+        """Where each child is; empty while nothing is loaded."""
+        children = () if self._module is None else self._module.named_children()
+        return {name: _device_of(child) for name, child in children}
+
+    def back(self, devices: Mapping[str, torch.device | None]) -> None:
+        """Each child to where it was when `devices` was read; to the host, if it was not loaded."""
+        children = () if self._module is None else self._module.named_children()
+        for name, child in children:
+            child.to(devices.get(name) or "cpu")
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
+@contextmanager
+def visiting(frozen: Iterable[Frozen]) -> Iterator[None]:
+    """Frozen modules that are used inside go back to where they were."""
+    before = [(module, module.devices) for module in frozen]
+    try:
+        yield
+    finally:
+        for module, devices in before:
+            module.back(devices)
 
 
 @contextmanager
@@ -56,6 +93,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class NotFinite(UserError):
+    """A model whose outputs are infinite or no numbers draws nothing."""
 
 
 @dataclass
@@ -83,6 +124,51 @@ class Picture:
 
     label: str
     image: Image.Image
+
+
+class Encoder(ABC):
+    """What of pictures and captions does not change while a model trains, and so can be computed once.
+
+    What it gives is what `prepare` and `forward` would compute of the same pictures and captions.
+
+    Attributes:
+        batch_size: pictures encoded at once; their outputs may depend on it, in the last bits.
+    """
+
+    batch_size: int
+
+    @abstractmethod
+    def picture_key(self) -> dict[str, str]:
+        """Digests of all that `encode_pictures` depends on, by what to call it: {"VQ model": ...}."""
+
+    @abstractmethod
+    def encode_pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Pictures (B,3,H,W) in [0,1] as what takes the place of a sample's `image`: on the host, (B,...)."""
+
+    @abstractmethod
+    def caption_key(self, embeddings: bool) -> dict[str, str]:
+        """As `picture_key`, of `encode_captions`."""
+
+    @abstractmethod
+    def encode_captions(self, captions: list[str], embeddings: bool) -> dict[str, Tensor]:
+        """Captions as what `prepare` makes of them, on the host, (B,...).
+
+        Args:
+            embeddings: with the text encoder's outputs, in the autocast around it.
+        """
+
+    @property
+    @abstractmethod
+    def embedding_bytes(self) -> int | None:
+        """Of one caption's embeddings; None where they change while training."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """The encoders go back to the host: what is in a cache needs them no more."""
+
+    @abstractmethod
+    def use_captions(self, lookup: Callable[[str], Mapping[str, np.ndarray] | None]) -> None:
+        """From now on take what `encode_captions` gave for a caption, where `lookup` has it."""
 
 
 class TrainableModel(nn.Module, ABC):
@@ -113,6 +199,15 @@ class TrainableModel(nn.Module, ABC):
     def sample_draw(self) -> SampleDraw | None:
         """What is drawn or checked per sample, as the data pipeline's last transform; light and picklable."""
 
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder | None:
+        """What a cache may keep of the samples; None where the model learns from pixels."""
+
+    @abstractmethod
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        """How many tokens each caption has; and the most that the model reads of one, 0 if it reads none."""
+
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
         """A collated host batch as `forward` takes it, on the model's device. No gradients, autocast off."""
@@ -125,6 +220,18 @@ class TrainableModel(nn.Module, ABC):
             The loss *summed* over what is learnt from (`batch["num_targets"]` counts it, on the host), a
             scalar on the device; and detached sums over the same targets to log. Nothing reads the device.
         """
+
+    @abstractmethod
+    def compile_blocks(self) -> int:
+        """From now on run blocks compiled where gradients are recorded; how many there are, 0 where none.
+
+        Called at most once, before training, with the model on its device. A block is compiled when it first
+        runs.
+        """
+
+    @abstractmethod
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Keep frozen weights in `dtype`, that of the autocast around every use, where it changes nothing."""
 
     @abstractmethod
     def before_step(self, step: int) -> None:
@@ -162,7 +269,28 @@ class TrainableModel(nn.Module, ABC):
 
     @abstractmethod
     def preview(self, request: PreviewRequest) -> list[Picture]:
-        """Labelled pictures of what the model can do now. Touches no global random state."""
+        """Labelled pictures of what the model can do now. Touches no global random state.
+
+        Raises:
+            NotFinite: there is nothing to show.
+        """
+
+    @final
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, what `hold_frozen` changed is as it was loaded, on the host, and may be exported."""
+        held = []
+        try:
+            for name, module in self.exportable.items():
+                low = {key: value for key, value in module.named_parameters() if value.dtype != torch.float32}
+                base = self.base(name).state_dict() if low else {}
+                for key, value in low.items():
+                    held.append((value, value.data))
+                    value.data = base[key.replace(".base_layer", "")]
+            yield
+        finally:
+            for value, data in held:
+                value.data = data
 
     @final
     def trained_state(self) -> dict[str, Tensor]:
@@ -207,6 +335,11 @@ class TrainableModel(nn.Module, ABC):
 
 class MaskedImageModel(TrainableModel):
     """A model of masked image tokens that diffusers' AmusedPipeline can draw with."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """What it was before training, by a name that serves anywhere: the hub's, or a folder's full path."""
 
     @abstractmethod
     def build_pipeline(self) -> Any:

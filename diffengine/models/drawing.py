@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import AmusedPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffengine.models.base import NotFinite
 from diffengine.models.masking import CheckSides
 
 
@@ -27,7 +28,7 @@ def draw(
         options: AmusedPipeline's.
 
     Raises:
-        UserError: a resolution that the model cannot draw.
+        UserError: a resolution that the model cannot draw; or `NotFinite`.
     """
     return _decode(pipeline, _tokens(pipeline, prompt, seed, resolution, options))
 
@@ -58,9 +59,22 @@ def _tokens(
     if resolution is not None:
         sides_of(pipeline.vqvae.config, pipeline.transformer.config).grid(resolution, resolution)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(
-        prompt, height=resolution, width=resolution, generator=generator, output_type="latent", **options
-    ).images
+    handle = pipeline.transformer.register_forward_hook(_refuse_broken)
+    try:
+        return pipeline(
+            prompt, height=resolution, width=resolution, generator=generator, output_type="latent", **options
+        ).images
+    finally:
+        handle.remove()
+
+
+def _refuse_broken(module: nn.Module, arguments: Any, logits: Tensor) -> None:
+    """From what is no number no token is drawn: torch would say so without clear words, and a GPU be lost."""
+    if not torch.isfinite(logits).all():
+        raise NotFinite(
+            "the model's outputs are not finite, so it draws nothing; train with a lower learning rate, or "
+            "draw in bf16 or fp32"
+        )
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """Loading one component from a folder or a hub name, with errors for the person who named it."""
 
 import difflib
+import hashlib
 import inspect
-import logging
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from diffengine.errors import UserError
 
@@ -26,7 +28,6 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports where it is installed
 
 
 def component_folder(origin: str, name: str) -> Path | None:
@@ -56,7 +57,7 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         if name and folder.name != name and not list(folder.glob("*config.json")):
             raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {_listing(folder)}")
         where = {"pretrained_model_name_or_path": str(folder)}
-    elif origin.startswith((".", "/", "~")) or origin.count("/") != 1:
+    elif origin.startswith((".", "/", "~")) or origin.count("/") != 1 or origin.endswith(".pth"):
         raise UserError(
             f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub "
             "name such as amused/amused-512"
@@ -95,6 +96,20 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPUs
         yield
+
+
+def digest(module: nn.Module | None, config: Mapping[str, Any]) -> str:
+    """Of what a component does: its sizes and every byte of its weights; not of where it was saved."""
+    sizes = {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in ("architectures", "dtype", "transformers_version")
+    }
+    found = hashlib.blake2b(json.dumps(sizes, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()) if module else ():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def unknown_sizes(name: str, sizes: Iterable[str], kind: Any) -> list[str]:

@@ -186,7 +186,7 @@ def test_image_variations_repeat_the_picture_but_not_the_rest():
         sample = ours[position]
         forms.setdefault((index, epoch % 2), set()).add(sample["image"].numpy().tobytes())
         rest.setdefault(index, set()).add((sample["t"], sample["num_targets"]))
-        cached = ours.image_sample(index, epoch % 2)
+        cached = ours.picture_forms([2 * index + epoch % 2])[0]
         assert torch.equal(cached["image"], sample["image"])
         assert torch.equal(cached["micro_conds"], sample["micro_conds"])
     assert all(len(pictures) == 1 for pictures in forms.values())
@@ -229,7 +229,7 @@ def test_a_replaced_picture_takes_the_forms_of_its_own_index():
     ours = stream(Photos(3, broken=[0]), image_variations=1, skip_unreadable=True)
     for position in range(6):
         _, index = ours.locate(position)
-        assert torch.equal(ours[position]["image"], ours.image_sample(index or 1, 0)["image"])
+        assert torch.equal(ours[position]["image"], ours.picture_forms([index or 1])[0]["image"])
 
 
 def test_no_picture_can_be_read():

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_without_class_pictures(dogs):
 
 
 def test_missing_pictures_have_the_first_free_numbers(dogs, tmp_path):
-    assert subject(dogs, num_class_images=5).missing_pictures() is None
+    assert subject(dogs, num_class_images=5).missing_pictures().numbers == []
     folder = Path(dogs[1])
     Image.new("RGB", (4, 4)).save(folder / "000001.png")
     (folder / ".000000.png.part").write_bytes(b"half of one")
@@ -111,3 +112,35 @@ def test_folders_that_are_none_or_hold_one_another(dogs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file', which is no folder"):
         subject((dogs[0], str(tmp_path / "file"))).missing_pictures()
+
+
+def test_drawn_pictures_are_kept_for_what_drew_them_alone(dogs):
+    folder = Path(dogs[1])
+    record = folder / "drawn.json"
+    subject(dogs, num_class_images=5).missing_pictures().claim("base")  # somebody's own, none missing
+    assert not record.exists()
+    missing = subject(dogs, num_class_images=7).missing_pictures()
+    missing.claim("base")
+    told = {"prompt": "a photo of a dog", "base": "base", "options": {}}
+    assert json.loads(record.read_text()) == {**told, "pictures": ["000000.png", "000001.png"]}
+    other = subject(dogs, class_prompt="a cat").missing_pictures()
+    other.claim("base")  # none of them has been drawn yet
+    write(folder, ["000000.png", "000001.png"])
+    missing = subject(dogs, num_class_images=8).missing_pictures()
+    missing.claim("base")
+    assert json.loads(record.read_text())["pictures"] == ["000000.png", "000001.png", "000002.png"]
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    drawing = subject(dogs, class_drawing={"strip": True}).missing_pictures()
+    for wrong, base, text in [
+        (other, "base", "prompt was 'a photo of a dog' and is 'a cat'; choose another class_data, delete"),
+        (missing, "new", "2 class pictures that were drawn otherwise: base was 'base' and is 'new'; choose"),
+        (drawing, "base", r"options was \{\} and is \{'strip': True\}; .* or delete drawn.json to keep them"),
+    ]:
+        with pytest.raises(UserError, match=text):
+            wrong.claim(base)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    record.write_text("[")
+    with pytest.raises(UserError, match=r"cannot keep class pictures in .*class'"):
+        other.claim("base")
+    record.unlink()
+    other.claim("base")

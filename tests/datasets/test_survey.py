@@ -1,6 +1,6 @@
 import pytest
 
-from diffengine.datasets import UnreadablePicture, survey
+from diffengine.datasets import UnreadablePicture, survey, survey_captions
 from diffengine.errors import UserError
 
 
@@ -40,3 +40,29 @@ def test_unreadable_pictures_are_counted():
     assert survey(Sizes([None]), 1) == "1 pictures; 1 cannot be read"
     with pytest.raises(UserError, match="limit 0"):
         survey(Sizes([None]), 1, limit=0)
+
+
+def words(captions):
+    """A model that reads four words of a caption."""
+    return [len(caption.split()) for caption in captions], 4
+
+
+def test_captions_that_are_cut_are_counted():
+    captions = ["a b", "a b c d", "a b c d e", "a b c d e f g"]
+    said = "4 captions: 2 are longer than 4 tokens and are cut there; the longest has 7"
+    assert survey_captions(iter(captions), words) == said
+    assert survey_captions(captions[:2], words) is None
+    assert survey_captions([], words) is None
+    assert survey_captions(captions, lambda captions: ([0] * len(captions), 0)) is None
+
+
+def test_many_captions_are_sampled_evenly():
+    asked = []
+
+    def lengths(captions):
+        asked.extend(captions)
+        return [5] * len(captions), 4
+
+    said = "1001 captions, 11 of them looked at: 11 are longer than 4 tokens"
+    assert survey_captions(map(str, range(1001)), lengths, limit=11).startswith(said)
+    assert asked == [str(place) for place in range(0, 1001, 100)]

@@ -74,6 +74,21 @@ def test_resize_brings_the_short_side_to_size(size, expected):
     assert sample["original_size"] == size
 
 
+def test_of_a_line_only_the_middle_is_resized():
+    """Up to 64 times as long as wide all pixels are as ever; of what is longer, as of its middle alone."""
+    line = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 258, 3), dtype=np.uint8))
+    whole = line.crop((0, 0, 256, 4))
+    for image in (whole, whole.transpose(Image.Transpose.TRANSPOSE)):
+        width, height = (side * 2 for side in image.size)
+        expected = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+        assert Resize(8)({"image": image}, rng())["image"].tobytes() == expected.tobytes()
+    middle = line.crop((1, 0, 257, 4))
+    for turn in (lambda image: image, lambda image: image.transpose(Image.Transpose.TRANSPOSE)):
+        got, wanted = (Resize(8)({"image": turn(image)}, rng()) for image in (line, middle))
+        assert got["original_size"] == turn(line).size
+        assert got["image"].tobytes() == wanted["image"].tobytes()
+
+
 def triangle(pixels, length):
     """Bilinear shrinking with antialiasing along the first axis: triangles as wide as the scale."""
     scale = len(pixels) / length

@@ -23,8 +23,8 @@ def test_it_holds_what_training_changes_and_nothing_else(toy: Toy, reference: Pa
     path = reference / "iter_12.pth"
     state = torch.load(path, weights_only=True)
     assert list(state) == [
-        "format", "name", "config", "model", "assets", "optimizer", "param_scheduler", "scaler", "counters",
-        "num_samples",
+        "format", "name", "config", "folder", "model", "assets", "optimizer", "param_scheduler", "scaler",
+        "counters", "num_samples",
     ]  # fmt: skip
     runner = runs.build(toy.config("look"), toy.root / "look")
     transformer = runner.trainable.module("transformer")
@@ -171,11 +171,13 @@ def test_a_run_that_would_fill_the_disk_is_refused_at_the_start(
     toy: Toy, tmp_path: Path, free: Callable[[int], None], capsys: pytest.CaptureFixture
 ) -> None:
     free(MEGABYTE)
-    assert train(toy.config("full", max_iters=4, checkpoint_every=1, keep_checkpoints=2), tmp_path) == 2
+    settings = {"max_iters": 4, "checkpoint_every": 1, "keep_checkpoints": 2, "prompts": ["a cat"]}
+    assert train(toy.config("full", **settings), tmp_path) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "has 1.0 MB free; 3 checkpoints of 4.7 MB need 14.0 MB" in said
     assert not list(tmp_path.glob("*.pth"))
+    assert not (tmp_path / "previews").exists()
 
 
 class Adds(Hook):

@@ -1,6 +1,8 @@
 """What a data set lacks is drawn by the base model before training, once, and nothing else is touched."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
     kept = {name: (folder / name).read_bytes() for name in ("000001.png", "mine.jpg")}
     path = _config(toy, "drawn", folder, 6)
     assert in_child(_killed_at, 3, path, tmp_path / "run") == -signal.SIGKILL
-    assert {file.name for file in folder.iterdir()} == {*kept, "000000.png", "000002.png"}
+    assert {file.name for file in folder.iterdir()} == {*kept, "000000.png", "000002.png", "drawn.json"}
     assert not list((tmp_path / "run").iterdir())  # nothing was written before
     (folder / ".000003.png.part").write_bytes(b"what a kill in the middle of writing leaves")
     drawn = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000002.png")}
@@ -59,7 +61,13 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert f"lacks 2 class pictures: drawing '{PROMPT}' before training" in said
     assert "drew 2/2 class pictures" in said
-    assert {file.name for file in folder.iterdir()} == {*kept, *drawn, "000003.png", "000004.png"}
+    assert {file.name for file in folder.iterdir()} == {
+        *kept,
+        *drawn,
+        "000003.png",
+        "000004.png",
+        "drawn.json",
+    }
     assert {name: (folder / name).read_bytes() for name in kept} == kept
     assert {name: (folder / name).stat().st_mtime_ns for name in drawn} == drawn
 
@@ -70,6 +78,13 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
     assert train(path, tmp_path / "run", "--overwrite") == 0
     assert "lacks" not in capsys.readouterr().out
+    made = json.loads((folder / "drawn.json").read_text())
+    assert (made["prompt"], made["base"]) == (PROMPT, str(toy.model))
+    assert made["pictures"] == ["000000.png", "000002.png", "000003.png", "000004.png"]
+    twin = shutil.copytree(toy.model, tmp_path / "twin")
+    assert train(path, tmp_path / "run", "--overwrite", "--pretrained", str(twin)) == 2
+    said = capsys.readouterr().err
+    assert f"4 class pictures that were drawn otherwise: base was '{toy.model}' and is '{twin}'; " in said
 
 
 def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:
@@ -125,7 +140,7 @@ def _from_nothing(toy: Toy) -> dict[str, Any]:
 def test_a_folder_that_cannot_be_written(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = _config(toy, "unwritten", tmp_path / "file" / "class", 2)
-    with pytest.raises(UserError, match=r"cannot write class picture '.*000000\.png'"):
+    with pytest.raises(UserError, match=r"cannot keep class pictures in '.*class'"):
         runs.build(path, tmp_path / "run")
 
 
@@ -139,4 +154,8 @@ def _two(toy: Toy, folder: Path, work_dir: Path) -> None:
 
 def test_one_rank_draws_and_the_other_waits(toy: Toy, tmp_path: Path) -> None:
     runs.on_ranks(2, _two, toy, tmp_path / "class", tmp_path / "run")
-    assert {file.name for file in (tmp_path / "class").iterdir()} == {"000000.png", "000001.png"}
+    assert {file.name for file in (tmp_path / "class").iterdir()} == {
+        "000000.png",
+        "000001.png",
+        "drawn.json",
+    }

@@ -1,11 +1,13 @@
 """Start-up under launchers."""
 
+import errno
 import os
 
 import pytest
 
 from diffengine.engine import distributed
-from diffengine.errors import UserError
+from diffengine.errors import Told, UserError
+from tests.engine.runs import on_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PORT")
 
@@ -49,3 +51,20 @@ def test_slurm_names_become_torchs(bare: pytest.MonkeyPatch) -> None:
 def test_a_launcher_that_is_not_there(bare: pytest.MonkeyPatch, launcher: str, text: str) -> None:
     with pytest.raises(UserError, match=text):
         distributed.start(launcher)
+
+
+def _full_disk() -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    first = distributed.rank() == 0
+    for share, work in ((distributed.on_rank_0, full), (distributed.on_all_ranks, full if first else int)):
+        with pytest.raises(
+            UserError if first else Told, match=r"write 'metrics\.jsonl': No space left"
+        ) as caught:
+            share(work)
+        assert isinstance(caught.value, Told) != first
+
+
+def test_a_full_disk_on_one_rank_ends_all() -> None:
+    on_ranks(2, _full_disk)

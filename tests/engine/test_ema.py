@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UVit2DModel
 from mmengine.hooks import Hook
 from torch import Tensor
 
@@ -132,6 +133,15 @@ def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> N
     assert drawn[0] == drawn[2]
     assert drawn[1] != drawn[3]
 
+    said = (
+        f"what a run exports at its end are the weights of the last step: diffengine convert {with_one} --ema"
+    )
+    logs = [(folder / "log.txt").read_text() for folder in (with_one, without)]
+    assert [said in log for log in logs] == [True, False]
+    exported = UVit2DModel.from_pretrained(with_one / "transformer").state_dict()
+    last = checkpoint.read(with_one / "iter_3.pth")["model"]
+    assert all(torch.equal(item, last[f"transformer.{name}"]) for name, item in exported.items())
+
     live = {name: item.clone() for name, item in runner.trainable.named_parameters()}
     average = checkpoint.read(with_one / "iter_3.pth")["ema"]["weights"]
     with averaged_weights(runner):
@@ -144,8 +154,6 @@ def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> N
 def test_convert_writes_the_average(
     toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from diffusers import UVit2DModel
-
     path, file = toy.config("averaged", **SETTINGS), whole[0] / "iter_6.pth"
     state = checkpoint.read(file)
     weights = {"--ema": state["ema"]["weights"], None: state["model"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffengine import cli
-from tests.engine.runs import Toy, train
+from tests.engine.runs import Toy, build, train
 
 
 def fault(capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,3 +70,27 @@ def test_a_folder_of_somebody_elses_is_left_alone(
     assert train(toy.config("foreign"), tmp_path) == 2
     assert "which no run wrote there" in fault(capsys)
     assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("letters", "told"), [(62, False), (63, True)])
+def test_captions_that_are_cut_are_told(toy: Toy, tmp_path: Path, letters: int, told: bool) -> None:
+    """A letter is a token of the toy's, start and end are two more, and it reads 64."""
+    caption = " ".join("x" * letters)
+    build(toy.config("long"), tmp_path, f"train_dataloader.dataset.caption={caption}")
+    line = "10 captions: 10 are longer than 64 tokens and are cut there; the longest has 65\n"
+    assert (line in (tmp_path / "log.txt").read_text()) == told
+
+
+@pytest.mark.parametrize("name", ["log.txt", "previews/.000002.png.part"])
+def test_a_full_disk_ends_a_run_in_one_line(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    path = toy.config("filled", prompts=["a cat"])
+    assert train(path, tmp_path) == 0
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/full")
+    capsys.readouterr()
+    assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=2") == 2
+    said = "diffengine train: error: cannot read or write a file: No space left on device; make room or allow"
+    (line,) = fault(capsys).splitlines()
+    assert line.startswith(said)

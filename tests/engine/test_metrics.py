@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffengine.engine.hooks import PreviewHook, metrics
 from diffengine.engine.hooks.metrics import duration
 from tests.engine import runs
 from tests.engine.runs import TEXT_TOO, Toy, train
@@ -186,6 +187,58 @@ def test_a_line_is_the_mean_over_its_intervals_targets(toy: Toy, tmp_path: Path)
     assert set(shown) == set(lines[0]) - {"iter", "epoch"}
 
 
+PARTS = {"memory_weights_gb", "memory_gradients_gb", "memory_optimizer_gb", "checkpoint_gb"}
+
+
+def test_the_parts_of_memory_are_told_once(toy: Toy, tmp_path: Path) -> None:
+    """With the first line after the first step, also of a resumed run."""
+    settings = {"max_iters": 8, "log_every": 3, "checkpoint_every": 4, "keep_checkpoints": 1}
+    path = toy.config("parts", cache=False, **settings)
+    assert train(path, tmp_path) == 0
+    lines = runs.metrics(tmp_path)
+    assert [line["iter"] for line in lines if PARTS & set(line)] == [3]
+    line = lines[1]
+    assert set(line) - set(lines[0]) == PARTS
+    weights = dict(runs.build(path, tmp_path / "other").trainable.named_parameters())
+    count = sum(item.numel() for item in weights.values())
+    assert line["memory_gradients_gb"] == 4 * count / 1e9
+    assert line["memory_optimizer_gb"] == (8 * count + 4 * len(weights)) / 1e9
+    assert line["memory_weights_gb"] > 4 * count / 1e9  # with the frozen ones
+    assert line["checkpoint_gb"] == pytest.approx((tmp_path / "iter_8.pth").stat().st_size / 1e9, rel=0.01)
+    log = (tmp_path / "log.txt").read_text()
+    (said,) = [line for line in log.splitlines() if " memory: " in line]
+    assert "memory: weights 2.8 MB, gradients 1.6 MB, optimizer 3.1 MB; on disk 2 x 4.8 MB of " in said
+    assert said.endswith(" left")
+    assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=11") == 0
+    assert [line["iter"] for line in runs.metrics(tmp_path) if PARTS & set(line)] == [3, 11]
+
+
+def test_previews_are_not_in_the_peak(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose peak is counted: steps take 2 bytes, and from the fifth on 3; previews take 9."""
+    taken = {"peak": 0}
+
+    def take(count: int) -> None:
+        taken["peak"] = max(taken["peak"], count)
+
+    monkeypatch.setattr(metrics, "peak_bytes", lambda: taken["peak"])
+    monkeypatch.setattr(metrics, "reset_peak", lambda: taken.update(peak=0))
+    monkeypatch.setattr(PreviewHook, "_draw", lambda hook, runner: take(9))
+    path = toy.config("peaks", max_iters=6, preview_every=2, prompts=["a cat"])
+    runner = runs.build(path, tmp_path)
+
+    class Steps(Hook):
+        priority = "VERY_HIGH"
+
+        def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+            take(3 if runner.train_loop.done == 5 else 2)
+
+    runner.register_hook(Steps())
+    for hook in [hook for hook in runner.hooks if isinstance(hook, PreviewHook)]:
+        monkeypatch.setattr(hook, "after_train", lambda runner: None)
+    runner.train()
+    assert [round(line["memory_gb"] * 1e9) for line in runs.metrics(tmp_path)] == [2, 2, 2, 2, 3, 3]
+
+
 def test_the_console_says_what_chance_is_once(toy: Toy, reference: Path) -> None:
     log = (reference / "log.txt").read_text()
     assert log.count("(ln 64 = 4.159)") == 1
@@ -202,15 +255,22 @@ def test_tensorboard_of_a_resumed_run_shows_no_step_twice(toy: Toy, tmp_path: Pa
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("nan", max_iters=3, learning_rate=1e30, clip_grad=None)
-    assert train(path, tmp_path) == 2
+def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"learning_rate": 1e30, "clip_grad": None, "prompts": ["a cat"], "preview_every": 1}
+    assert train(toy.config("nan", max_iters=3, **settings), tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [file.name for file in (tmp_path / "previews").iterdir()] == ["000000.png"]
+    log = (tmp_path / "log.txt").read_text()
+    for step in (1, 2, 3):
+        assert f"no preview at step {step}: the model's outputs are not finite, so it draws nothing;" in log
     assert not list(tmp_path.glob("*.pth"))
     assert not (tmp_path / "transformer").exists()
     lines = runs.metrics(tmp_path)
     assert lines[-1]["loss"] is None
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
-    assert "lower the learning rate" in (tmp_path / "log.txt").read_text()
+    assert "lower the learning rate" in log
     assert math.isfinite(lines[0]["loss"])
 
 

@@ -1,14 +1,21 @@
 """A run that is stopped, in any way, ends as if it never was."""
 
+import json
 import os
+import re
 import signal
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from diffengine import cli
+from diffengine import cli, config
+from diffengine.datasets import ImageTextDataset
 from diffengine.engine import checkpoint
 from diffengine.engine.loop import stop_signals
+from diffengine.engine.state import check_same_run
+from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.conftest import LAST, REFERENCE
 from tests.engine.runs import Toy, assert_equal_checkpoints, in_child, signal_at, train
@@ -118,3 +125,56 @@ def test_an_older_checkpoint_does_not_mix_with_newer_ones(
         == 2
     )
     assert "holds 'iter_12.pth', which is further than" in capsys.readouterr().err
+
+
+class Grown(ImageTextDataset):
+    """A data set that has got an option since a checkpoint was written."""
+
+    def __init__(self, path: str, brightness: float = 1.0, sides: tuple[int, ...] = (1, 2)) -> None:
+        super().__init__(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {"brightness": "${one}", "sides": [1, 2]}, None),  # what the class takes anyway
+        ({"brightness": "${one}"}, {}, None),
+        ({}, {"brightness": 2.0}, "train_dataloader.dataset.brightness was 1.0 and is 2.0"),
+        ({"sides": [3]}, {"sides": "${two}"}, "config: two was [3] and is [1, 2]"),
+        ({"sides": "${three}"}, {}, "config: three was [3] and is [1, 2]"),
+    ],
+)
+def test_an_option_that_a_class_has_got_since(
+    toy: Toy, tmp_path: Path, before: dict, now: dict, said: str | None
+) -> None:
+    def settings(options: dict) -> dict:
+        named = {"${one}": 1.0, "${two}": [1, 2], "${three}": [3]}
+        used = {name[2:-1]: value for name, value in named.items() if name in options.values()}
+        dataset = {"type": "tests.engine.test_resume.Grown", "path": "${data}", **options}
+        return config.load(toy.config("grown", **used, train_dataloader={"dataset": dataset}))[0]
+
+    state = {"config": json.dumps(settings(before))}
+    with pytest.raises(UserError, match=re.escape(said)) if said else nullcontext():
+        check_same_run(state, settings(now), tmp_path / "iter_1.pth")
+
+
+def test_sections_and_settings_of_a_newer_base_are_no_change(toy: Toy, tmp_path: Path) -> None:
+    settings, _ = config.load(toy.config("newer"))
+    older = {key: value for key, value in settings.items() if key not in ("param_scheduler", "seed")}
+    older = {key: value for key, value in older.items() if key not in ("lr_schedule", "warmup_iters")}
+    del older["train_dataloader"]["image_transforms"][1]["p"], older["flip"]  # 0.5, as Flip itself takes
+    state = {"config": json.dumps(older)}
+    check_same_run(state, config.load(toy.config("newer"))[0], tmp_path / "iter_1.pth")
+    other, _ = config.load(toy.config("newer", flip=0.25, warmup_iters=1))
+    said = "iter_1.pth' under another config: flip was 0.5 and is 0.25; warmup_iters was 0 and is 1; repeat"
+    with pytest.raises(UserError, match=said):
+        check_same_run(state, other, tmp_path / "iter_1.pth")
+
+
+def test_a_checkpoint_has_nothing_imported(toy: Toy, tmp_path: Path) -> None:
+    settings, _ = config.load(toy.config("named"))
+    older = json.loads(json.dumps(settings))
+    older["train_dataloader"]["dataset"] = {"type": "this.poem", "path": "${data}"}
+    with pytest.raises(UserError, match=r"dataset.type was 'this.poem' and is 'diffengine"):
+        check_same_run({"config": json.dumps(older)}, settings, tmp_path / "iter_1.pth")
+    assert "this" not in sys.modules

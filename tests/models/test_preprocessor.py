@@ -1,11 +1,12 @@
 """Pixels to tokens, captions to ids."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffengine.models.amused import AmusedModel
 from tests.models.conftest import CAPTIONS, make_batch
@@ -50,6 +51,63 @@ def test_autocast_around_it_changes_nothing(
     alone = model.preprocessor.encode(batch["image"])
     with torch.autocast("cpu", dtype):
         assert torch.equal(model.preprocessor.encode(batch["image"]), alone)
+
+
+def test_ids_against_the_plain_path(toy: Path) -> None:
+    """Channels-last rounds otherwise than diffusers' own call: an id moves where two codes are as near."""
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    model = AmusedModel(str(toy))
+    vqvae = model.module("vqvae")
+    latents: list[Tensor] = []
+    handle = vqvae.quantize.register_forward_pre_hook(lambda _, given: latents.append(given[0].clone()))
+    ids = model.preprocessor.encode(pixels)
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(ids.flatten(), vqvae.quantize(latents[0])[2][2])  # the same latents: id for id
+        plain = vqvae.quantize(vqvae.encode(pixels).latents)[2][2].view(4, 8, 8)
+    assert (plain == ids).float().mean() >= 0.99
+
+
+TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+
+@pytest.fixture(params=[True, False])
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    before = [kind.allow_tf32 for kind in TF32]
+    for kind in TF32:
+        kind.allow_tf32 = request.param
+    yield request.param
+    for kind, allowed in zip(TF32, before):
+        kind.allow_tf32 = allowed
+
+
+def test_encoded_in_fp32_and_for_autograd(toy: Path, tf32: bool) -> None:
+    """Neither TF32 nor autocast reaches the real encoder or codebook; both are as before after it."""
+    model = AmusedModel(str(toy))
+    vqvae = model.module("vqvae")
+    seen = []
+
+    def record(module: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append([kind.allow_tf32 for kind in TF32] + [torch.is_autocast_enabled("cpu")])
+        assert given[0].dtype == torch.float32
+        assert given[0].is_inference()
+
+    for module in (vqvae.encoder, vqvae.quantize):
+        module.register_forward_pre_hook(record)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = model.preprocessor.encode(torch.rand(1, 3, 32, 32))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [[False, False, False]] * 2
+    assert [kind.allow_tf32 for kind in TF32] == [tf32, tf32]
+    with pytest.raises(RuntimeError, match="channels"):
+        model.preprocessor.encode(torch.rand(1, 2, 32, 32))
+    assert [kind.allow_tf32 for kind in TF32] == [tf32, tf32]
+
+    assert not ids.is_inference()
+    table = nn.Embedding(64, 2)
+    table(ids).sum().backward()  # keeps the ids for the backward pass
+    assert table.weight.grad is not None
+    assert table.weight.grad[:, 0].tolist() == ids.flatten().bincount(minlength=64).tolist()
 
 
 def test_what_the_transformer_is_given(model: AmusedModel, batch: dict[str, Any]) -> None:

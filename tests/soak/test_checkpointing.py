@@ -11,7 +11,7 @@ from diffusers import UVit2DModel
 from torch import Tensor
 
 from diffengine.models.amused.model import blocks_of, head_on
-from diffengine.models.checkpointing import checkpoint_blocks
+from diffengine.models.blocks import wrap_blocks
 from tests.models.test_checkpointing import saved_bytes
 from tests.support import models
 
@@ -36,7 +36,7 @@ def test_full_size() -> None:
     figures = []
     for checkpointed in (False, True):
         if checkpointed:
-            checkpoint_blocks(blocks_of(transformer))
+            wrap_blocks(blocks_of(transformer), checkpointed=True, compiled=False)
         started = time.perf_counter()
         loss, kept = saved_bytes(run, [transformer])
         loss.backward()

@@ -33,8 +33,8 @@ class CheckpointHook(Hook):
         self.keep = keep
         self._saved_at: int | None = None
 
-    def before_train(self, runner: Any) -> None:
-        """Refuse to start where the disk would fill up on the way."""
+    def before_run(self, runner: Any) -> None:
+        """Refuse to start where the disk would fill up on the way, before anything is drawn."""
         loop = runner.train_loop
         length = loop.max_epochs if loop.by_epoch else loop.max_iters
         count = math.ceil(length / self.every) if self.every else 1

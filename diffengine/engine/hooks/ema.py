@@ -22,8 +22,9 @@ class EMAHook(Hook):
     nine tenths.)
 
     The average starts from the weights that the run starts from. Previews draw with it. It is in the
-    checkpoint as `ema`: {"updates": steps averaged, "weights": by name}; `diffengine convert --ema` exports
-    it. A resumed run goes on with it exactly; one whose checkpoint has none starts an average there.
+    checkpoint as `ema`: {"updates": steps averaged, "weights": by name}. The export at a run's end has the
+    weights of the last step; `diffengine convert --ema` writes the average. A resumed run goes on with it
+    exactly; one whose checkpoint has none starts an average there.
 
     Args:
         decay: in (0, 1); open-muse's pretraining has 0.9999, a short run wants less.
@@ -68,6 +69,12 @@ class EMAHook(Hook):
         live = [parameter.detach().float() for parameter in trained_parameters(runner.trainable).values()]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - self.decay_at(self.updates))
         self.updates += 1
+
+    def after_train(self, runner: Any) -> None:
+        runner.logger.info(
+            "previews show the average; what a run exports at its end are the weights of the last step: "
+            f"diffengine convert {runner.work_dir} --ema writes the average"
+        )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         checkpoint["ema"] = {"updates": self.updates, "weights": dict(self.weights)}

@@ -6,7 +6,7 @@ from typing import Any, final
 from mmengine.hooks import Hook
 
 from diffengine.engine import distributed
-from diffengine.export import check_targets, export_components
+from diffengine.export import Exported, check_targets, export_components
 
 
 @final
@@ -15,12 +15,16 @@ class ExportHook(Hook):
 
     priority = "LOWEST"
 
-    def before_train(self, runner: Any) -> None:
+    def before_run(self, runner: Any) -> None:
         """Refuse a work dir that the export at the end could not write to."""
         folders = [Path(runner.work_dir) / name for name in runner.trainable.exportable]
         distributed.on_rank_0(lambda: check_targets(runner.trainable, folders))
 
     def after_train(self, runner: Any) -> None:
-        folders = distributed.on_rank_0(lambda: export_components(runner.trainable, Path(runner.work_dir)))
-        for folder in folders:
+        for folder in distributed.on_rank_0(lambda: _export(runner)):
             runner.logger.info(f"exported {folder}")
+
+
+def _export(runner: Any) -> list[Exported]:
+    with runner.trainable.full_precision():
+        return export_components(runner.trainable, Path(runner.work_dir))

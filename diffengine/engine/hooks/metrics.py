@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import time
 from pathlib import Path
 from typing import Any, final
@@ -13,7 +12,12 @@ from mmengine.hooks import Hook
 from torch import Tensor
 
 from diffengine.engine import distributed
+from diffengine.engine.checkpoint import spell_size
+from diffengine.engine.hooks.checkpoint import CheckpointHook
+from diffengine.engine.hooks.ema import EMAHook
+from diffengine.engine.hooks.preview import PreviewHook
 from diffengine.engine.loop import Step
+from diffengine.engine.measure import checkpoint_bytes, kept_at_once, memory_of, peak_bytes, reset_peak
 from diffengine.errors import UserError
 
 GRAD_NORM = "grad_norm"
@@ -22,6 +26,9 @@ GRAD_NORM = "grad_norm"
 @final
 class MetricsHook(Hook):
     """Adds up on the device and reads it once per log line, never in between.
+
+    `memory_gb` is the most that was taken in training so far, previews apart on a GPU. With the first line
+    after the first step come, once, the parts of it, and what checkpoints take.
 
     Args:
         every: optimizer steps between two lines (always steps). The first and the last step have a line as
@@ -46,9 +53,17 @@ class MetricsHook(Hook):
         self._file = Path(runner.work_dir) / "metrics.jsonl"
         self._first = runner.train_loop.done + 1
         self._began = math.inf
+        self._peak = 0
+        self._drew = True  # the first preview is drawn after this
+        self._told = False
         if distributed.rank() == 0:
             _drop_after(self._file, runner.train_loop.done)
         self._clear()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if self._drew:
+            reset_peak()
+            self._drew = False
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Step | None = None
@@ -68,6 +83,11 @@ class MetricsHook(Hook):
         loop = runner.train_loop
         if loop.done % self.every == 0 or loop.done in (self._first, loop.max_iters):
             self._line(runner)
+        # A preview comes after this hook, and brings back encoders and the VQ decoder. So the peak before it
+        # is noted, and from the next step on it is counted anew: `memory_gb` is training's own.
+        if any(isinstance(hook, PreviewHook) and loop.due(hook.every) for hook in runner.hooks):
+            self._peak = self._training_peak()
+            self._drew = True
 
     def on_interrupt(self, runner: Any) -> None:
         """Tell of the steps since the last line."""
@@ -81,11 +101,14 @@ class MetricsHook(Hook):
         if distributed.rank() != 0:
             return
         loop = runner.train_loop
-        line = {"iter": loop.done, "epoch": loop.epochs_done, **metrics}
+        parts, said = self._parts(runner)
+        line = {"iter": loop.done, "epoch": loop.epochs_done, **metrics, **parts}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({name: _json(value) for name, value in line.items()}) + "\n")
         runner.visualizer.add_scalars(metrics, step=loop.done)
         runner.logger.info(self._console(runner, metrics))
+        if said:
+            runner.logger.info(said)
         if not math.isfinite(metrics["loss"]):
             runner.logger.info(
                 f"the loss is {metrics['loss']}: lower the learning rate, or set precision to bf16 or fp32"
@@ -106,10 +129,48 @@ class MetricsHook(Hook):
         metrics["images_per_second"] = self._samples / seconds
         metrics["seconds_per_step"] = seconds / self._steps
         metrics["data_wait"] = self._wait / seconds
-        metrics["memory_gb"] = peak_memory()
+        metrics["memory_gb"] = self._training_peak() / 1e9
         if skipped:
             metrics["skipped_pictures"] = skipped
         return metrics
+
+    def _training_peak(self) -> int:
+        """Bytes. What came after a preview, and before the next step, is the preview's."""
+        return self._peak if self._drew else max(self._peak, peak_bytes())
+
+    def _parts(self, runner: Any) -> tuple[dict[str, float], str]:
+        """What of memory is for what, and what checkpoints take: as numbers in GB, and in words; once."""
+        loop = runner.train_loop
+        if self._told or loop.done == self._first:
+            return {}, ""
+        self._told = True
+        model, optimizer = runner.trainable, runner.optim_wrapper.optimizer
+        average = next((hook.weights for hook in runner.hooks if isinstance(hook, EMAHook)), {})
+        memory = memory_of(model, optimizer, average)
+        sizes = {
+            "weights": memory.trained + memory.frozen,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+        }
+        if average:
+            sizes["average"] = memory.average
+        if torch.cuda.is_available():  # a process's peak has too much else in it
+            sizes["activations"] = max(0, self._training_peak() - memory.total)
+        said = ", ".join(f"{name} {spell_size(size)}" for name, size in sizes.items())
+        numbers = {f"memory_{name}_gb": size / 1e9 for name, size in sizes.items()}
+        checkpoints = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        if checkpoints:
+            size = checkpoint_bytes(model, optimizer, average)
+            numbers["checkpoint_gb"] = size / 1e9
+            count = kept_at_once(checkpoints[0].every, checkpoints[0].keep, loop)
+            said += f"; on disk {count} x {spell_size(size)} of checkpoints at a time"
+        return numbers, f"memory: {said}; {self._left(runner)} left"
+
+    def _left(self, runner: Any) -> str:
+        """The time to the end, previews and all."""
+        loop = runner.train_loop
+        per_step = (time.perf_counter() - self._began) / (loop.done - self._first + 1)
+        return duration(per_step * (loop.max_iters - loop.done))
 
     def _console(self, runner: Any, metrics: dict[str, float]) -> str:
         loop = runner.train_loop
@@ -117,8 +178,7 @@ class MetricsHook(Hook):
         beside = f" ({chance[0]} = {chance[1]:.3f})" if chance and loop.done == self._first else ""
         apart = {"loss", "lr", "images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
         extra = "".join(f"  {name} {value:.4g}" for name, value in metrics.items() if name not in apart)
-        per_step = (time.perf_counter() - self._began) / (loop.done - self._first + 1)  # previews and all
-        left = duration(per_step * (loop.max_iters - loop.done))
+        left = self._left(runner)
         where = f"epoch {loop.epochs_done}/{loop.max_epochs}  " if loop.by_epoch else ""
         return (
             f"{where}step {loop.done}/{loop.max_iters}  loss {metrics['loss']:.4f}{beside}{extra}  "
@@ -143,13 +203,6 @@ def _drop_after(file: Path, iteration: int) -> None:
     beside = file.with_name(f".{file.name}.part")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(file)
-
-
-def peak_memory() -> float:
-    """The most memory taken so far, in GB: of the GPU's where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from diffengine.engine import distributed
 from diffengine.engine.hooks.ema import averaged_weights
 from diffengine.errors import UserError
 from diffengine.grids import save_grid, stack
-from diffengine.models.base import PreviewRequest
+from diffengine.models.base import NotFinite, PreviewRequest
 
 
 @final
@@ -74,8 +74,12 @@ class PreviewHook(Hook):
     def _draw_grid(self, runner: Any) -> None:
         if not self.request.prompts:
             self._choose(runner.train_loop.stream)
-        with averaged_weights(runner), runner.optim_wrapper.autocast():
-            pictures = runner.trainable.preview(self.request)
+        try:
+            with averaged_weights(runner), runner.optim_wrapper.autocast():
+                pictures = runner.trainable.preview(self.request)
+        except NotFinite as error:  # whether to go on is a checkpoint's affair
+            runner.logger.info(f"no preview at step {runner.train_loop.done}: {error}")
+            return
         path = self._path(runner, runner.train_loop.done)
         grid = save_grid([(picture.label, picture.image) for picture in pictures], path)
         runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)

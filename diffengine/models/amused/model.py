@@ -4,7 +4,7 @@ Legend: B batch, h w token grid, T text length, D text width, V codebook size, M
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffengine.errors import UserError
 from diffengine.models import adapters as peft_adapters
 from diffengine.models.amused.components import Components
+from diffengine.models.amused.encoder import AmusedEncoder
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import (
@@ -28,10 +29,12 @@ from diffengine.models.base import (
     PreviewRequest,
     SampleDraw,
     evaluating,
+    visiting,
 )
-from diffengine.models.checkpointing import checkpoint_blocks
+from diffengine.models.blocks import wrap_blocks
 from diffengine.models.drawing import draw, draw_strip, sides_of
 from diffengine.models.masking import DrawMask, Schedule, mask_tokens
+from diffengine.models.precision import hold_frozen
 
 TRAINABLE = ("transformer", "text_encoder")
 HEAD_ROWS = 64  # the head runs on a multiple of so many positions
@@ -97,12 +100,13 @@ class AmusedModel(MaskedImageModel):
             raise UserError("model: " + "; ".join(faults))
         self._assets = dict(assets or {})
         self._seed = seed
+        self._checkpointed = gradient_checkpointing
         self.label_smoothing = label_smoothing
         self.mask_schedule = mask_schedule
         self.mask_id: int = self.components.scheduler.config.mask_token_id
         self._frozen: dict[str, Frozen] = {"vqvae": Frozen(partial(getattr, self.components, "vqvae"))}
         for name in TRAINABLE:
-            load = partial(self._load, name, adapters.get(name), gradient_checkpointing)
+            load = partial(self._load, name, adapters.get(name))
             if name in train or name in adapters:
                 self.add_module(name, load())
             else:
@@ -111,7 +115,7 @@ class AmusedModel(MaskedImageModel):
             self._frozen["vqvae"], self.components.tokenizer, vq_batch_size
         )
 
-    def _load(self, name: str, adapter: Any, gradient_checkpointing: bool) -> nn.Module:
+    def _load(self, name: str, adapter: Any) -> nn.Module:
         """A component as it is trained: with its adapter, if it has one, and checkpointed, if asked for.
 
         Frozen ones are checkpointed as well: where the text encoder learns, its gradient comes through the
@@ -122,8 +126,8 @@ class AmusedModel(MaskedImageModel):
             config = peft_adapters.read_config(adapter, name)
             config.base_model_name_or_path = self.components.spell_origin(name)
             peft_adapters.inject(module, config, name, self._seed)
-        if gradient_checkpointing:
-            checkpoint_blocks(blocks_of(module))
+        if self._checkpointed:
+            wrap_blocks(blocks_of(module), checkpointed=True, compiled=False)
         return module
 
     def _option_faults(
@@ -180,8 +184,24 @@ class AmusedModel(MaskedImageModel):
         return DrawMask(sides, self.mask_schedule)
 
     @property
+    def encoder(self) -> AmusedEncoder:
+        return AmusedEncoder(
+            self.preprocessor,
+            self._frozen["vqvae"],
+            self._frozen.get("text_encoder"),
+            self.components.text_config,
+            self.encode_text,
+            self.device,
+        )
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        tokenizer = self.components.tokenizer
+        ids = tokenizer(list(captions), verbose=False).input_ids if captions else []
+        return list(map(len, ids)), tokenizer.model_max_length
 
     def prepare(self, batch: Batch) -> Batch:
         return self.preprocessor(batch, self.device)
@@ -189,10 +209,14 @@ class AmusedModel(MaskedImageModel):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds`, `masked_index`.
 
+        From a cache, the text encoder's outputs in place of `text_ids`: `hidden_states`, `pooled_text_emb`.
         Where samples have weights, also `target_weights` (M,), by which loss and logs are summed.
         """
         index = batch["masked_index"]
-        hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
+        if "pooled_text_emb" in batch:
+            hidden_BTD, pooled_BD = batch["hidden_states"], batch["pooled_text_emb"]
+        else:
+            hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
         with head_on(transformer, index):
             logits = transformer(
@@ -224,6 +248,24 @@ class AmusedModel(MaskedImageModel):
         """A component on the model's device, trained or frozen."""
         return self._frozen[name].on(self.device) if name in self._frozen else getattr(self, name)
 
+    def compile_blocks(self) -> int:
+        """The transformer's, also where only the text encoder learns through it.
+
+        The text encoder's layers are a twentieth of the arithmetic, and transformers' hooks that collect
+        `hidden_states` would break their graphs.
+        """
+        blocks = blocks_of(self.module("transformer"))
+        wrap_blocks(blocks, checkpointed=self._checkpointed, compiled=True)
+        return len(blocks)
+
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """The bases of adapters, and frozen components but for the VQ model, which always runs in fp32."""
+        for name in TRAINABLE:
+            if name in self._frozen:
+                self._frozen[name].hold(dtype)
+            elif peft_adapters.uses_base_as_it_is(getattr(self, name)):
+                hold_frozen(getattr(self, name), dtype)
+
     def before_step(self, step: int) -> None:
         """Nothing: every step is alike."""
 
@@ -244,6 +286,11 @@ class AmusedModel(MaskedImageModel):
     @property
     def sources(self) -> dict[str, Path]:
         return self.components.sources
+
+    @property
+    def origin(self) -> str:
+        names = (self.components.spell_origin(name) for name in self.components.origins)
+        return ", ".join(dict.fromkeys(names))
 
     def base(self, name: str) -> nn.Module:
         return self.components.fresh(name)
@@ -291,8 +338,8 @@ class AmusedModel(MaskedImageModel):
         if unknown := [name for name in options if name not in known]:
             raise UserError(f"preview option '{unknown[0]}' is unknown; expected one of {', '.join(known)}")
         strip = options.pop("strip", False)
-        pipeline = self.build_pipeline()
-        with evaluating(self):
+        with visiting(self._frozen.values()), evaluating(self):
+            pipeline = self.build_pipeline()
             pictures = [
                 Picture(prompt, draw(pipeline, prompt, request.seed + place, request.resolution, **options))
                 for place, prompt in enumerate(request.prompts)

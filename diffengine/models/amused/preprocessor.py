@@ -3,8 +3,11 @@
 Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length, M masked tokens.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import final
 
+import numpy as np
 import torch
 from diffusers import VQModel
 from torch import Tensor
@@ -12,6 +15,9 @@ from transformers import CLIPTokenizer
 
 from diffengine.models.base import Batch, Frozen
 from diffengine.models.masking import masked_index
+
+ENCODING = ("encoder", "quant_conv", "quantize")  # the parts of a VQ model that make ids of pixels
+Lookup = Callable[[str], Mapping[str, np.ndarray] | None]
 
 
 @final
@@ -22,19 +28,25 @@ class AmusedPreprocessor:
         vqvae: the frozen VQ model, in fp32 (its fp16 makes NaN).
         tokenizer: pads captions to its own maximum length, as the pipeline does.
         vq_batch_size: pictures encoded at once. Token ids are equal, id for id, for the same device and size.
+
+    Attributes:
+        lookup: what a cache has of a caption, by name, as arrays; None where it has nothing.
     """
 
     def __init__(self, vqvae: Frozen[VQModel], tokenizer: CLIPTokenizer, vq_batch_size: int) -> None:
         self.vqvae = vqvae
         self.tokenizer = tokenizer
         self.vq_batch_size = vq_batch_size
+        self.lookup: Lookup = lambda caption: None
 
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
         """Moves `batch` to the device and adds its tokens.
 
         Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B], `masked`, and perhaps `weight` [B];
         gives `token_ids` (B,h,w) int64, `text_ids` (B,T) int64, `micro_conds`, `masked_index` (M,) int64, and
-        where there are weights `target_weights` (M,): each masked token has its sample's.
+        where there are weights `target_weights` (M,): each masked token has its sample's. From a cache come
+        `token_ids` in place of `image`, and `hidden_states` (B,T,D) and `pooled_text_emb` (B,D) in place of
+        `text_ids`.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
@@ -49,9 +61,19 @@ class AmusedPreprocessor:
             **weights,
             "token_ids": token_ids,
             "micro_conds": to_device(batch["micro_conds"], device),
-            "text_ids": to_device(self.text_ids(batch["text"]), device),
+            **self._captions(batch["text"], device),
             "masked_index": to_device(masked_index(batch["masked"], token_ids[0].numel()), device),
         }
+
+    def _captions(self, captions: list[str], device: torch.device) -> Batch:
+        """What the cache has of all these captions, else their ids."""
+        rows = [self.lookup(caption) for caption in captions]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(rows):
+            return {"text_ids": to_device(self.text_ids(captions), device)}
+        columns = {name: torch.from_numpy(np.stack([row[name] for row in found])) for name in found[0]}
+        on_device = {name: to_device(column, device) for name, column in columns.items()}
+        return {name: value.long() if name == "text_ids" else value for name, value in on_device.items()}
 
     def text_ids(self, captions: list[str]) -> Tensor:
         """Captions as ids (B, T) int64 on the host, padded and cut as AmusedPipeline does."""
@@ -60,20 +82,39 @@ class AmusedPreprocessor:
             max_length=self.tokenizer.model_max_length,
         ).input_ids  # fmt: skip
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; fp32 whatever the autocast around it."""
-        vqvae = self.vqvae.on(pixels.device)
-        with torch.autocast(pixels.device.type, enabled=False):
+        """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; in fp32, whatever autocast and TF32 say."""
+        vqvae = self.vqvae.on(pixels.device, ENCODING)
+        with torch.inference_mode(), in_fp32(pixels.device):
             chunks = pixels.float().split(self.vq_batch_size)
-            return torch.cat([encode_chunk(vqvae, chunk) for chunk in chunks])
+            ids = torch.cat([encode_chunk(vqvae, chunk) for chunk in chunks])
+        return ids.clone()  # autograd takes nothing that was made in inference mode
 
 
 def encode_chunk(vqvae: VQModel, pixels: Tensor) -> Tensor:
-    """One chunk's token ids, reshaped by the chunk's own size (reference scripts use the whole batch's)."""
-    latents = vqvae.encode(pixels).latents
+    """One chunk's token ids, reshaped by the chunk's own size (reference scripts use the whole batch's).
+
+    Channels-last: convolutions are faster so. They round otherwise, which moves an id where two codes are
+    equally near.
+    """
+    latents = vqvae.encode(pixels.contiguous(memory_format=torch.channels_last)).latents
     ids = vqvae.quantize(latents)[2][2]
     return ids.view(latents.shape[0], *latents.shape[2:])
+
+
+@contextmanager
+def in_fp32(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 inside; what was set is put back."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for kind, allowed in zip(kinds, before):
+            kind.allow_tf32 = allowed
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ Legend: B batch, H W pixels, h w token grid, N = B*h*w latent vectors, V codes, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -88,6 +88,13 @@ class VQTokenizerModel(TrainableModel):
     def sample_draw(self) -> CheckSides:
         return CheckSides(2 ** (len(self.vqvae.config.block_out_channels) - 1))
 
+    @property
+    def encoder(self) -> None:
+        return None
+
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        return [0] * len(captions), 0
+
     def prepare(self, batch: Batch) -> Batch:
         if "weight" in batch:
             raise UserError("a VQ model takes no weights of samples; train it on the pictures alone")
@@ -128,6 +135,12 @@ class VQTokenizerModel(TrainableModel):
         return self.vqvae.decoder(self.vqvae.post_quant_conv(quantized))
 
     # ---------------------------------------------------------------------------------------- dead codes
+
+    def compile_blocks(self) -> int:
+        return 0  # its time goes into convolutions, which compiling leaves as they are
+
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Nothing: all of it learns."""
 
     def before_step(self, step: int) -> None:
         self._step = step

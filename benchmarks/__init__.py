@@ -1,0 +1,1 @@
+"""How fast and how lean diffengine trains. README.md says how to run each, and what came out last."""

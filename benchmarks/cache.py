@@ -1,0 +1,95 @@
+"""The token cache: pictures per second while it is built, its size, and samples per second while it is read.
+
+    python -m benchmarks.cache --size mid --resolution 256 512
+
+Building reads pictures by workers, encodes them, and writes; a form is one crop and flip of a picture.
+Reading is what one worker does of a step, on one thread: samples of a batch with their masks drawn, collated.
+A caption's row holds the frozen text encoder's outputs, and is looked up by the main process.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+from diffengine import config
+from diffengine.datasets import collate
+from diffengine.engine.assemble import Parts, prepare
+from diffengine.engine.caching import TokenCache, attach
+
+
+def build(parts: Parts, resolved: dict, root: Path) -> tuple[float, float]:
+    """Seconds to build the cache, and to find it good at the next start."""
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        attach(
+            TokenCache(use=True, path=str(root / "cache")), parts.loop.stream, parts.model.encoder,
+            parts.optim, resolved, root / "run", positions=1,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - started)
+    return seconds[0], seconds[1]
+
+
+def read(parts: Parts, options: argparse.Namespace) -> list[float]:
+    """Seconds for each batch."""
+    stream, seconds = parts.loop.stream, []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for place in range(options.batches):
+        started = time.perf_counter()
+        collate(stream.__getitems__(range(place * options.batch, (place + 1) * options.batch)))
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return seconds[1:] or seconds
+
+
+def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[str]:
+    """The cells of one resolution."""
+    model = common.make_model(root / "model", options.size, resolution)
+    data = common.write_pictures(root / "data", options.pictures)
+    _, resolved = config.load(
+        f"amused_{resolution}_own",
+        [*common.STEPS_ONLY, f"image_variations={options.variations}", "cache=False",
+         f"num_workers={options.workers}"],
+        {"data": str(data), "pretrained": str(model)},
+    )  # fmt: skip
+    parts = prepare(resolved, root / "run", common.DEVICE)
+    built, again = build(parts, resolved, root)
+    pictures, captions = (root / "cache" / f"{name}.arrow" for name in ("pictures", "captions"))
+    forms = options.pictures * options.variations
+    return [
+        f"{forms / built:.3g}",
+        f"{pictures.stat().st_size / forms:.0f}",
+        f"{captions.stat().st_size / (options.pictures + 1):,.0f}",  # one row is of no caption
+        f"{options.batch / statistics.median(read(parts, options)):,.0f}",
+        f"{again:.2f}",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--size", choices=common.SIZES, default="tiny")
+    parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--variations", type=int, default=4, help="forms of each picture")
+    parser.add_argument("--batch", type=int, default=64, help="samples that are read at once")
+    parser.add_argument("--batches", type=int, default=200, help="that are read")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures while building")
+    options = parser.parse_args(arguments)
+    print(f"{options.pictures} pictures in {options.variations} forms each on {common.machine()}\n")
+    table = common.Table(
+        "size", "px", "forms/s built", "bytes/form", "bytes/caption", "samples/s read", "s at the next start"
+    )
+    for resolution in options.resolution:
+        with tempfile.TemporaryDirectory() as folder, common.aside():
+            cells = measure(Path(folder), resolution, options)
+        table.row(options.size, resolution, *cells)
+
+
+if __name__ == "__main__":
+    main()

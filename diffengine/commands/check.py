@@ -1,0 +1,137 @@
+"""Take a config's first steps, and say what time, memory and disk all of it will take.
+
+Nothing is drawn and nothing stays, and the work dir may be in use.
+"""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from diffengine.engine import launch
+
+if TYPE_CHECKING:
+    from diffengine.engine.rehearsal import Figures
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    launch.arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    return launch.run(options, check)
+
+
+def check(job: launch.Job) -> int:
+    """One process's part of it."""
+    from diffengine.engine import distributed
+    from diffengine.engine.loop import Interrupted
+    from diffengine.engine.rehearsal import rehearse
+
+    try:
+        figures = rehearse(job.settings, job.resolved, job.name, job.work_dir, job.device)
+    except Interrupted as error:
+        if launch.LAUNCHED not in os.environ:
+            print(f"diffengine check: {error}", file=sys.stderr)
+        return 128 + error.signum
+    if distributed.rank() == 0:
+        print("\n".join([*table(figures), *(f"warning: {line}" for line in warnings(figures))]), flush=True)
+    return 0
+
+
+def table(figures: "Figures") -> list[str]:
+    """One figure a line: what it is of, the figure, and what to know of it."""
+    from datetime import datetime, timedelta
+
+    from diffengine.engine.checkpoint import spell_size
+    from diffengine.engine.hooks.metrics import duration
+
+    seconds, memory, cache = figures.seconds, figures.memory, figures.cache
+    building = cache.seconds if cache else 0.0
+    checkpoints = figures.checkpoint * figures.checkpoints
+    end = datetime.now() + timedelta(seconds=building + figures.training)
+    awaited = f", {figures.awaited} of them to be drawn before training" if figures.awaited else ""
+    rows = [
+        ("pictures", f"{figures.pictures:,}{awaited}"),
+        ("steps", f"{figures.steps:,} of {figures.batch_size} pictures: {figures.epochs:.4g} epochs"),
+        ("pictures at once", f"{figures.at_once}"),
+        ("trained", f"{figures.parameters:,} parameters"),
+        ("runs in", figures.how),
+        ("", ""),
+        ("a step", f"{seconds.step:.3g} s, {figures.batch_size / seconds.step:.3g} pictures/s"),
+        ("  data", f"{seconds.data:.3g} s"),
+        ("  prepare", f"{seconds.prepare:.3g} s" + ("" if cache else ": pictures and captions to tokens")),
+        ("  forward, backward", f"{seconds.passes:.3g} s"),
+        ("  optimizer", f"{seconds.optimizer:.3g} s"),
+        ("  the first step", f"{seconds.first:.3g} s"),
+        ("", ""),
+        ("peak memory", f"{spell_size(figures.peak)} of {spell_size(figures.available)}, previews apart"),
+        ("  trained weights", spell_size(memory.trained)),
+        ("  frozen weights", spell_size(memory.frozen)),
+        ("  gradients", spell_size(memory.gradients)),
+        ("  optimizer", spell_size(memory.optimizer)),
+        *([("  average", spell_size(memory.average))] if memory.average else []),
+        ("  activations", spell_size(figures.activations)),
+        ("", ""),
+        ("a checkpoint", spell_size(figures.checkpoint)),
+        ("checkpoints", f"{spell_size(checkpoints)}: {figures.checkpoints} at a time"),
+    ]  # fmt: skip
+    if cache is None:
+        rows.append(("token cache", f"none: {figures.no_cache}"))
+    else:
+        rows += [
+            ("token cache", f"{spell_size(cache.size)} in {cache.folder}{', there already' * cache.there}"),
+            ("  holds", f"{cache.rows:,} forms of pictures, {cache.captions:,} captions"),
+        ]
+    rows.append(("free on disk", spell_size(figures.free)))
+    if figures.free_for_cache is not None:
+        rows.append(("  for the cache", spell_size(figures.free_for_cache)))
+    rows.append(("", ""))
+    if building:
+        rows.append(("building the cache", duration(building)))
+    rows += [
+        ("training", f"{duration(figures.training)}, previews and checkpoints apart"),
+        ("done at", f"{end:%Y-%m-%d %H:%M}, if started now"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {value}".rstrip() for name, value in rows]
+
+
+def warnings(figures: "Figures") -> list[str]:
+    """What will not do, each with what to do about it."""
+    from diffengine.engine.checkpoint import spell_size
+
+    lines = []
+    if figures.halved:
+        lines.append(
+            f"memory ran out with more than {figures.at_once} pictures at once: training will split its "
+            f"steps alike; set micro_batch_size={figures.at_once} to start with it"
+        )
+    if figures.peak > figures.available:
+        lines.append(
+            f"{spell_size(figures.peak)} of memory are more than the {spell_size(figures.available)} that "
+            "there are: lower micro_batch_size, or set model.gradient_checkpointing=True"
+        )
+    cache = figures.cache
+    building = 2 * cache.size if cache and not cache.there else 0  # its parts, and then the whole
+    kept = cache.size if building and cache else 0
+    checkpoints = figures.checkpoint * figures.checkpoints
+    if figures.free_for_cache is None:
+        needed = max(building, kept + checkpoints)
+        if needed > figures.free:
+            lines.append(
+                f"the disk has {spell_size(figures.free)} free, and {spell_size(needed)} are needed: keep "
+                "fewer checkpoints, or choose another --work-dir"
+            )
+        return lines
+    if checkpoints > figures.free:
+        lines.append(
+            f"the disk has {spell_size(figures.free)} free, and checkpoints need {spell_size(checkpoints)}: "
+            "keep fewer, or choose another --work-dir"
+        )
+    if building > figures.free_for_cache:
+        lines.append(
+            f"the cache's disk has {spell_size(figures.free_for_cache)} free, and {spell_size(building)} are "
+            "needed to build it: set cache_path to another disk, or cache=False"
+        )
+    return lines

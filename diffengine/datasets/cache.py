@@ -1,0 +1,339 @@
+"""What is computed once of pictures and captions, and kept on disk.
+
+A table is one Arrow file of rows of one size, memory-mapped, which `datasets.Dataset.from_file` opens too.
+Beside it lies a JSON file that says what it was made of, written last: a table is complete, or is not used.
+It is built in parts, so that a build that is killed goes on with the next part.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import datasets as hf
+import numpy as np
+import pyarrow as pa
+import torch
+
+from diffengine.datasets.pictures import Sample, UnreadablePicture
+from diffengine.errors import UserError
+
+Row = dict[str, np.ndarray | list[str]]
+PART = 256  # rows: what a kill can lose of a build
+FORMAT = 1
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+@final
+class Table:
+    """Rows of arrays, one shape for each column, and of texts. What `table[row]` gives must not be changed.
+
+    file: the Arrow file; the JSON file lies beside it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @property
+    def made_of(self) -> dict[str, Any] | None:
+        """What the rows were made of; None where the table is not complete."""
+        return None if self._about is None else self._about["made_of"]
+
+    @property
+    def nbytes(self) -> int:
+        """On disk."""
+        return self.file.stat().st_size
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self._batches)
+
+    def __getitem__(self, row: int) -> Row:
+        place, inside = divmod(row, PART)
+        views = self._views[place]
+        if views is None:
+            views = self._views[place] = self._view(self._batches[place])
+        return {
+            name: column[inside] if isinstance(column, np.ndarray) else column[inside].as_py()
+            for name, column in views.items()
+        }
+
+    def texts(self, start: int = 0, step: int = 1) -> Iterator[list[str]]:
+        """The column `text` of every `step`-th row."""
+        column = hf.Dataset.from_file(str(self.file)).data.column("text")
+        return (column[row].as_py() for row in range(start, len(column), step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}  # a worker maps it itself
+
+    @cached_property
+    def _about(self) -> dict[str, Any] | None:
+        try:
+            about = json.loads(_json_of(self.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return about if about.get("format") == FORMAT and self.file.is_file() else None
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        return hf.Dataset.from_file(str(self.file)).data.table.to_batches()
+
+    @cached_property
+    def _views(self) -> list[dict[str, Any] | None]:
+        return [None] * len(self._batches)
+
+    def _view(self, batch: pa.RecordBatch) -> dict[str, Any]:
+        assert self._about is not None
+        shapes = self._about["shapes"]
+        return {
+            name: batch.column(name).flatten().to_numpy().reshape(batch.num_rows, *shapes[name])
+            if name in shapes
+            else batch.column(name)
+            for name in batch.schema.names
+        }
+
+
+@final
+class TableBuilder:
+    """Writes a table part by part; parts of the same making that are there already stay.
+
+    file: the table's. made_of: plain values, what the rows depend on. num_rows: of the whole table.
+    """
+
+    def __init__(self, file: Path, made_of: dict[str, Any], num_rows: int) -> None:
+        self.file = file
+        self.made_of = made_of
+        self.parts = [
+            (start, min(start + PART, num_rows)) for start in range(0, num_rows, PART)
+        ]  # (first row, last + 1)
+        self._folder = file.with_name(f"{file.stem}-{digest_of(made_of)[:12]}.parts")
+
+    def begin(self) -> None:
+        """Make the folder; a table or parts of another making go."""
+        for folder in self.file.parent.glob(f"{self.file.stem}-*.parts"):
+            if folder != self._folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        _json_of(self.file).unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The parts that are not there."""
+        return [part for part in self.parts if not self._part(part).exists()]
+
+    def write(self, part: tuple[int, int], columns: Mapping[str, np.ndarray | list[list[str]]]) -> None:
+        """One part: for each column an array (rows, ...), or a list of texts for each row."""
+        shapes = {
+            name: list(values.shape[1:]) for name, values in columns.items() if isinstance(values, np.ndarray)
+        }
+        batch = pa.RecordBatch.from_pydict({name: _column(values) for name, values in columns.items()})
+        assert batch.num_rows == part[1] - part[0]
+        schema = batch.schema.with_metadata({"shapes": json.dumps(shapes)})
+        _write_stream(self._part(part), schema, [batch.replace_schema_metadata(schema.metadata)])
+
+    def finish(self) -> Table:
+        """The complete table; its parts go."""
+        with pa.memory_map(str(self._part(self.parts[0]))) as first:
+            schema = pa.ipc.open_stream(first).schema
+        _write_stream(self.file, schema, self._read_parts())
+        about = {"format": FORMAT, "shapes": json.loads(schema.metadata[b"shapes"]), "made_of": self.made_of}
+        write_text(_json_of(self.file), json.dumps(about, indent=1))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return Table(self.file)
+
+    def sweep(self) -> None:
+        """Remove what a build that was killed in its last moment has left beside a complete table."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _part(self, part: tuple[int, int]) -> Path:
+        return self._folder / f"{part[0]:09}.arrow"
+
+    def _read_parts(self) -> Iterator[pa.RecordBatch]:
+        for part in self.parts:
+            with pa.memory_map(str(self._part(part))) as file:
+                yield from pa.ipc.open_stream(file)
+
+
+def _json_of(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def _column(values: np.ndarray | list[list[str]]) -> pa.Array:
+    if not isinstance(values, np.ndarray):
+        return pa.array(values, pa.list_(pa.string()))
+    size = int(np.prod(values.shape[1:]))
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), size)
+
+
+def _write_stream(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Beside, flushed and renamed: the file is whole, or is not there."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches:
+                    stream.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside and renamed."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+
+@final
+class CachedForms:
+    """Every form of every picture, as the stream has it after the image transforms: its `forms`.
+
+    table: row `index * count + variation`. count: forms of a picture.
+    """
+
+    def __init__(self, table: Table, count: int) -> None:
+        self.table = table
+        self.count = count
+
+    def sample(self, index: int, variation: int) -> Sample:
+        """Tensors of their own memory, `text` a list, and numbers.
+
+        Raises UnreadablePicture for a picture that could not be read when the table was built.
+        """
+        row = self.table[index * self.count + variation]
+        if not row.pop("readable"):
+            raise UnreadablePicture(f"picture {index} could not be read when the cache was built")
+        text = row.pop("text")
+        numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}  # type: ignore[union-attr]
+        tensors = {
+            name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers
+        }
+        return {**tensors, **numbers, "text": text}
+
+
+def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, np.ndarray | list[list[str]]]:
+    """What a table keeps of samples, None for one that cannot be read: tensors, numbers and texts.
+
+    template: a sample whose values stand where there is none.
+
+    Raises UserError for a sample with anything else, but for `image`.
+    """
+    columns: dict[str, np.ndarray | list[list[str]]] = {
+        "readable": np.array([sample is not None for sample in samples], dtype=np.uint8)
+    }
+    filled = [template if sample is None else sample for sample in samples]
+    for key, value in template.items():
+        if key in ("image", "text"):
+            continue
+        if not isinstance(value, torch.Tensor | bool | int | float):
+            raise UserError(
+                f"a cache keeps tensors and numbers, but a sample has {key} of type {type(value).__name__}; "
+                "leave it out, or set cache=False"
+            )
+        columns[key] = np.stack([np.asarray(sample[key]) for sample in filled])
+    columns["text"] = [_texts(None if sample is None else sample["text"]) for sample in samples]
+    return columns
+
+
+def _texts(text: str | list[str] | None) -> list[str]:
+    return [] if text is None else [text] if isinstance(text, str) else list(text)
+
+
+@final
+class PicturelessDataset:
+    """The captions of a cache whose pictures are elsewhere: what training from it needs of a data set."""
+
+    def __init__(self, forms: CachedForms) -> None:
+        self._forms = forms
+
+    def __len__(self) -> int:
+        return len(self._forms.table) // self._forms.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"text": self._forms.sample(index, 0)["text"]}
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in order."""
+        return (text for texts in self._forms.table.texts(step=self._forms.count) for text in texts)
+
+
+# -------------------------------------------------------------------------------------------- fingerprints
+
+
+def digest_of(value: Any) -> str:
+    """Of plain values, by their JSON."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """Of texts in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def captions_of(dataset: Any) -> Iterator[str]:
+    """Every caption of a data set, lists flattened; one without `captions()` is read through."""
+    if hasattr(dataset, "captions"):
+        yield from dataset.captions()
+        return
+    for index in range(len(dataset)):
+        yield from _texts(dataset[index]["text"])
+
+
+def digest_of_pictures(dataset: Any, notes: Path) -> str:
+    """Of the bytes of a data set's pictures, in their order.
+
+    Files that have the path, size and time noted in `notes` by an earlier call are not read again. A data set
+    without `files()` is read through, picture by picture.
+    """
+    files = dataset.files() if hasattr(dataset, "files") else None
+    if files is None:
+        return digest_of_texts(_pixels(dataset[index]["image"]) for index in range(len(dataset)))
+    known = _read_notes(notes)
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to the other threads
+        noted = list(pool.map(lambda file: _note(file, known.get(str(file))), files))
+    if {note[0]: note for note in noted} != known:
+        write_text(notes, json.dumps(noted))
+    return digest_of([note[3] for note in noted])
+
+
+def _pixels(image: Any) -> str:
+    pixels = np.asarray(image)
+    return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
+
+
+Note = list[Any]  # path, size in bytes, time in nanoseconds, digest
+
+
+def _read_notes(notes: Path) -> dict[str, Note]:
+    try:
+        return {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {}
+
+
+def _note(file: Path, known: Note | None) -> Note:
+    try:
+        about = file.stat()
+        if known is not None and known[1:3] == [about.st_size, about.st_mtime_ns]:
+            return known
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read '{file}': {error.strerror}") from error
+    return [str(file), about.st_size, about.st_mtime_ns, digest]

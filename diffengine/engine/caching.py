@@ -1,0 +1,403 @@
+"""The token cache of a run: decided on, built by all processes, checked, and put in the pictures' place."""
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+
+from diffengine.datasets import Sample, Stream, collate, form_loader
+from diffengine.datasets.cache import (
+    CachedForms,
+    PicturelessDataset,
+    Table,
+    TableBuilder,
+    captions_of,
+    columns_of,
+    digest_of,
+    digest_of_pictures,
+    digest_of_texts,
+)
+from diffengine.engine import distributed
+from diffengine.engine.checkpoint import spell_size
+from diffengine.engine.hooks.metrics import duration
+from diffengine.engine.optim import StepOptimWrapper
+from diffengine.errors import UserError
+from diffengine.models.base import Encoder
+
+CHECKED = 8  # pictures encoded anew at each start
+TOLERATED = 0.01  # of their tokens may differ: another device rounds otherwise, and a tie falls otherwise
+EMBEDDINGS = 4e9  # bytes that text_embeddings="auto" may take on disk
+CAPTIONS_AT_ONCE = 32
+Choice = bool | Literal["auto"]
+Part = tuple[int, int]  # the first of a table's rows, and the one after its last
+
+
+@final
+class TokenCache:
+    """The `token_cache` section: what the frozen encoders make of pictures and captions, computed once.
+
+    It changes nothing that is learnt: ids equal those computed at each step, id for id, on the same device.
+
+    Args:
+        use: "auto" where the run sees each form of a picture more than once (a form: one draw of crop and
+            flip, `image_variations` of them, or one where nothing varies); True builds it in any case, or
+            says why it cannot be; False encodes at each step.
+        path: its folder. None: one named by what is encoded, in `cache/` beside the work dir. One that was
+            built elsewhere is used without the pictures.
+        text_embeddings: keep the frozen text encoder's outputs as well, in fp32; "auto" up to 4 GB of them.
+    """
+
+    def __init__(
+        self, use: Choice = "auto", path: str | None = None, text_embeddings: Choice = "auto"
+    ) -> None:
+        self.use = use
+        self.path = None if path is None else Path(path).expanduser()
+        self.text_embeddings = text_embeddings
+
+    def stand_in(self) -> PicturelessDataset | None:
+        """A data set of what the cache at `path` holds, for a machine without the pictures."""
+        if self.path is None or not self.use:
+            return None
+        table = Table(_pictures(self.path))
+        return (
+            None if table.made_of is None else PicturelessDataset(CachedForms(table, table.made_of["forms"]))
+        )
+
+
+def attach(
+    cache: TokenCache,
+    stream: Stream,
+    encoder: Encoder | None,
+    optim: StepOptimWrapper,
+    resolved: Mapping[str, Any],
+    work_dir: Path,
+    positions: int,
+) -> None:
+    """Let the stream and the model take what can be computed once from the cache, building it if need be.
+
+    Args:
+        positions: samples that the whole run takes.
+
+    Raises:
+        UserError: it is asked for and cannot be; or the pictures are not here, and something else changed.
+    """
+    pictureless = isinstance(stream.dataset, PicturelessDataset)
+    reason = _why_not(cache, stream, encoder, positions)
+    if reason and (cache.use is True or pictureless):
+        raise UserError(f"the cache cannot be used: {reason}")
+    if reason or encoder is None or not cache.use:
+        return
+    key = distributed.on_rank_0(lambda: _fixed_key(stream, encoder, resolved))
+    folder = (
+        cache.path
+        or work_dir.parent / "cache" / digest_of([resolved["train_dataloader"]["dataset"], key])[:12]
+    )
+    workers = resolved["train_dataloader"].get("num_workers", 0)
+    with _locked(folder):
+        if pictureless:
+            table = Table(_pictures(folder))
+            distributed.on_rank_0(lambda: _check_without_pictures(table, key, folder))
+        else:
+            table = _picture_table(folder, key, stream, encoder, workers)
+        captions = _caption_table(folder, cache, stream, encoder, optim)
+    encoder.rest()
+    forms = stream.forms
+    assert forms is not None
+    stream.cache = CachedForms(table, forms)
+    encoder.use_captions(CaptionLookup(captions))
+    seen = positions / len(table)
+    _say(
+        f"token cache: {len(stream.dataset)} pictures in {spell_forms(forms)}, each form is taken {seen:.3g} "
+        f"times; {spell_size(table.nbytes + captions.nbytes)} in {folder}"
+    )
+
+
+def _why_not(cache: TokenCache, stream: Stream, encoder: Encoder | None, positions: int) -> str | None:
+    """Why a cache is of no use, or cannot be."""
+    if encoder is None:
+        return "this model learns from pixels; set cache=False"
+    if stream.forms is None:
+        return "crop and flip are drawn anew each time; set image_variations to how many to keep of a picture"
+    if cache.use == "auto" and positions <= len(stream.dataset) * stream.forms:
+        return "the run takes each form at most once; set cache=True to build it all the same"
+    return None
+
+
+def _pictures(folder: Path) -> Path:
+    return folder / "pictures.arrow"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _fixed_key(stream: Stream, encoder: Encoder, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table of pictures depends on, but for the pictures and captions themselves."""
+    return {
+        "image transforms": resolved["train_dataloader"]["image_transforms"],
+        "forms": stream.forms,
+        "seed": stream.seed if stream.image_variations else None,
+        **encoder.picture_key(),
+    }
+
+
+def _picture_table(
+    folder: Path, key: dict[str, Any], stream: Stream, encoder: Encoder, workers: int
+) -> Table:
+    """The table of this data, whose bytes and whose first eight pictures were looked at; built if need be."""
+    table = Table(_pictures(folder))
+
+    def changed() -> tuple[dict[str, Any], str | None]:
+        folder.mkdir(parents=True, exist_ok=True)
+        made_of = {
+            "pictures": digest_of_pictures(stream.dataset, folder / "files.json"),
+            "captions": digest_of_texts(captions_of(stream.dataset)),
+            **key,
+        }
+        return made_of, _difference(table, made_of) or _check_pictures(table, stream, encoder)
+
+    made_of, reason = distributed.on_rank_0(changed)
+    if reason is None:
+        distributed.on_rank_0(TableBuilder(table.file, made_of, 0).sweep)
+        return table
+    forms = stream.forms
+    assert forms is not None
+    _say(f"token cache: {reason}; encoding {len(stream.dataset)} pictures in {spell_forms(forms)}")
+    template = distributed.on_all_ranks(lambda: _first_readable(stream, encoder))
+    builder = TableBuilder(_pictures(folder), made_of, len(stream.dataset) * forms)
+    distributed.on_rank_0(lambda: _check_room(builder, template))
+
+    def write(parts: list[Part]) -> None:
+        size = encoder.batch_size
+        chunks = [
+            list(range(start, min(start + size, end)))
+            for first, end in parts
+            for start in range(first, end, size)
+        ]
+        read = iter(form_loader(stream, chunks, workers))
+        progress = Progress(sum(end - first for first, end in parts), "pictures")
+        for first, end in parts:
+            samples: list[Sample | None] = []
+            while len(samples) < end - first:
+                fresh = _encode(next(read), encoder)
+                samples += fresh
+                progress.add(len(fresh))
+            builder.write((first, end), columns_of(samples, template))
+
+    return _build(builder, write)
+
+
+def _encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | None]:
+    """Samples with what the encoder gives in the place of their images."""
+    images = [{"image": sample["image"]} for sample in samples if sample is not None]
+    if not images:
+        return samples
+    columns = encoder.encode_pictures(collate(images)["image"])
+    rows = ({name: column[place] for name, column in columns.items()} for place in range(len(images)))
+    return [
+        None
+        if sample is None
+        else {**{key: value for key, value in sample.items() if key != "image"}, **next(rows)}
+        for sample in samples
+    ]
+
+
+def _first_readable(stream: Stream, encoder: Encoder) -> Sample:
+    """A sample as the table keeps it, whatever it is of."""
+    assert stream.forms is not None
+    for index in range(len(stream.dataset)):
+        (sample,) = _encode(stream.picture_forms([index * stream.forms]), encoder)
+        if sample is not None:
+            return sample
+    raise UserError(f"none of the {len(stream.dataset)} pictures can be read")
+
+
+def _check_room(builder: TableBuilder, template: Sample) -> None:
+    """Raises UserError where the disk has no room for the table and its parts."""
+    arrays = [value for value in columns_of([template], template).values() if isinstance(value, np.ndarray)]
+    need = 2 * builder.parts[-1][1] * sum(array.nbytes for array in arrays)
+    free = shutil.disk_usage(builder.file.parent).free
+    if need > free:
+        raise UserError(
+            f"the cache needs {spell_size(need)} while it is built and '{builder.file.parent}' has "
+            f"{spell_size(free)} free; make room, set cache_path to another disk, or cache=False"
+        )
+
+
+def _difference(table: Table, made_of: Mapping[str, Any]) -> str | None:
+    """Why a table has to be built: what of its making differs."""
+    if table.made_of is None:
+        return "none is there yet"
+    before = table.made_of
+    names = [
+        name
+        for name in dict.fromkeys([*made_of, *before])
+        if json.dumps(before.get(name)) != json.dumps(made_of.get(name))
+    ]
+    return f"changed since it was built: {', '.join(names)}" if names else None
+
+
+def _check_pictures(table: Table, stream: Stream, encoder: Encoder) -> str | None:
+    """Encode a few pictures anew; what differs from the table, if it is more than rounding."""
+    rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
+    fresh = [
+        sample
+        for start in range(0, len(rows), encoder.batch_size)
+        for sample in _encode(stream.picture_forms(rows[start : start + encoder.batch_size]), encoder)
+    ]
+    same = total = 0
+    assert stream.forms is not None
+    for row, sample in zip(rows, fresh):
+        if sample is None:
+            continue
+        kept = table[row]
+        for name, value in columns_of([sample], sample).items():
+            if isinstance(value, np.ndarray):
+                same += int((np.asarray(kept[name]) == value[0]).sum())
+                total += value[0].size
+            elif kept[name] != value[0]:
+                return f"the captions of picture {row // stream.forms} are others now"
+    return (
+        None
+        if same >= (1 - TOLERATED) * total
+        else f"{total - same} of {total} tokens come out otherwise now"
+    )
+
+
+def _check_without_pictures(table: Table, key: Mapping[str, Any], folder: Path) -> None:
+    known = table.made_of or {}
+    same = {name: known.get(name) for name in ("pictures", "captions")}  # of what is not here
+    if reason := _difference(table, {**same, **key}):
+        raise UserError(
+            f"the cache '{folder}' does not fit this run, and the pictures to build it anew are not here: "
+            f"{reason}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ captions
+
+
+def _caption_table(
+    folder: Path, cache: TokenCache, stream: Stream, encoder: Encoder, optim: StepOptimWrapper
+) -> Table:
+    """The table of all distinct captions, and of none: what a dropped one becomes."""
+    file = folder / "captions.arrow"
+
+    def plan() -> tuple[dict[str, Any], bool, str | None]:
+        captions = list(dict.fromkeys(["", *captions_of(stream.dataset)]))
+        embeddings = _wants_embeddings(cache.text_embeddings, len(captions), encoder.embedding_bytes)
+        made_of = {"captions": digest_of_texts(captions), **encoder.caption_key(embeddings)}
+        if embeddings:
+            made_of["precision"] = optim.precision
+        return made_of, embeddings, _difference(Table(file), made_of)
+
+    made_of, embeddings, reason = distributed.on_rank_0(plan)
+    if reason is None:
+        return Table(file)
+    captions = list(dict.fromkeys(["", *captions_of(stream.dataset)]))
+    builder = TableBuilder(file, made_of, len(captions))
+
+    def write(parts: list[Part]) -> None:
+        progress = Progress(sum(end - first for first, end in parts), "captions")
+        for first, end in parts:
+            columns: dict[str, list[np.ndarray]] = {}
+            for start in range(first, end, CAPTIONS_AT_ONCE):
+                some = captions[start : min(start + CAPTIONS_AT_ONCE, end)]
+                with optim.autocast():
+                    encoded = encoder.encode_captions(some, embeddings)
+                for name, column in encoded.items():
+                    columns.setdefault(name, []).append(column.numpy())
+                progress.add(len(some))
+            arrays = {name: np.concatenate(pieces) for name, pieces in columns.items()}
+            builder.write((first, end), {**arrays, "text": [[caption] for caption in captions[first:end]]})
+
+    return _build(builder, write)
+
+
+def _wants_embeddings(wish: Choice, captions: int, each: int | None) -> bool:
+    if wish is True and each is None:
+        raise UserError(
+            "text_embeddings=True, but the text encoder is trained, so its outputs change; leave it out"
+        )
+    return each is not None and (wish is True or (wish == "auto" and captions * each <= EMBEDDINGS))
+
+
+@final
+class CaptionLookup:
+    """What the table of captions has of one."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._rows = {text: row for row, (text,) in enumerate(table.texts())}
+
+    def __call__(self, caption: str) -> dict[str, np.ndarray] | None:
+        row = self._rows.get(caption)
+        if row is None:
+            return None
+        return {name: value for name, value in self._table[row].items() if isinstance(value, np.ndarray)}
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def _build(builder: TableBuilder, write: Callable[[list[Part]], None]) -> Table:
+    """The table, its missing parts written by all ranks together, each its share."""
+    distributed.on_rank_0(builder.begin)
+    missing = distributed.on_rank_0(builder.missing)
+    distributed.on_all_ranks(lambda: write(missing[distributed.rank() :: distributed.world_size()]))
+    distributed.on_rank_0(builder.finish)
+    return Table(builder.file)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One run at a time looks at a cache and builds it; another waits."""
+    held = None
+    try:
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = (folder / ".lock").open("w")
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say(f"token cache: another run builds '{folder}'; waiting for it")
+                fcntl.flock(held, fcntl.LOCK_EX)
+        distributed.on_rank_0(lambda: None)
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+@final
+class Progress:
+    """A line every few seconds of long work, of rank 0's share: how much is done, how fast, how long yet."""
+
+    def __init__(self, total: int, what: str, every: float = 10.0) -> None:
+        self.total, self.what, self.every = total, what, every
+        self.done = 0
+        self.began = self.told = time.perf_counter()
+
+    def add(self, count: int) -> None:
+        """So much more is done."""
+        self.done += count
+        now = time.perf_counter()
+        if now - self.told >= self.every:
+            self.told = now
+            rate = self.done / (now - self.began)
+            left = duration((self.total - self.done) / rate)
+            _say(f"encoded {self.done:,}/{self.total:,} {self.what}, {rate:.3g}/s, {left} left")
+
+
+def spell_forms(forms: int) -> str:
+    return "one form" if forms == 1 else f"{forms} forms each"
+
+
+def _say(line: str) -> None:
+    if distributed.rank() == 0:
+        print(line, flush=True)

@@ -1,0 +1,42 @@
+"""How the blocks of a model run in training, from outside: compiled, checkpointed, or both.
+
+Names of parameters do not change, and without gradients (previews, exports) a block runs as it is written.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def wrap_blocks(blocks: Iterable[nn.Module], *, checkpointed: bool, compiled: bool) -> None:
+    """Set how each block runs when gradients are recorded, whatever was set before.
+
+    Args:
+        checkpointed: keep a block's inputs only, and run its forward a second time in the backward pass:
+            less memory for more time. Gradients are the same, dropout too: the random state is put back for
+            the second run.
+        compiled: run what `torch.compile` makes of it. Equal to rounding, but for dropout, which draws other
+            numbers from the same random state: the same ones in each run. Blocks of one kind share a graph;
+            it is made when the first of them runs, and again at the second batch size, for all that follow.
+    """
+    if compiled:
+        # It would cut each block's graph at the ends of DDP's buckets; blocks are cut finely enough.
+        torch._dynamo.config.optimize_ddp = False
+    for block in blocks:
+        written = MethodType(type(block).forward, block)
+        run: Callable[..., Any] = torch.compile(written) if compiled else written
+        if checkpointed:
+            run = partial(checkpoint, run, use_reentrant=False)
+        block.forward = partial(_run, written, run)
+
+
+def _run(
+    without_gradients: Callable[..., Any], with_gradients: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A compiled graph for each mode and size that previews draw in would take minutes to make."""
+    return (with_gradients if torch.is_grad_enabled() else without_gradients)(*args, **kwargs)

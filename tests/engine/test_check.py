@@ -1,0 +1,333 @@
+"""What `check` says is what training then takes; and it leaves no trace."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AmusedPipeline
+from torch import nn
+
+from diffengine import cli, config
+from diffengine.commands.check import table, warnings
+from diffengine.engine import checkpoint, distributed, rehearsal
+from diffengine.engine.measure import kept_at_once, tensors_in
+from diffengine.engine.optim import StepOptimWrapper
+from diffengine.engine.rehearsal import Figures, Saved, rehearse
+from diffengine.engine.workdir import claim, release
+from diffengine.models.amused import AmusedModel
+from tests.engine import runs
+from tests.engine.runs import CPU, TEXT_TOO, Toy, on_ranks, train
+from tests.engine.test_class_pictures import _config, _from_nothing
+from tests.engine.test_micro import TORCH_SAYS
+
+LORA = (
+    "model.train=[]",
+    "model.adapters={'transformer': {'type': 'peft.LoraConfig', 'r': 4, 'target_modules': ['to_q', 'to_k']}}",
+)
+AVERAGE = "custom_hooks=[{'type': 'diffengine.engine.hooks.EMAHook'}]"
+CACHED = {"image_variations": 3, "max_iters": 30}
+
+
+def figures(path: str, work_dir: Path, *options: str) -> Figures:
+    settings, resolved = config.load(path, options)
+    return rehearse(settings, resolved, "toy", work_dir, CPU)
+
+
+def nbytes(module: nn.Module) -> int:
+    """Of parameters and buffers."""
+    return sum(item.nbytes for item in [*module.parameters(), *module.buffers()])
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy: Toy) -> Any:
+    return AmusedPipeline.from_pretrained(toy.model)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_a_full_fine_tune(toy: Toy, tmp_path: Path, pipeline: Any) -> None:
+    found = figures(toy.config("whole", cache=False), tmp_path / "run").memory
+    weights = list(pipeline.transformer.parameters())
+    assert found.trained == found.gradients == sum(4 * item.numel() for item in weights)
+    assert found.optimizer == sum(2 * 4 * item.numel() + 4 for item in weights)  # AdamW: two moments, a step
+    held = (
+        nbytes(pipeline.transformer) - found.trained + nbytes(pipeline.vqvae) + nbytes(pipeline.text_encoder)
+    )
+    assert found.frozen == held
+    assert found.average == 0
+
+
+def test_memory_of_an_adapter_with_an_average(toy: Toy, tmp_path: Path, pipeline: Any) -> None:
+    path = toy.config("adapter", cache=False)
+    result = figures(path, tmp_path / "run", *LORA, AVERAGE)
+    adapted = [
+        layer for name, layer in pipeline.transformer.named_modules() if name.endswith(("to_q", "to_k"))
+    ]
+    count = sum(4 * (layer.in_features + layer.out_features) for layer in adapted)  # rank 4
+    found = result.memory
+    assert result.parameters == count > 0
+    assert found.trained == found.gradients == found.average == 4 * count
+    assert found.optimizer == 2 * 4 * count + 4 * 2 * len(adapted)
+    assert found.frozen == sum(map(nbytes, (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder)))
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Sigmoid())
+    saved = Saved(model)
+    each = 4 * (8 + 16 + 4)  # the input, what ReLU gives (kept once, for it and the layer after), and Sigmoid
+    with saved.counting():
+        for count in (5, 9, 7):
+            saved.start()
+            model(torch.ones(count, 8)).sum().backward()
+    assert saved.most == 9 * each
+
+
+def test_activations_of_a_run(toy: Toy, tmp_path: Path) -> None:
+    """One micro-batch's count; checkpointing keeps less; parts that follow one another are not added."""
+    path = toy.config("activations", cache=False, batch_size=8)
+    whole = figures(path, tmp_path / "run").activations
+    halves = figures(path, tmp_path / "run", "micro_batch_size=4").activations
+    kept = figures(path, tmp_path / "run", "gradient_checkpointing=True").activations
+    assert 0.4 < halves / whole < 0.6  # as many masked tokens as were drawn
+    assert kept < 0.7 * whole
+
+
+# --------------------------------------------------------------------------------------------------- disk
+
+
+@pytest.mark.parametrize("options", [("cache=False",), (AVERAGE,), LORA])
+def test_the_size_of_a_checkpoint(toy: Toy, tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = toy.config("size", cache=False)
+    said = figures(path, tmp_path / "run", *options).checkpoint
+    assert train(path, tmp_path / "run", "--cfg-options", *options) == 0
+    assert said == pytest.approx((tmp_path / "run" / "iter_1.pth").stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "length", "expected"),
+    [(None, 3, 100, 1), (1, 3, 50, 4), (1, None, 50, 50), (20, 3, 50, 3), (50, 1, 50, 1), (25, 1, 50, 2)],
+)
+def test_checkpoints_at_a_time(every: int | None, keep: int | None, length: int, expected: int) -> None:
+    class Loop:
+        by_epoch, max_epochs, max_iters = False, 0, length
+
+    assert kept_at_once(every, keep, Loop()) == expected
+
+
+@pytest.mark.parametrize("options", [(), (TEXT_TOO,)])
+def test_the_size_of_the_cache(toy: Toy, tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = toy.config("cached", **CACHED)
+    said = figures(path, tmp_path / "run", *options).cache
+    assert said is not None
+    assert not said.there
+    assert not said.folder.exists()
+    assert said.seconds > 0
+    runner = runs.build(path, tmp_path / "run", *options)
+    tables = [file.stat().st_size for file in said.folder.glob("*.arrow")]
+    assert len(tables) == 2
+    assert said.size == pytest.approx(sum(tables), rel=0.05)
+    stream = runner.train_loop.stream
+    assert said.rows == 3 * len(stream.dataset)
+    assert said.captions == len({"", *stream.dataset.captions()})
+    release()
+
+    again = figures(path, tmp_path / "run", *options).cache
+    assert again is not None
+    assert (again.there, again.seconds, again.folder) == (True, 0.0, said.folder)
+    assert again.size == pytest.approx(sum(tables), rel=0.05)
+
+
+def test_from_a_cache_nothing_is_encoded(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that are measured are those of training: tokens and embeddings come in their place."""
+    prepared = []
+    prepare = AmusedModel.prepare
+
+    def watched(model: AmusedModel, batch: dict) -> dict:
+        prepared.append((set(batch), set(prepare(model, batch))))
+        return prepare(model, batch)
+
+    monkeypatch.setattr(AmusedModel, "prepare", watched)
+    figures(toy.config("few", **CACHED), tmp_path / "run")
+    assert len(prepared) == 2
+    for given, made in prepared:
+        assert "token_ids" in given
+        assert "image" not in given
+        assert {"hidden_states", "pooled_text_emb"} < made
+        assert "text_ids" not in made
+
+
+def test_a_cache_without_its_pictures(toy: Toy, tmp_path: Path) -> None:
+    data = shutil.copytree(toy.data, tmp_path / "data")
+    path = toy.config("moved", **{**CACHED, "data": str(data), "cache_path": str(tmp_path / "kept")})
+    runs.build(path, tmp_path / "run")
+    release()
+    shutil.rmtree(data)
+    said = figures(path, tmp_path / "run").cache
+    assert said is not None
+    assert said.there
+
+
+def test_why_there_is_no_cache(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "crop and flip" in figures(toy.config("anew", image_variations=None), tmp_path / "run").no_cache
+    assert figures(toy.config("off", cache=False), tmp_path / "run").no_cache == "as configured"
+    assert cli.main(["check", toy.config("must", image_variations=None, cache=True)]) == 2
+    assert "the cache cannot be used: crop and flip" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ no trace
+
+
+def tree(*roots: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder, with size and time."""
+    found = [path for root in roots for path in [root, *root.rglob("*")]]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+def test_nothing_is_written_or_left(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Beside another process's run, with previews, a cache to build and class pictures to draw."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.chdir(tmp_path)
+    work_dir = tmp_path / "run"
+    assert train(toy.config("one"), work_dir) == 0
+    path = _config(toy, "two", tmp_path / "class", 6, prompts=["a cat"], preview_every=1, **CACHED)
+    capsys.readouterr()
+    before = tree(tmp_path, toy.model, toy.data)
+    claim(work_dir, None, True)  # the other process
+    steps = []
+    step = StepOptimWrapper.step
+    monkeypatch.setattr(StepOptimWrapper, "step", lambda self: steps.append(step(self)))
+    try:
+        assert cli.main(["check", path, "--work-dir", str(work_dir)]) == 0
+    finally:
+        release()
+    after = tree(tmp_path, toy.model, toy.data)
+    del before[str(scratch)], after[str(scratch)]  # its time: what was in it has gone
+    assert before == after
+    assert len(steps) == 2
+    said = capsys.readouterr().out
+    assert "20, 6 of them to be drawn before training" in said
+    assert "token cache" in said
+    assert str(tmp_path / "cache") in said
+
+
+def test_class_pictures_that_cannot_be_drawn(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = _config(toy, "cannot", tmp_path / "class", 2, model=_from_nothing(toy))
+    assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
+    assert "lacks 2 class pictures, and the model, which is built from nothing" in capsys.readouterr().err
+    assert not (tmp_path / "class").exists()
+
+
+# -------------------------------------------------------------------------------------------- out of memory
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A memory that holds so many pictures, from so many forward passes on."""
+    forward = AmusedModel.forward
+    passes = []
+
+    def set_to(most: int, since: int = 0) -> None:
+        def limited(model: AmusedModel, batch: dict) -> Any:
+            passes.append(len(batch["token_ids"]))
+            if passes[-1] > most and len(passes) > since:
+                raise torch.OutOfMemoryError(TORCH_SAYS)
+            return forward(model, batch)
+
+        monkeypatch.setattr(AmusedModel, "forward", limited)
+
+    return set_to
+
+
+def test_a_micro_batch_that_halves(
+    toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture
+) -> None:
+    limit(3)
+    path = toy.config("halves", batch_size=8)
+    assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "pictures at once     2\n" in said
+    assert said.splitlines()[-1] == (
+        "warning: memory ran out with more than 2 pictures at once: training will split its steps alike; set "
+        "micro_batch_size=2 to start with it"
+    )
+
+
+@pytest.mark.parametrize("since", [0, 1])  # from the first step on; in the one that is measured
+def test_not_even_one_picture(
+    toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture, since: int
+) -> None:
+    limit(0, since)
+    path = toy.config("none", batch_size=1)
+    assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "even one picture at a time does not fit into memory" in said
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # nothing is counted any more
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report(toy: Toy, tmp_path: Path) -> None:
+    """The parts of a step make up the step, and the steps the run."""
+    found = figures(toy.config("report", max_iters=50, num_workers=2), tmp_path / "run")
+    seconds = found.seconds
+    assert seconds.step == seconds.data + seconds.prepare + seconds.passes + seconds.optimizer
+    assert min(seconds.prepare, seconds.passes, seconds.optimizer, seconds.first) > 0
+    assert found.training == seconds.first + 49 * seconds.step
+    assert (found.pictures, found.steps, found.epochs) == (10, 50, 20.0)
+    assert found.peak > found.memory.total
+    lines = table(found)
+    said = {
+        name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")
+    }
+    assert said["steps"].strip() == "50 of 4 pictures: 20 epochs"
+    assert said["a checkpoint"].strip() == checkpoint.spell_size(found.checkpoint)
+    assert {
+        len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line[:1] not in ("", " ")
+    } == {21}
+    assert warnings(found) == []
+
+
+def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    monkeypatch.setattr(rehearsal, "_available", lambda: 10**6)
+    found = figures(toy.config("small", **CACHED, checkpoint_every=10), tmp_path / "run")
+    assert found.checkpoints == 3
+    needed = checkpoint.spell_size(found.cache.size + 3 * found.checkpoint)
+    memory, disk = warnings(found)
+    assert memory.startswith(f"{checkpoint.spell_size(found.peak)} of memory are more than the 1.0 MB")
+    assert disk.startswith(f"the disk has 1.0 MB free, and {needed} are needed: keep fewer checkpoints")
+    found.free_for_cache = 1000
+    twice = checkpoint.spell_size(2 * found.cache.size)
+    assert [line.partition(" ")[2].partition(":")[0] for line in warnings(found)[1:]] == [
+        f"disk has 1.0 MB free, and checkpoints need {checkpoint.spell_size(3 * found.checkpoint)}",
+        f"cache's disk has 0.0 MB free, and {twice} are needed to build it",
+    ]
+
+
+def _on_one_of_two(path: str, root: Path) -> None:
+    found = figures(path, root / "run")
+    assert found.at_once == 2
+    assert found.cache is not None
+    (root / f"rank-{distributed.rank()}").touch()
+
+
+def test_several_processes(toy: Toy, tmp_path: Path) -> None:
+    on_ranks(2, _on_one_of_two, toy.config("two_ranks", **CACHED), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["rank-0", "rank-1"]
+
+
+def test_tensors_in_nested_state() -> None:
+    one, two = torch.ones(1), torch.ones(2)
+    assert [item.numel() for item in tensors_in({"a": [one, {"b": (two, 3)}], "c": None})] == [1, 2]

@@ -1,0 +1,150 @@
+"""Compiled blocks: the same step, from as many graphs as there are kinds of blocks."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from diffengine.models.amused import AmusedModel
+from diffengine.models.base import PreviewRequest
+from tests.models.conftest import make_batch
+from tests.models.test_adapters import LORA, TEXT
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not:UserWarning"
+)  # dynamo's own
+KINDS = 3  # ConvNextBlock, SkipFFTransformerBlock, BasicTransformerBlock
+ADAPTERS = {"transformer": {**LORA, "lora_dropout": 0.0}, "text_encoder": TEXT}
+
+
+@pytest.fixture(params=["eager"])
+def counter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Counts graphs, which torch's own kernels run; one that breaks is an error."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(request.param)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    yield counter
+    torch._dynamo.reset()
+
+
+def take(batch: dict[str, Any], rows: int, masked: int) -> dict[str, Any]:
+    """The first rows, with so many tokens masked in each."""
+    part = {name: value[:rows] for name, value in batch.items()}
+    places = [np.random.default_rng(row).permutation(64)[:masked] for row in range(rows)]
+    return {**part, "masked": places, "num_targets": [masked] * rows}
+
+
+def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Loss and gradients, from one random state."""
+    torch.manual_seed(0)
+    model.zero_grad(set_to_none=True)
+    loss, _ = model(model.prepare(batch))
+    loss.backward()
+    return loss.detach(), {name: value.grad for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "counter", ["aot_eager"], indirect=True
+)  # forward and backward traced, as for inductor
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, KINDS),
+        # The first block's input depends on nothing that is trained: that is another graph of its kind.
+        ({"adapters": ADAPTERS, "gradient_checkpointing": True}, KINDS + 1),
+    ],
+    ids=["full", "adapters, checkpointed"],
+)
+def test_compiled_equals_eager(toy: Path, counter: Any, options: dict[str, Any], graphs: int) -> None:
+    model = AmusedModel(str(toy), **options).train()
+    batch = make_batch()
+    loss, gradients = step(model, batch)
+    names = list(model.state_dict())
+    assert model.compile_blocks() == 2 * 2 + 2
+    assert counter.frame_count == 0
+    compiled_loss, compiled = step(model, batch)
+    assert counter.frame_count == graphs
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    for masked in (1, 40, 64, 17):  # steps 2 to 5
+        step(model, take(batch, 3, masked))
+    model.preview(PreviewRequest(["a cat"], options={"num_inference_steps": 2, "guidance_scale": 4.0}))
+    assert counter.frame_count == graphs
+
+
+def test_sizes_of_a_split_step(toy: Path, counter: Any) -> None:
+    """Micro-batches of a step differ by one at most: a graph for the first size, one for all others."""
+    model = AmusedModel(str(toy)).train()
+    model.compile_blocks()
+    batch = make_batch()
+    for rows in (2, 3):
+        step(model, take(batch, rows, 5))
+    assert counter.frame_count == 2 * KINDS
+    wide = {name: value + value for name, value in batch.items() if isinstance(value, list)}
+    wide |= {name: torch.cat([value, value]) for name, value in batch.items() if isinstance(value, Tensor)}
+    for rows in (3, 2, 5, 4):
+        step(model, take(wide, rows, 9))
+    assert counter.frame_count == 2 * KINDS
+
+
+def test_a_frozen_transformer_is_compiled_for_what_learns_through_it(toy: Path, counter: Any) -> None:
+    model = AmusedModel(str(toy), train=["text_encoder"]).train()
+    model.compile_blocks()
+    _, gradients = step(model, make_batch())
+    assert all(gradient is not None for gradient in gradients.values())
+    assert counter.frame_count == KINDS + 1
+
+
+def test_dropout_is_drawn_again_from_the_same_state(toy: Path, counter: Any) -> None:
+    """In each run, and when a checkpointed block runs for the second time."""
+    results = []
+    for checkpointed in (False, True, True):
+        model = AmusedModel(str(toy), gradient_checkpointing=checkpointed).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        model.compile_blocks()
+        results.append(step(model, make_batch()))
+    (loss, expected), *others = results
+    for other, gradients in others:
+        assert torch.equal(other, loss)
+        assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+
+
+def test_a_compiled_model_exports_as_any(toy: Path, counter: Any, tmp_path: Path) -> None:
+    from diffengine.export import export_components
+
+    model = AmusedModel(str(toy)).train()
+    model.compile_blocks()
+    (exported,) = export_components(model, tmp_path)
+    assert exported.difference == 0
+    assert counter.frame_count == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_by_inductor(toy: Path, dropout: float) -> None:
+    """What runs really: equal to rounding, and with dropout the same in each run. Needs a C++ compiler."""
+    torch._dynamo.reset()
+    model = AmusedModel(str(toy), gradient_checkpointing=True).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    loss, gradients = step(model, make_batch())
+    model.compile_blocks()
+    first, compiled = step(model, make_batch())
+    again, _ = step(model, make_batch())
+    assert torch.equal(first, again)
+    assert torch.isclose(first, loss, rtol=1e-5) == (dropout == 0)
+    if not dropout:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    torch._dynamo.reset()
