@@ -111,6 +111,7 @@ class StepLoop(BaseLoop):
     def attach(self, runner: Any) -> None:
         """Run under this runner."""
         self._runner = runner
+        self._buffers = list(runner.trainable.buffers())  # to list them walks all modules
 
     # ---------------------------------------------------------------------------------------- where it stands
 
@@ -244,7 +245,7 @@ class StepLoop(BaseLoop):
         """
         runner = self.runner
         while True:
-            buffers = [(buffer, buffer.clone()) for buffer in runner.trainable.buffers()]
+            buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
             sums: dict[str, Tensor] = {}
             reason = None
             try:
@@ -348,6 +349,8 @@ def count_iters(max_epochs: int | None, max_iters: int | None, num_samples: int,
 
 def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The batch in `count` parts of nearly one size, their tensors views of it."""
+    if count == 1:
+        return [batch]
     rows = len(batch["num_targets"])
     cuts = [rows * place // count for place in range(count + 1)]
     return [

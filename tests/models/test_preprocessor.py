@@ -141,3 +141,17 @@ def test_cached_tokens_pass_through(toy: Path, batch: dict[str, Any]) -> None:
 
 def test_an_odd_grid(model: AmusedModel) -> None:
     assert model.preprocessor.encode(make_batch(48)["image"]).shape == (3, 12, 12)
+
+
+def test_activations_in_place_change_no_id(toy: Path, batch: dict[str, Any]) -> None:
+    model = AmusedModel(str(toy))
+    vqvae = model.module("vqvae")
+    activations = [layer for layer in vqvae.encoder.modules() if isinstance(layer, nn.SiLU)]
+    assert activations
+    assert all(layer.inplace for layer in activations)
+    image = batch["image"].clone()
+    ids = model.preprocessor.encode(image)
+    assert torch.equal(image, batch["image"])
+    for layer in activations:
+        layer.inplace = False
+    assert torch.equal(ids, model.preprocessor.encode(image))

@@ -21,6 +21,7 @@ from diffengine.engine.measure import checkpoint_bytes, kept_at_once, memory_of,
 from diffengine.errors import UserError
 
 GRAD_NORM = "grad_norm"
+FOLDED = 256  # steps whose sums are kept apart, before they are added up
 
 
 @final
@@ -44,7 +45,7 @@ class MetricsHook(Hook):
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, list[Tensor]] = {}  # one a step, on the device
         self._targets: float = 0
         self._steps = self._samples = self._skipped = 0
         self._wait = self._seconds = 0.0
@@ -55,6 +56,7 @@ class MetricsHook(Hook):
         self._began = math.inf
         self._peak = 0
         self._drew = True  # the first preview is drawn after this
+        self._previews = [hook.every for hook in runner.hooks if isinstance(hook, PreviewHook)]
         self._told = False
         if distributed.rank() == 0:
             _drop_after(self._file, runner.train_loop.done)
@@ -72,9 +74,11 @@ class MetricsHook(Hook):
         self._began = min(self._began, time.perf_counter() - outputs.seconds)
         sums = outputs.sums if outputs.grad_norm is None else {**outputs.sums, GRAD_NORM: outputs.grad_norm}
         for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums.setdefault(name, []).append(value)
         self._targets += outputs.targets
         self._steps += 1
+        if self._steps % FOLDED == 0:
+            self._sums = {name: [torch.stack(values).sum()] for name, values in self._sums.items()}
         self._samples += outputs.samples
         self._skipped += outputs.skipped
         self._rate = outputs.learning_rate
@@ -85,7 +89,7 @@ class MetricsHook(Hook):
             self._line(runner)
         # A preview comes after this hook, and brings back encoders and the VQ decoder. So the peak before it
         # is noted, and from the next step on it is counted anew: `memory_gb` is training's own.
-        if any(isinstance(hook, PreviewHook) and loop.due(hook.every) for hook in runner.hooks):
+        if any(loop.due(every) for every in self._previews):
             self._peak = self._training_peak()
             self._drew = True
 
@@ -117,7 +121,7 @@ class MetricsHook(Hook):
     def _read(self, runner: Any) -> dict[str, float]:
         started = time.perf_counter()
         targets, skipped = distributed.add_counts(self._targets, self._skipped)
-        packed = torch.stack([value.float() for value in self._sums.values()])
+        packed = torch.stack([torch.stack(values).float().sum() for values in self._sums.values()])
         if distributed.world_size() > 1:
             dist.all_reduce(packed)
         metrics = {name: value / targets for name, value in zip(self._sums, packed.tolist())}

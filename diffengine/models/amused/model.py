@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
-from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
+from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
@@ -104,7 +104,7 @@ class AmusedModel(MaskedImageModel):
         self.label_smoothing = label_smoothing
         self.mask_schedule = mask_schedule
         self.mask_id: int = self.components.scheduler.config.mask_token_id
-        self._frozen: dict[str, Frozen] = {"vqvae": Frozen(partial(getattr, self.components, "vqvae"))}
+        self._frozen: dict[str, Frozen] = {"vqvae": Frozen(self._load_vqvae)}
         for name in TRAINABLE:
             load = partial(self._load, name, adapters.get(name))
             if name in train or name in adapters:
@@ -114,6 +114,14 @@ class AmusedModel(MaskedImageModel):
         self.preprocessor = AmusedPreprocessor(
             self._frozen["vqvae"], self.components.tokenizer, vq_batch_size
         )
+
+    def _load_vqvae(self) -> VQModel:
+        """Its encoder's activations write over what they are given, a norm's output that nothing else reads."""
+        vqvae = self.components.vqvae
+        for layer in vqvae.encoder.modules():
+            if isinstance(layer, nn.SiLU):
+                layer.inplace = True
+        return vqvae
 
     def _load(self, name: str, adapter: Any) -> nn.Module:
         """A component as it is trained: with its adapter, if it has one, and checkpointed, if asked for.
