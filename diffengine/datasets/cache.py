@@ -226,25 +226,24 @@ class CachedForms:
 def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, np.ndarray | list[list[str]]]:
     """What a table keeps of samples, None for one that cannot be read: tensors, numbers and texts.
 
-    template: a sample whose values stand where there is none.
-
-    Raises UserError for a sample with anything else, but for `image`.
+    template: a sample whose values stand where there is none; of its other keys there must be `image` only.
     """
     columns: dict[str, np.ndarray | list[list[str]]] = {
         "readable": np.array([sample is not None for sample in samples], dtype=np.uint8)
     }
     filled = [template if sample is None else sample for sample in samples]
-    for key, value in template.items():
-        if key in ("image", "text"):
-            continue
-        if not isinstance(value, torch.Tensor | bool | int | float):
-            raise UserError(
-                f"a cache keeps tensors and numbers, but a sample has {key} of type {type(value).__name__}; "
-                "leave it out, or set cache=False"
-            )
+    for key in (key for key in template if key not in ("image", "text")):
         columns[key] = np.stack([np.asarray(sample[key]) for sample in filled])
     columns["text"] = [_texts(None if sample is None else sample["text"]) for sample in samples]
     return columns
+
+
+def what_no_table_keeps(sample: Sample) -> str | None:
+    """The first of a sample's keys whose value is no tensor and no number, and its type."""
+    for key, value in sample.items():
+        if key not in ("image", "text") and not isinstance(value, torch.Tensor | bool | int | float):
+            return f"{key} of type {type(value).__name__}"
+    return None
 
 
 def _texts(text: str | list[str] | None) -> list[str]:
@@ -303,7 +302,7 @@ def digest_of_pictures(dataset: Any, notes: Path) -> str:
     """
     files = dataset.files() if hasattr(dataset, "files") else None
     if files is None:
-        return digest_of_texts(_pixels(dataset[index]["image"]) for index in range(len(dataset)))
+        return digest_of_texts(_pixels(dataset, index) for index in range(len(dataset)))
     known = _read_notes(notes)
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to the other threads
         noted = list(pool.map(lambda file: _note(file, known.get(str(file))), files))
@@ -312,8 +311,11 @@ def digest_of_pictures(dataset: Any, notes: Path) -> str:
     return digest_of([note[3] for note in noted])
 
 
-def _pixels(image: Any) -> str:
-    pixels = np.asarray(image)
+def _pixels(dataset: Any, index: int) -> str:
+    try:
+        pixels = np.asarray(dataset[index]["image"])
+    except UnreadablePicture:  # the stream says what becomes of it
+        return "unreadable"
     return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,6 +23,7 @@ from diffengine.datasets.cache import (
     digest_of,
     digest_of_pictures,
     digest_of_texts,
+    what_no_table_keeps,
 )
 from diffengine.engine import distributed
 from diffengine.engine.checkpoint import spell_size
@@ -70,6 +72,67 @@ class TokenCache:
         )
 
 
+@dataclass
+class Plan:
+    """The cache of a run.
+
+    Attributes:
+        folder: where it is, or will be.
+        key: what its table of pictures depends on, but for the pictures and captions themselves.
+        forms: of each picture.
+        encoder: the model's.
+        pictureless: the pictures are not here, and it is all that there is of them.
+    """
+
+    folder: Path
+    key: dict[str, Any]
+    forms: int
+    encoder: Encoder
+    pictureless: bool
+
+    @property
+    def pictures(self) -> Table:
+        return Table(_pictures(self.folder))
+
+
+def plan(
+    cache: TokenCache,
+    stream: Stream,
+    encoder: Encoder | None,
+    resolved: Mapping[str, Any],
+    work_dir: Path,
+    positions: int,
+) -> Plan | str:
+    """The cache that a run takes; or why it takes none.
+
+    Args:
+        positions: samples that the whole run takes.
+
+    Raises:
+        UserError: it is asked for and cannot be; or the pictures are not here, and something else changed.
+    """
+    pictureless = isinstance(stream.dataset, PicturelessDataset)
+    reason = "as configured" if not cache.use else _why_not(cache, stream, encoder, positions)
+    if reason and (cache.use is True or pictureless):
+        raise UserError(f"the cache cannot be used: {reason}")
+    if reason or encoder is None or stream.forms is None:
+        return reason or ""
+    section, forms = resolved["train_dataloader"], stream.forms
+    key = distributed.on_rank_0(
+        lambda: {
+            "image transforms": section["image_transforms"],
+            "forms": forms,
+            "seed": stream.seed if stream.image_variations else None,
+            **encoder.picture_key(),
+        }
+    )
+    folder = cache.path or work_dir.parent / "cache" / digest_of([section["dataset"], key])[:12]
+    found = Plan(folder, key, forms, encoder, pictureless)
+    if pictureless:
+        distributed.on_rank_0(lambda: _check_without_pictures(found))
+    return found
+
+
 def attach(
     cache: TokenCache,
     stream: Stream,
@@ -81,40 +144,22 @@ def attach(
 ) -> None:
     """Let the stream and the model take what can be computed once from the cache, building it if need be.
 
-    Args:
-        positions: samples that the whole run takes.
-
-    Raises:
-        UserError: it is asked for and cannot be; or the pictures are not here, and something else changed.
+    Arguments and faults as of `plan`.
     """
-    pictureless = isinstance(stream.dataset, PicturelessDataset)
-    reason = _why_not(cache, stream, encoder, positions)
-    if reason and (cache.use is True or pictureless):
-        raise UserError(f"the cache cannot be used: {reason}")
-    if reason or encoder is None or not cache.use:
+    found = plan(cache, stream, encoder, resolved, work_dir, positions)
+    if isinstance(found, str):
         return
-    key = distributed.on_rank_0(lambda: _fixed_key(stream, encoder, resolved))
-    folder = (
-        cache.path
-        or work_dir.parent / "cache" / digest_of([resolved["train_dataloader"]["dataset"], key])[:12]
-    )
     workers = resolved["train_dataloader"].get("num_workers", 0)
-    with _locked(folder):
-        if pictureless:
-            table = Table(_pictures(folder))
-            distributed.on_rank_0(lambda: _check_without_pictures(table, key, folder))
-        else:
-            table = _picture_table(folder, key, stream, encoder, workers)
-        captions = _caption_table(folder, cache, stream, encoder, optim)
-    encoder.rest()
-    forms = stream.forms
-    assert forms is not None
-    stream.cache = CachedForms(table, forms)
-    encoder.use_captions(CaptionLookup(captions))
+    with _locked(found.folder):
+        table = found.pictures if found.pictureless else _picture_table(found, stream, workers)
+        captions = _caption_table(found, cache, stream, optim)
+    found.encoder.rest()
+    stream.cache = CachedForms(table, found.forms)
+    found.encoder.use_captions(CaptionLookup(captions))
     seen = positions / len(table)
     _say(
-        f"token cache: {len(stream.dataset)} pictures in {spell_forms(forms)}, each form is taken {seen:.3g} "
-        f"times; {spell_size(table.nbytes + captions.nbytes)} in {folder}"
+        f"token cache: {len(stream.dataset)} pictures in {spell_forms(found.forms)}, each form is taken "
+        f"{seen:.3g} times; {spell_size(table.nbytes + captions.nbytes)} in {found.folder}"
     )
 
 
@@ -126,6 +171,12 @@ def _why_not(cache: TokenCache, stream: Stream, encoder: Encoder | None, positio
         return "crop and flip are drawn anew each time; set image_variations to how many to keep of a picture"
     if cache.use == "auto" and positions <= len(stream.dataset) * stream.forms:
         return "the run takes each form at most once; set cache=True to build it all the same"
+    if not isinstance(stream.dataset, PicturelessDataset):
+        (sample,) = stream.picture_forms([0])
+        if sample is not None and (other := what_no_table_keeps(sample)):
+            return (
+                f"it keeps tensors and numbers, but a sample has {other}; leave that out, or set cache=False"
+            )
     return None
 
 
@@ -136,40 +187,25 @@ def _pictures(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def _fixed_key(stream: Stream, encoder: Encoder, resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What the table of pictures depends on, but for the pictures and captions themselves."""
-    return {
-        "image transforms": resolved["train_dataloader"]["image_transforms"],
-        "forms": stream.forms,
-        "seed": stream.seed if stream.image_variations else None,
-        **encoder.picture_key(),
-    }
-
-
-def _picture_table(
-    folder: Path, key: dict[str, Any], stream: Stream, encoder: Encoder, workers: int
-) -> Table:
-    """The table of this data, whose bytes and whose first eight pictures were looked at; built if need be."""
-    table = Table(_pictures(folder))
+def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
+    """The table of this data, whose bytes and a few of whose pictures were looked at; built if need be."""
+    table, encoder, forms = found.pictures, found.encoder, found.forms
 
     def changed() -> tuple[dict[str, Any], str | None]:
-        folder.mkdir(parents=True, exist_ok=True)
         made_of = {
-            "pictures": digest_of_pictures(stream.dataset, folder / "files.json"),
+            "pictures": digest_of_pictures(stream.dataset, found.folder / "files.json"),
             "captions": digest_of_texts(captions_of(stream.dataset)),
-            **key,
+            **found.key,
         }
-        return made_of, _difference(table, made_of) or _check_pictures(table, stream, encoder)
+        return made_of, difference(table, made_of) or _check_pictures(table, stream, found)
 
     made_of, reason = distributed.on_rank_0(changed)
     if reason is None:
         distributed.on_rank_0(TableBuilder(table.file, made_of, 0).sweep)
         return table
-    forms = stream.forms
-    assert forms is not None
     _say(f"token cache: {reason}; encoding {len(stream.dataset)} pictures in {spell_forms(forms)}")
-    template = distributed.on_all_ranks(lambda: _first_readable(stream, encoder))
-    builder = TableBuilder(_pictures(folder), made_of, len(stream.dataset) * forms)
+    template = distributed.on_all_ranks(lambda: first_readable(stream, encoder))
+    builder = TableBuilder(table.file, made_of, len(stream.dataset) * forms)
     distributed.on_rank_0(lambda: _check_room(builder, template))
 
     def write(parts: list[Part]) -> None:
@@ -184,7 +220,7 @@ def _picture_table(
         for first, end in parts:
             samples: list[Sample | None] = []
             while len(samples) < end - first:
-                fresh = _encode(next(read), encoder)
+                fresh = encode(next(read), encoder)
                 samples += fresh
                 progress.add(len(fresh))
             builder.write((first, end), columns_of(samples, template))
@@ -192,7 +228,7 @@ def _picture_table(
     return _build(builder, write)
 
 
-def _encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | None]:
+def encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | None]:
     """Samples with what the encoder gives in the place of their images."""
     images = [{"image": sample["image"]} for sample in samples if sample is not None]
     if not images:
@@ -207,11 +243,11 @@ def _encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | Non
     ]
 
 
-def _first_readable(stream: Stream, encoder: Encoder) -> Sample:
+def first_readable(stream: Stream, encoder: Encoder) -> Sample:
     """A sample as the table keeps it, whatever it is of."""
     assert stream.forms is not None
     for index in range(len(stream.dataset)):
-        (sample,) = _encode(stream.picture_forms([index * stream.forms]), encoder)
+        (sample,) = encode(stream.picture_forms([index * stream.forms]), encoder)
         if sample is not None:
             return sample
     raise UserError(f"none of the {len(stream.dataset)} pictures can be read")
@@ -229,7 +265,7 @@ def _check_room(builder: TableBuilder, template: Sample) -> None:
         )
 
 
-def _difference(table: Table, made_of: Mapping[str, Any]) -> str | None:
+def difference(table: Table, made_of: Mapping[str, Any]) -> str | None:
     """Why a table has to be built: what of its making differs."""
     if table.made_of is None:
         return "none is there yet"
@@ -242,16 +278,16 @@ def _difference(table: Table, made_of: Mapping[str, Any]) -> str | None:
     return f"changed since it was built: {', '.join(names)}" if names else None
 
 
-def _check_pictures(table: Table, stream: Stream, encoder: Encoder) -> str | None:
+def _check_pictures(table: Table, stream: Stream, found: Plan) -> str | None:
     """Encode a few pictures anew; what differs from the table, if it is more than rounding."""
     rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
+    size = found.encoder.batch_size
     fresh = [
         sample
-        for start in range(0, len(rows), encoder.batch_size)
-        for sample in _encode(stream.picture_forms(rows[start : start + encoder.batch_size]), encoder)
+        for start in range(0, len(rows), size)
+        for sample in encode(stream.picture_forms(rows[start : start + size]), found.encoder)
     ]
     same = total = 0
-    assert stream.forms is not None
     for row, sample in zip(rows, fresh):
         if sample is None:
             continue
@@ -261,7 +297,7 @@ def _check_pictures(table: Table, stream: Stream, encoder: Encoder) -> str | Non
                 same += int((np.asarray(kept[name]) == value[0]).sum())
                 total += value[0].size
             elif kept[name] != value[0]:
-                return f"the captions of picture {row // stream.forms} are others now"
+                return f"the captions of picture {row // found.forms} are others now"
     return (
         None
         if same >= (1 - TOLERATED) * total
@@ -269,37 +305,41 @@ def _check_pictures(table: Table, stream: Stream, encoder: Encoder) -> str | Non
     )
 
 
-def _check_without_pictures(table: Table, key: Mapping[str, Any], folder: Path) -> None:
+def _check_without_pictures(found: Plan) -> None:
+    table = found.pictures
     known = table.made_of or {}
     same = {name: known.get(name) for name in ("pictures", "captions")}  # of what is not here
-    if reason := _difference(table, {**same, **key}):
+    if reason := difference(table, {**same, **found.key}):
         raise UserError(
-            f"the cache '{folder}' does not fit this run, and the pictures to build it anew are not here: "
-            f"{reason}"
+            f"the cache '{found.folder}' does not fit this run, and the pictures to build it anew are not "
+            f"here: {reason}"
         )
 
 
 # ------------------------------------------------------------------------------------------------ captions
 
 
-def _caption_table(
-    folder: Path, cache: TokenCache, stream: Stream, encoder: Encoder, optim: StepOptimWrapper
-) -> Table:
-    """The table of all distinct captions, and of none: what a dropped one becomes."""
-    file = folder / "captions.arrow"
+def distinct_captions(stream: Stream) -> list[str]:
+    """Those of the data, and the empty one: what a dropped caption becomes."""
+    return list(dict.fromkeys(["", *captions_of(stream.dataset)]))
 
-    def plan() -> tuple[dict[str, Any], bool, str | None]:
-        captions = list(dict.fromkeys(["", *captions_of(stream.dataset)]))
-        embeddings = _wants_embeddings(cache.text_embeddings, len(captions), encoder.embedding_bytes)
+
+def _caption_table(found: Plan, cache: TokenCache, stream: Stream, optim: StepOptimWrapper) -> Table:
+    """The table of all distinct captions."""
+    file, encoder = found.folder / "captions.arrow", found.encoder
+
+    def changed() -> tuple[dict[str, Any], bool, str | None]:
+        captions = distinct_captions(stream)
+        embeddings = wants_embeddings(cache.text_embeddings, len(captions), encoder.embedding_bytes)
         made_of = {"captions": digest_of_texts(captions), **encoder.caption_key(embeddings)}
         if embeddings:
             made_of["precision"] = optim.precision
-        return made_of, embeddings, _difference(Table(file), made_of)
+        return made_of, embeddings, difference(Table(file), made_of)
 
-    made_of, embeddings, reason = distributed.on_rank_0(plan)
+    made_of, embeddings, reason = distributed.on_rank_0(changed)
     if reason is None:
         return Table(file)
-    captions = list(dict.fromkeys(["", *captions_of(stream.dataset)]))
+    captions = distinct_captions(stream)
     builder = TableBuilder(file, made_of, len(captions))
 
     def write(parts: list[Part]) -> None:
@@ -319,7 +359,8 @@ def _caption_table(
     return _build(builder, write)
 
 
-def _wants_embeddings(wish: Choice, captions: int, each: int | None) -> bool:
+def wants_embeddings(wish: Choice, captions: int, each: int | None) -> bool:
+    """Whether so many captions, `each` of so many bytes, are kept embedded."""
     if wish is True and each is None:
         raise UserError(
             "text_embeddings=True, but the text encoder is trained, so its outputs change; leave it out"

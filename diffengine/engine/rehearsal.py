@@ -20,16 +20,22 @@ from diffengine.datasets import Sample, Stream, UnreadablePicture, collate
 from diffengine.datasets.cache import (
     PART,
     CachedForms,
-    PicturelessDataset,
-    Table,
     TableBuilder,
     captions_of,
     columns_of,
-    digest_of,
     digest_of_texts,
 )
-from diffengine.engine import caching, distributed
+from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, build_parts, check_apart, check_can_draw
+from diffengine.engine.caching import (
+    Plan,
+    difference,
+    distinct_captions,
+    encode,
+    first_readable,
+    plan,
+    wants_embeddings,
+)
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.hooks import CheckpointHook, EMAHook
 from diffengine.engine.loop import TRIALS, Step
@@ -47,7 +53,6 @@ from diffengine.engine.measure import (
 from diffengine.engine.micro import free_memory
 from diffengine.engine.runner import Runner
 from diffengine.errors import UserError
-from diffengine.models.base import Encoder
 
 READ = 16  # samples that are read to see how long one takes
 SAMPLED = 4 * 10**6  # bytes of rows that are written to see how long a cache's are
@@ -272,43 +277,27 @@ def _rehearse_cache(
     parts: Parts, resolved: Mapping[str, Any], work_dir: Path, scratch: Path
 ) -> tuple[CacheFigures | None, str]:
     """The cache that the run would take, a few of its rows put in its place; or None, and why not."""
-    cache, stream, encoder = parts.cache, parts.loop.stream, parts.model.encoder
-    if not cache.use:
-        return None, "as configured"
-    reason = caching._why_not(cache, stream, encoder, parts.loop.max_iters * parts.loop.batch_size)
-    pictureless = isinstance(stream.dataset, PicturelessDataset)
-    if reason and (cache.use is True or pictureless):
-        raise UserError(f"the cache cannot be used: {reason}")
-    if reason or encoder is None:
-        return None, reason or ""
-    key = distributed.on_rank_0(lambda: caching._fixed_key(stream, encoder, resolved))
-    section = resolved["train_dataloader"]
-    folder = cache.path or work_dir.parent / "cache" / digest_of([section["dataset"], key])[:12]
-    table = Table(caching._pictures(folder))
-    if pictureless:
-        distributed.on_rank_0(lambda: caching._check_without_pictures(table, key, folder))
-    known = table.made_of or {}
-    seen = {
-        "pictures": known.get("pictures"),
-        "captions": digest_of_texts(captions_of(stream.dataset)),
-        **key,
-    }
-    there = caching._difference(table, seen) is None  # but for the pictures' bytes
-    workers = section.get("num_workers", 0)
-    forms = stream.forms
-    assert forms is not None
+    stream, positions = parts.loop.stream, parts.loop.max_iters * parts.loop.batch_size
+    found = plan(parts.cache, stream, parts.model.encoder, resolved, work_dir, positions)
+    if isinstance(found, str):
+        return None, found
+    table = found.pictures
+    pictures = (table.made_of or {}).get("pictures")  # whose bytes only a run looks at
+    captions = distinct_captions(stream)
+    made_of = {"pictures": pictures, "captions": digest_of_texts(captions_of(stream.dataset)), **found.key}
+    there = difference(table, made_of) is None
+    workers = resolved["train_dataloader"].get("num_workers", 0)
 
     def put_in() -> CacheFigures:
-        rows = len(stream.dataset) * forms
-        samples, each = _some_samples(stream, encoder, table if pictureless else None, workers)
-        texts, encoded, each_caption = _some_captions(parts, encoder, samples)
-        captions = list(dict.fromkeys(["", *captions_of(stream.dataset)]))
-        encoder.rest()
+        rows = len(stream.dataset) * found.forms
+        samples, each = _some_samples(stream, found, workers)
+        texts, encoded, each_caption = _some_captions(parts, found, captions, samples)
+        found.encoder.rest()
         free_memory()
         stream.cache = FewForms(samples)
-        encoder.use_captions(dict(zip(texts, encoded)).get)
+        found.encoder.use_captions(dict(zip(texts, encoded)).get)
         return CacheFigures(
-            folder=folder,
+            folder=found.folder,
             rows=rows,
             captions=len(captions),
             size=(table.nbytes if there else _table_bytes(scratch, samples, rows))
@@ -320,37 +309,29 @@ def _rehearse_cache(
     return distributed.on_all_ranks(put_in), ""
 
 
-def _some_samples(
-    stream: Stream, encoder: Encoder, table: Table | None, workers: int
-) -> tuple[list[Sample], float]:
-    """Encoded forms of pictures spread over the data, or of a table's; and the seconds that one takes."""
-    forms = stream.forms
-    assert forms is not None
-    count = len(stream.dataset) * forms
+def _some_samples(stream: Stream, found: Plan, workers: int) -> tuple[list[Sample], float]:
+    """Encoded forms of pictures spread over the data, or of its cache's; and the seconds that one takes."""
+    encoder, count = found.encoder, len(stream.dataset) * found.forms
     rows = np.unique(np.linspace(0, count - 1, encoder.batch_size).round().astype(int)).tolist()
-    if table is not None:
-        kept = CachedForms(table, forms)
-        return [kept.sample(*divmod(row, forms)) for row in rows], 0.0
-    samples = [
-        sample for sample in caching._encode(stream.picture_forms(rows), encoder) if sample is not None
-    ]
+    if found.pictureless:
+        kept = CachedForms(found.pictures, found.forms)
+        return [kept.sample(*divmod(row, found.forms)) for row in rows], 0.0
+    samples = [sample for sample in encode(stream.picture_forms(rows), encoder) if sample is not None]
     began = time.perf_counter()  # the first time loads and warms up
     together = stream.picture_forms(list(range(min(count, encoder.batch_size))))  # as a build reads them
     read = time.perf_counter() - began
-    caching._encode(together, encoder)
-    encode = time.perf_counter() - began - read
-    seconds = max(read / workers, encode) if workers else read + encode
-    return samples or [caching._first_readable(stream, encoder)], seconds / len(together)
+    encode(together, encoder)
+    encoded = time.perf_counter() - began - read
+    seconds = max(read / workers, encoded) if workers else read + encoded
+    return samples or [first_readable(stream, encoder)], seconds / len(together)
 
 
 def _some_captions(
-    parts: Parts, encoder: Encoder, samples: list[Sample]
+    parts: Parts, found: Plan, captions: list[str], samples: list[Sample]
 ) -> tuple[list[str], list[dict[str, Any]], float]:
     """The captions of these samples, what the encoder makes of them, and the seconds that one takes."""
-    distinct = list(dict.fromkeys(["", *captions_of(parts.loop.stream.dataset)]))
-    embeddings = caching._wants_embeddings(
-        parts.cache.text_embeddings, len(distinct), encoder.embedding_bytes
-    )
+    encoder = found.encoder
+    embeddings = wants_embeddings(parts.cache.text_embeddings, len(captions), encoder.embedding_bytes)
     of_samples = (text for sample in samples for text in _texts(sample))
     texts = list(dict.fromkeys(["", *of_samples]))
     with parts.optim.autocast():

@@ -87,12 +87,17 @@ default_hooks = dict(
 
 
 def build(
-    path: str, work_dir: Path, *options: str, resume: Path | None = None, overwrite: bool = False
+    path: str,
+    work_dir: Path,
+    *options: str,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    device: torch.device = CPU,
 ) -> Runner:
     """A run that is ready to train, in this process."""
     settings, resolved = config.load(path, options)
     claim(work_dir, str(resume) if resume else None, overwrite)
-    return build_run(settings, resolved, Path(path).stem, work_dir, CPU, resume)
+    return build_run(settings, resolved, Path(path).stem, work_dir, device, resume)
 
 
 def train(path: str, work_dir: Path, *flags: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffengine import cli
-from diffengine.datasets import cache
+from diffengine.datasets import ImageTextDataset, cache
 from diffengine.datasets.cache import Table, TableBuilder
 from diffengine.engine import caching
 from diffengine.errors import UserError
@@ -138,6 +138,28 @@ def test_what_cannot_be_cached_says_so_when_asked(toy, tmp_path):
         pieces(toy, tmp_path / "run", "token_cache.text_embeddings=True", runs.TEXT_TOO, cache=True)
     with pytest.raises(UserError, match="this model learns from pixels"):
         build(toy.vq_config("vq", 1, 1), tmp_path / "run", "token_cache={'use': True}")
+
+
+class Named:
+    """A data set whose samples say more than a table keeps."""
+
+    def __init__(self, path: str) -> None:
+        self.inner = ImageTextDataset(path)
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return {**self.inner[index], "name": f"picture {index}"}
+
+
+def test_samples_that_no_table_keeps_are_encoded_at_each_step(toy, tmp_path):
+    data = (
+        f"train_dataloader.dataset={{'type': 'tests.engine.test_caching.Named', 'path': {str(toy.data)!r}}}"
+    )
+    assert pieces(toy, tmp_path / "auto", data).train_loop.stream.cache is None
+    with pytest.raises(UserError, match=r"it keeps tensors and numbers, but .* name of type str"):
+        pieces(toy, tmp_path / "asked", data, cache=True)
 
 
 def test_a_full_disk_is_told_before_the_build(toy, tmp_path, monkeypatch):
@@ -287,7 +309,8 @@ def test_an_unreadable_picture_is_replaced_as_without_a_cache(own):
 
 
 def test_a_copied_cache_serves_where_the_pictures_are_not(own, encoded, capsys):
-    path = own.config("away", **{**CACHED, "max_iters": 9, "cache_path": str(own.root / "kept")})
+    kept = {"cache_path": str(own.root / "kept"), "prompts": 2}
+    path = own.config("away", **{**CACHED, "max_iters": 9, **kept})
     assert train(path, own.root / "here") == 0
     shutil.copytree(own.root / "kept", own.root / "copy")
     shutil.rmtree(own.data)
@@ -402,9 +425,8 @@ def test_a_cache_inside_the_pictures_is_refused(own):
 
 @pytest.mark.gpu
 def test_encoders_are_off_the_device_while_training(toy, tmp_path):
-    runner = build(
-        toy.config("gpu", **{**CACHED, "cache": True, "prompts": ["a cat"]}), tmp_path / "run", device="cuda"
-    )
+    path = toy.config("gpu", **{**CACHED, "cache": True, "prompts": ["a cat"]})
+    runner = build(path, tmp_path / "run", device=torch.device("cuda", 0))
     runner.train()
     frozen = runner.trainable._frozen.values()
     assert {str(device) for module in frozen for device in module.devices.values()} == {"cpu"}

@@ -106,6 +106,25 @@ def test_any_optimizer_class(options: dict, decay: float, fused: bool | None) ->
     assert not torch.equal(model.weight, before)
 
 
+def test_fused_is_unfused(toy: Toy, tmp_path: Path) -> None:
+    """AdamW over a whole U-ViT: three steps from equal gradients, to rounding."""
+    weights = []
+    for fused in (True, False):
+        runner = runs.build(
+            toy.config("fused"), tmp_path / str(fused), f"optim_wrapper.optimizer.fused={fused}"
+        )
+        optimizer = runner.optim_wrapper.optimizer
+        assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in runner.trainable.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            optimizer.step()
+        weights.append([parameter.detach() for parameter in runner.trainable.parameters()])
+    for one, other in zip(*weights):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
 def test_clipping() -> None:
     model = nn.Linear(3, 1, bias=False)
     wrapper = build_optim_wrapper({"type": "torch.optim.SGD", "lr": 1.0}, "fp32", 0.5, model=model)

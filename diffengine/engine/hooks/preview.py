@@ -92,7 +92,7 @@ class PreviewHook(Hook):
             return
         samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
         self.request.prompts = [caption for caption, _ in samples]
-        self.request.pictures = [self._square(picture) for _, picture in samples]
+        self.request.pictures = [self._square(picture) for _, picture in samples if picture is not None]
 
     def _before_after(self, runner: Any) -> None:
         first, last = self._path(runner, 0), self._path(runner, runner.train_loop.done)
@@ -112,15 +112,15 @@ class PreviewHook(Hook):
         return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
 
 
-def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image]]:
-    """Up to `count` distinct captions with their pictures, spread over the data.
+def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image | None]]:
+    """Up to `count` distinct captions, spread over the data, each with its picture, None if that is not here.
 
     By the golden ratio, since equal steps would fall in with data that is itself in groups.
 
     Raises:
         UnreadablePicture: unless those are to be skipped.
     """
-    found: dict[str, Image.Image] = {}
+    found: dict[str, Image.Image | None] = {}
     size = len(dataset)
     places = [int(size * (place * 0.6180339887498949 % 1)) for place in range(count)] if size >= count else []
     for place in dict.fromkeys([*places, *range(min(size, 4 * count))]):
@@ -133,5 +133,5 @@ def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tu
                 raise
             continue
         caption = sample["text"] if isinstance(sample["text"], str) else sample["text"][0]
-        found.setdefault(caption, sample["image"])
+        found.setdefault(caption, sample.get("image"))
     return list(found.items())

@@ -116,7 +116,7 @@ class AmusedModel(MaskedImageModel):
         )
 
     def _load_vqvae(self) -> VQModel:
-        """Its encoder's activations write over what they are given, a norm's output that nothing else reads."""
+        """Its encoder's activations write over what they are given: a norm's output, read by nothing else."""
         vqvae = self.components.vqvae
         for layer in vqvae.encoder.modules():
             if isinstance(layer, nn.SiLU):
