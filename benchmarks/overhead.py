@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead --pairs 2000
 
-One process trains one small model in turns: an iteration of ours, then one of a loop as anyone would write it
-(next batch, forward, backward, clipping, optimizer step), over the same batches of cached tokens. What is
-shown is the middle of the differences of such pairs, so other work on the machine hits both alike. Torch runs
-on one thread.
+One process trains one small model in turns: some iterations of ours, then as many of a loop as anyone would
+write it (next batch, forward, backward, clipping, optimizer step), over the same batches of cached tokens.
+What is shown is the middle of the differences of such turns' middles, so other work on the machine hits both
+alike; turns of one iteration would show how long each loop's code takes to come back into the processor's
+caches, which no run does. Torch runs on one thread.
 
 Far into a run, the loop starts with its counters there; first and last quarter show what grows within a run.
 """
@@ -37,8 +38,11 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+TURN = 25  # iterations
+
+
 class Turns(Hook):
-    """After each iteration of ours, one of the bare loop; both are timed.
+    """After each turn of ours, one of the bare loop; all iterations are timed.
 
     Attributes:
         ours, bare: seconds, by iteration.
@@ -59,13 +63,16 @@ class Turns(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        self.ours.append(self._lap())
+        if len(self.ours) % TURN == 0:
+            for _ in range(TURN):
+                next(self._bare)
+                self.bare.append(self._lap())
+
+    def _lap(self) -> float:
         wait()
-        started = time.perf_counter()
-        self.ours.append(started - self._since)
-        next(self._bare)
-        wait()
-        self._since = time.perf_counter()
-        self.bare.append(self._since - started)
+        since, self._since = self._since, time.perf_counter()
+        return self._since - since
 
 
 def bare_loop(runner: Runner, loader: Any) -> Iterator[None]:
@@ -109,12 +116,17 @@ def build(root: Path, start: int, steps: int) -> Runner:
 def compare(
     root: Path, start: int, options: argparse.Namespace
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of each bare iteration, of ours beside it, and what ours took more."""
+    """Seconds of the bare turns' iterations, of ours beside them, and what ours took more."""
     turns = Turns(start)
-    runner = build(root, start, options.warm_up + options.pairs)
+    runner = build(root, start, TURN * (options.warm_up + options.pairs))
     runner.register_hook(turns)
     runner.train()
-    bare, ours = turns.bare[options.warm_up :], turns.ours[options.warm_up :]
+    bare, ours = (
+        [statistics.median(side[first + 1 : first + TURN]) for first in range(0, len(side), TURN)][
+            options.warm_up :
+        ]
+        for side in (turns.bare, turns.ours)
+    )
     return bare, ours, [mine - plain for mine, plain in zip(ours, bare)]
 
 
@@ -131,12 +143,12 @@ def count_waits(root: Path, start: int, steps: int) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--pairs", type=int, default=2000, help="iterations of each loop that are timed")
+    parser.add_argument("--pairs", type=int, default=80, help=f"turns of {TURN} iterations that are timed")
     parser.add_argument("--start", nargs="+", type=int, default=[0, 10_000, 1_000_000])
-    parser.add_argument("--warm-up", type=int, default=20, help="iterations that are not counted")
+    parser.add_argument("--warm-up", type=int, default=2, help="turns that are not counted")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print(f"{options.pairs} pairs of iterations on {common.machine()}\n")
+    print(f"{options.pairs} pairs of turns of {TURN} iterations on {common.machine()}\n")
     table = common.Table(
         "from iteration", "bare us", "ours us", "over us", "first quarter", "last quarter", "host waits"
     )
