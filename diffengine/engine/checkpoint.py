@@ -168,5 +168,7 @@ def check_disk(work_dir: Path, size: int, count: int) -> None:
 
 
 def spell_size(size: int) -> str:
-    """Bytes as "4.7 MB" or "7.30 GB"."""
+    """Bytes as "9.4 kB", "4.7 MB" or "7.30 GB"."""
+    if 0 < size < 1e5:
+        return f"{size / 1e3:.1f} kB"
     return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"

@@ -312,7 +312,7 @@ def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     twice = checkpoint.spell_size(2 * found.cache.size)
     assert [line.partition(" ")[2].partition(":")[0] for line in warnings(found)[1:]] == [
         f"disk has 1.0 MB free, and checkpoints need {checkpoint.spell_size(3 * found.checkpoint)}",
-        f"cache's disk has 0.0 MB free, and {twice} are needed to build it",
+        f"cache's disk has 1.0 kB free, and {twice} are needed to build it",
     ]
 
 
