@@ -207,12 +207,12 @@ class CachedForms:
         self.table = table
         self.count = count
 
-    def sample(self, index: int, variation: int) -> Sample:
-        """Tensors of their own memory, `text` a list, and numbers.
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Its form in an epoch: forms take turns. Tensors of their own memory, `text` a list, and numbers.
 
         Raises UnreadablePicture for a picture that could not be read when the table was built.
         """
-        row = self.table[index * self.count + variation]
+        row = self.table[index * self.count + epoch % self.count]
         if not row.pop("readable"):
             raise UnreadablePicture(f"picture {index} could not be read when the cache was built")
         text = row.pop("text")

@@ -45,7 +45,7 @@ class Pictures(Protocol):
 class Forms(Protocol):
     """Every form of every picture, made before: what a stream has after its image transforms."""
 
-    def sample(self, index: int, variation: int, /) -> Sample: ...
+    def sample(self, index: int, epoch: int, /) -> Sample: ...
 
 
 class Generators:
@@ -176,9 +176,8 @@ class Stream(Dataset):
         """What the positions' pictures are after the image transforms."""
         places = [self.locate(position) for position in positions]
         if self.cache is not None:
-            assert self.forms is not None
             for epoch, index in places:
-                yield self.cache.sample(index, epoch % self.forms)
+                yield self.cache.sample(index, epoch)
             return
         read_many = getattr(self.dataset, "__getitems__", None)
         indices = [index for _, index in places]
@@ -205,8 +204,7 @@ class Stream(Dataset):
             index = (first + skipped) % len(self.dataset)
             try:
                 if self.cache is not None:
-                    assert self.forms is not None
-                    return self.cache.sample(index, epoch % self.forms), skipped
+                    return self.cache.sample(index, epoch), skipped
                 return self._transform(position, epoch, index, self.dataset[index]), skipped
             except UnreadablePicture as error:
                 last = error

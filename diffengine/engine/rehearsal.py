@@ -269,8 +269,8 @@ class FewForms:
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
 
-    def sample(self, index: int, variation: int) -> Sample:
-        return dict(self.samples[(index + variation) % len(self.samples)])
+    def sample(self, index: int, epoch: int) -> Sample:
+        return dict(self.samples[(index + epoch) % len(self.samples)])
 
 
 def _rehearse_cache(

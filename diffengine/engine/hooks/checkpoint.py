@@ -1,6 +1,5 @@
 """Writing checkpoints while training."""
 
-import math
 from pathlib import Path
 from typing import Any, final
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from diffengine.engine import checkpoint, distributed
 from diffengine.engine.hooks.ema import EMAHook
+from diffengine.engine.measure import kept_at_once, nbytes
 from diffengine.engine.state import collect
 from diffengine.errors import UserError
 
@@ -35,12 +35,7 @@ class CheckpointHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         """Refuse to start where the disk would fill up on the way, before anything is drawn."""
-        loop = runner.train_loop
-        length = loop.max_epochs if loop.by_epoch else loop.max_iters
-        count = math.ceil(length / self.every) if self.every else 1
-        most = (
-            count if self.keep is None else min(count, self.keep + 1)
-        )  # the old one goes after the new one came
+        most = kept_at_once(self.every, self.keep, runner.train_loop)
         distributed.on_rank_0(
             lambda: checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), most)
         )
@@ -70,9 +65,7 @@ class CheckpointHook(Hook):
 
 def expected_size(runner: Any) -> int:
     """Bytes of one checkpoint: what is trained, an optimizer state of twice that, perhaps an average."""
-    trained = sum(
-        tensor.numel() * tensor.element_size() for tensor in runner.trainable.trained_state().values()
-    )
+    trained = nbytes(runner.trainable.trained_state().values())
     return trained * (4 if any(isinstance(hook, EMAHook) for hook in runner.hooks) else 3)
 
 
