@@ -3,28 +3,23 @@
 from torch.optim import AdamW
 
 from diffengine.datasets import Crop, DropCaption, Flip, ImageTextDataset, Resize, ToTensor
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 from diffengine.models.amused import AmusedModel
+
+extends = "default_runtime"
 
 data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of pictures, or a parquet file
 pretrained = "amused/amused-512"  # a hub name, or a folder with the five components
 resolution = 512  # side of the square pictures, in pixels
-prompts = 4  # captions to preview, or how many to take from the data
 batch_size = 8  # pictures per optimizer step, of all GPUs together
 micro_batch_size = None  # pictures per forward on one GPU; None: a GPU's whole share
-max_epochs = None  # one of the two counts, and the intervals below count in its unit
+max_epochs = None  # one of the two counts, and intervals count in its unit
 max_iters = None
-preview_every = 1
-checkpoint_every = 1
-keep_checkpoints = 3
 learning_rate = 1e-4
 lr_schedule = "constant"
 warmup_iters = 0
 weight_decay = 1e-2
-clip_grad = 1.0
 gradient_checkpointing = False  # a third less speed for far less memory
 compile = "auto"  # the blocks by torch.compile: where it pays within the run
-precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
 caption_dropout = 0.1  # share of samples trained without caption, for guidance
 flip = 0.5  # share of samples mirrored
 random_crop = True
@@ -32,7 +27,6 @@ image_variations = 8  # crops and flips of a picture, taken in turn; None: a new
 cache = "auto"  # encode each of them once, where the run sees it more than once
 cache_path = None  # where; None: cache/ beside the work dir
 num_workers = 4
-log_every = 10
 
 model = dict(
     type=AmusedModel,
@@ -55,11 +49,7 @@ train_dataloader = dict(
     image_variations="${image_variations}",
 )
 token_cache = dict(use="${cache}", path="${cache_path}")
-optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"),
-    precision="${precision}",
-    clip_grad="${clip_grad}",
-)
+optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))
 param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
 train_cfg = dict(
     max_epochs="${max_epochs}",
@@ -67,11 +57,4 @@ train_cfg = dict(
     micro_batch_size="${micro_batch_size}",
     compile="${compile}",
 )
-default_hooks = dict(
-    metrics=dict(type=MetricsHook, every="${log_every}"),
-    preview=dict(
-        type=PreviewHook, prompts="${prompts}", every="${preview_every}", resolution="${resolution}"
-    ),
-    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
-    export=dict(type=ExportHook),
-)
+default_hooks = dict(preview=dict(resolution="${resolution}"))

@@ -4,8 +4,9 @@ from peft import LoraConfig
 from torch.optim import AdamW
 
 from diffengine.datasets import DropCaption, ToTensor
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 from diffengine.models.amused import AmusedModel
+
+extends = "default_runtime"
 
 pretrained = "work_dirs/emoji_demo/pipeline"
 resolution = 32
@@ -18,7 +19,6 @@ keep_checkpoints = 1
 learning_rate = 2e-3
 warmup_iters = 20
 weight_decay = 0.0
-precision = "auto"
 caption_dropout = 0.0
 num_workers = 0
 cache = "auto"  # encode each picture once
@@ -63,21 +63,8 @@ train_dataloader = dict(
 )
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay="${weight_decay}"),
-    precision="${precision}",
-    clip_grad=1.0,
+    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay="${weight_decay}")
 )
 param_scheduler = dict(name="cosine", warmup_iters="${warmup_iters}")
 train_cfg = dict(max_iters="${max_iters}")
-default_hooks = dict(
-    metrics=dict(type=MetricsHook, every="${log_every}"),
-    preview=dict(
-        type=PreviewHook,
-        prompts="${prompts}",
-        every="${preview_every}",
-        resolution="${resolution}",
-        options=dict(guidance_scale=1.0),
-    ),
-    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
-    export=dict(type=ExportHook),
-)
+default_hooks = dict(preview=dict(resolution="${resolution}", options=dict(guidance_scale=1.0)))

@@ -7,16 +7,12 @@ is of the class; class pictures that `class_data` lacks are drawn by the base mo
 stay there for the next run.
 """
 
-from diffengine.datasets import SubjectDataset
-
-extends = ["amused", "lora"]
+extends = ["amused", "lora", "subject"]
 
 data = "pictures"
 instance_prompt = "a photo of sks dog"
 class_data = "work_dirs/class_pictures/dog"
 class_prompt = "a photo of a dog"
-num_class_images = 100
-prior_loss_weight = 1.0
 pretrained = "amused/amused-512"
 resolution = 512
 prompts = [
@@ -31,15 +27,3 @@ preview_every = 250
 checkpoint_every = 250
 learning_rate = 1e-4
 flip = 0.0
-
-train_dataloader = dict(
-    dataset=dict(
-        type=SubjectDataset,
-        data="${data}",
-        instance_prompt="${instance_prompt}",
-        class_data="${class_data}",
-        class_prompt="${class_prompt}",
-        num_class_images="${num_class_images}",
-        prior_loss_weight="${prior_loss_weight}",
-    )
-)

@@ -12,14 +12,11 @@ from diffusers import UVit2DModel
 from torch.optim import AdamW
 from transformers import CLIPTextConfig
 
-from diffengine.datasets import DropCaption, EmojiDataset, ToTensor
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.datasets import DropCaption
 from diffengine.models.amused import AmusedModel
 
-emoji = 128
-backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
-min_transparent = 0.35
-resolution = 32
+extends = ["default_runtime", "emoji_pictures"]
+
 vqvae = "work_dirs/vq_32_emoji"  # where `vq_32_emoji` was trained
 prompts = 16
 batch_size = 64
@@ -28,10 +25,8 @@ preview_every = 200
 checkpoint_every = 200
 keep_checkpoints = 2
 learning_rate = 2e-3
-precision = "auto"
 caption_dropout = 0.05
 dropout = 0.1  # in the transformer: what makes it compose what it has not seen
-num_workers = 0
 cache = "auto"  # encode each picture once
 cache_path = None
 log_every = 25
@@ -66,36 +61,9 @@ model = dict(
         sample_size=8,
     ),
 )
-train_dataloader = dict(
-    dataset=dict(
-        type=EmojiDataset,
-        count="${emoji}",
-        backgrounds="${backgrounds}",
-        min_transparent="${min_transparent}",
-        size="${resolution}",
-    ),
-    image_transforms=[dict(type=ToTensor)],
-    transforms=[dict(type=DropCaption, p="${caption_dropout}")],
-    batch_size="${batch_size}",
-    num_workers="${num_workers}",
-)
+train_dataloader = dict(transforms=[dict(type=DropCaption, p="${caption_dropout}")])
 token_cache = dict(use="${cache}", path="${cache_path}")
-optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1),
-    precision="${precision}",
-    clip_grad=1.0,
-)
+optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
 param_scheduler = dict(name="cosine", warmup_iters=100)
 train_cfg = dict(max_iters="${max_iters}")
-default_hooks = dict(
-    metrics=dict(type=MetricsHook, every="${log_every}"),
-    preview=dict(
-        type=PreviewHook,
-        prompts="${prompts}",
-        every="${preview_every}",
-        resolution="${resolution}",
-        options=dict(guidance_scale=1.0, strip=True),
-    ),
-    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
-    export=dict(type=ExportHook),
-)
+default_hooks = dict(preview=dict(resolution="${resolution}", options=dict(guidance_scale=1.0, strip=True)))

@@ -8,16 +8,13 @@
 The base draws the class pictures before training.
 """
 
-from diffengine.datasets import SubjectDataset
-
-extends = "amused_emoji"
+extends = ["amused_emoji", "subject"]
 
 data = "work_dirs/emoji_subject"
 instance_prompt = "sks dog on a white background"
 class_data = "work_dirs/emoji_class"
 class_prompt = "dog on a white background"
 num_class_images = 32
-prior_loss_weight = 1.0
 prompts = [
     "sks dog on a white background",
     "sks dog on a blue background",
@@ -29,15 +26,4 @@ max_iters = 100
 preview_every = 100
 checkpoint_every = 100
 
-train_dataloader = dict(
-    dataset=dict(
-        type=SubjectDataset,
-        data="${data}",
-        instance_prompt="${instance_prompt}",
-        class_data="${class_data}",
-        class_prompt="${class_prompt}",
-        num_class_images="${num_class_images}",
-        class_drawing=dict(guidance_scale=1.0),
-        prior_loss_weight="${prior_loss_weight}",
-    )
-)
+train_dataloader = dict(dataset=dict(class_drawing=dict(guidance_scale=1.0)))

@@ -9,25 +9,12 @@ of a higher rank than the transformer's: what the transformer composes is kept. 
 the new ones, since of those that nothing shows nine in ten were forgotten.
 """
 
-from diffengine.datasets import EmojiDataset
-
-extends = "amused_emoji"
+extends = ["amused_emoji", "emoji_pictures"]
 
 first = 104  # the base knows those before 128: 24 old emoji and 16 new ones
 emoji = 40
-backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
-min_transparent = 0.35
 batch_size = 32
 max_iters = 400
 learning_rate = 2e-3
 
-train_dataloader = dict(
-    dataset=dict(
-        type=EmojiDataset,
-        start="${first}",
-        count="${emoji}",
-        backgrounds="${backgrounds}",
-        min_transparent="${min_transparent}",
-        size="${resolution}",
-    )
-)
+train_dataloader = dict(dataset=dict(start="${first}"))

@@ -9,25 +9,20 @@
 from diffusers import VQModel
 from torch.optim import AdamW
 
-from diffengine.datasets import EmojiDataset, ToTensor
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 from diffengine.models.vq import VQTokenizerModel
 
-emoji = 128
-backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
-min_transparent = 0.35  # an emoji that covers more of its background is left out
-resolution = 32
+extends = ["default_runtime", "emoji_pictures"]
+
 codes = 256
 batch_size = 32
 max_iters = 600
 quantize_after = 100  # steps before the codebook comes between encoder and decoder
 reseed_until = 450
+prompts = 16  # pictures to preview
 preview_every = 300
 checkpoint_every = 300
 keep_checkpoints = 2
 learning_rate = 1e-3
-precision = "auto"
-num_workers = 0  # the pictures are in memory
 log_every = 25
 
 model = dict(
@@ -50,28 +45,6 @@ model = dict(
     reseed_every=25,
     reseed_until="${reseed_until}",
 )
-train_dataloader = dict(
-    dataset=dict(
-        type=EmojiDataset,
-        count="${emoji}",
-        backgrounds="${backgrounds}",
-        min_transparent="${min_transparent}",
-        size="${resolution}",
-    ),
-    image_transforms=[dict(type=ToTensor)],
-    batch_size="${batch_size}",
-    num_workers="${num_workers}",
-)
-optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.99], weight_decay=1e-4),
-    precision="${precision}",
-    clip_grad=1.0,
-)
+optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.99], weight_decay=1e-4))
 param_scheduler = dict(name="cosine", warmup_iters=20)
 train_cfg = dict(max_iters="${max_iters}")
-default_hooks = dict(
-    metrics=dict(type=MetricsHook, every="${log_every}"),
-    preview=dict(type=PreviewHook, prompts=16, every="${preview_every}"),
-    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
-    export=dict(type=ExportHook),
-)

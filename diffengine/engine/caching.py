@@ -216,7 +216,7 @@ def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
             for start in range(first, end, size)
         ]
         read = iter(form_loader(stream, chunks, workers))
-        progress = Progress(sum(end - first for first, end in parts), "pictures")
+        progress = Progress(sum(end - first for first, end in parts), "forms" if forms > 1 else "pictures")
         for first, end in parts:
             samples: list[Sample | None] = []
             while len(samples) < end - first:

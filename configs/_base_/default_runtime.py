@@ -1,0 +1,19 @@
+"""What every config shares: what a run writes, and when."""
+
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+
+prompts = 4  # captions to preview, or how many to take from the data
+preview_every = 1  # as the run counts: in epochs or in steps
+checkpoint_every = 1
+keep_checkpoints = 3
+log_every = 10  # steps
+precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
+clip_grad = 1.0
+
+optim_wrapper = dict(precision="${precision}", clip_grad="${clip_grad}")
+default_hooks = dict(
+    metrics=dict(type=MetricsHook, every="${log_every}"),
+    preview=dict(type=PreviewHook, prompts="${prompts}", every="${preview_every}"),
+    checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
+    export=dict(type=ExportHook),
+)
