@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory --size full     # on a GPU: the table of configs/amused/README.md
     python -m benchmarks.memory --size tiny     # anywhere: the same rows over a tiny model
+    python -m benchmarks.memory --size full --counted   # anywhere: counted, not measured
 
 Models have random weights in the real layout, pictures are real photos, and nothing is downloaded. The figure
 is the most that torch had allocated, previews apart; on a CPU it is the process's resident memory.
@@ -13,7 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import common
+from benchmarks import common, counted
+from diffengine import config as configs
 
 # (config, pictures per step, pictures at once, published GB)
 ROWS = [
@@ -51,12 +53,19 @@ def measure(config: str, model: Path, data: Path, *settings: str) -> dict[str, f
         return json.loads((work_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
+def count(config: str, model: Path, at_once: int, *settings: str) -> dict[str, float] | str:
+    """As `measure`, by `counted`: no speed."""
+    _, resolved = configs.load(config, list(settings), {"pretrained": str(model)})
+    return {"memory_gb": counted.peak_of(resolved, at_once) / 1e9}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--size", choices=common.SIZES, default="tiny")
     parser.add_argument("--rows", default="", help="only configs whose name holds this")
     parser.add_argument("--first", type=int, help="only so many of them")
     parser.add_argument("--cached", action="store_true", help="from a token cache")
+    parser.add_argument("--counted", action="store_true", help="count tensors, and compute nothing")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     options = parser.parse_args(arguments)
     rows = [row for row in ROWS if options.rows in row[0]][: options.first]
@@ -71,16 +80,22 @@ def main(arguments: list[str] | None = None) -> None:
             model = root / str(resolution)
             if not model.exists():
                 common.make_model(model, options.size, resolution)
-            way = "cached" if options.cached else "online"
-            found = measure(
-                config, model, data, *common.tokens(way, root / f"cache-{resolution}"),
+            shape = (
                 f"batch_size={batch}", f"micro_batch_size={at_once}",
                 f"gradient_checkpointing={options.checkpointing}",
             )  # fmt: skip
-            cells = (
-                [found, published, ""] if isinstance(found, str)
-                else [f"{found['memory_gb']:.2f}", published, f"{found['images_per_second']:.2f}"]
-            )  # fmt: skip
+            if options.counted:
+                found = count(config, model, at_once, *shape)
+            else:
+                way = "cached" if options.cached else "online"
+                found = measure(
+                    config, model, data, *common.tokens(way, root / f"cache-{resolution}"), *shape
+                )
+            if isinstance(found, str):
+                cells = (found, published, "")
+            else:
+                speed = found.get("images_per_second")
+                cells = (f"{found['memory_gb']:.2f}", published, f"{speed:.2f}" if speed else "")
             table.row(f"`{config}`", batch, at_once, *cells)
 
 

@@ -9,9 +9,15 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import breakdown, cache, common, memory, overhead, resume, throughput
+from benchmarks import breakdown, cache, common, counted, memory, overhead, resume, throughput
+from diffengine import config
 from diffengine.engine import checkpoint
+from diffengine.engine.assemble import build_model
+from diffengine.engine.measure import memory_of
+from diffengine.engine.optim import build_optimizer
 from tests.engine.runs import Toy, train
 from tests.support import models, pictures
 
@@ -180,6 +186,40 @@ def test_memory(table) -> None:
     rows = table(memory, "--rows", "256_own_lora", "--first", "1", "--cached")
     assert [row["config"] for row in rows] == ["`amused_256_own_lora`"]
     assert all(value > 0 for value in numbers(rows[0], "GB", "published GB", "pictures/s"))
+
+
+def test_storages_count_while_they_live() -> None:
+    with FakeTensorMode(), counted.Storages() as storages:
+        a = torch.empty(1000)
+        b = a + 1
+        view = b[:10]
+        assert (storages.live, storages.peak) == (8000, 8000)
+        del a, b
+        assert storages.live == 4000  # the view holds all of it
+        del view
+        assert (storages.live, storages.peak) == (0, 8000)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["amused_256_own_lora", "amused_256_nouns_8bit"])
+def test_a_counted_step_holds_what_a_run_holds(tmp_path: Path, name: str) -> None:
+    folder = models.make_model_folder(tmp_path, "toy")
+    peaks = {}
+    for checkpointing in (False, True):
+        options = ["batch_size=4", f"gradient_checkpointing={checkpointing}"]
+        _, resolved = config.load(name, options, {"pretrained": str(folder)})
+        peaks[checkpointing] = counted.peak_of(resolved, 2)
+    model = build_model(resolved, {}, seed=0)
+    model.hold_frozen(torch.bfloat16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(resolved["optim_wrapper"]["optimizer"], model)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = memory_of(model, optimizer, {})
+    kind = resolved["optim_wrapper"]["optimizer"]["type"]
+    assert counted.state_bytes(model, kind) == pytest.approx(state.optimizer, rel=0.01)
+    assert state.total < peaks[True] < peaks[False]
 
 
 def test_mid_has_15_million_parameters(tmp_path: Path) -> None:

@@ -140,10 +140,14 @@ class StepOptimWrapper(OptimWrapper):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that `forward` runs in."""
+        """The precision that `forward` runs in.
+
+        Casts of weights are not cached: a forward pass takes each weight once, and with gradient
+        checkpointing the cache alone would keep them all to its end.
+        """
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         self.scaler.scale(loss).backward(**kwargs)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffengine.engine import checkpoint
 from diffengine.engine.optim import (
@@ -337,3 +339,29 @@ def test_bf16_computes_low_and_keeps_high(toy: Toy, tmp_path: Path) -> None:
     assert seen["fp32"].logits[0] == torch.float32  # those after it are of the export, which compares outputs
     assert seen["bf16"].logits[0] == torch.bfloat16
     assert torch.equal(seen["fp32"].ids[0], seen["bf16"].ids[0])  # the VQ model is not in the autocast
+
+
+class Casts(TorchDispatchMode):
+    """Weak references to the storages of all casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.seen.append(weakref.ref(result.untyped_storage()))
+        return result
+
+
+def test_autocast_keeps_no_cast_of_a_weight() -> None:
+    """What a checkpointed forward needs no more is gone; torch's cache would keep it to the end."""
+    alive = {}
+    layer = nn.Linear(8, 8, bias=False)
+    ours = build_optim_wrapper({"type": "torch.optim.AdamW"}, "bf16", model=layer).autocast()
+    for name, autocast in {"ours": ours, "torch": torch.autocast("cpu", torch.bfloat16)}.items():
+        with torch.no_grad(), Casts() as casts, autocast:
+            assert layer(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+            alive[name] = [cast() is not None for cast in casts.seen]
+    assert alive == {"ours": [False], "torch": [True]}
