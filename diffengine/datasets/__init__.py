@@ -2,9 +2,10 @@
 
 A data set of your own is a class with `__len__` and `__getitem__(index) -> {"image": PIL RGB, "text": str}`;
 give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey,
-`missing_pictures()` if the model is to draw some of its pictures before training, and `files()`, the files
-that hold its pictures' bytes, so that a cache can tell what changed without reading them. A sample may carry
-a `weight`, what each of its targets counts in the loss: a float above 0, default 1.
+`missing_pictures()` if the model is to draw some of its pictures before training, and, so that a cache can
+tell what changed without reading pictures, `files()`, the files that hold their bytes, and `texts()`, the
+caption or the list of captions of each. A sample may carry a `weight`, what each of its targets counts in the
+loss: a float above 0, default 1.
 """
 
 from diffengine.datasets.emoji import EmojiDataset

@@ -7,6 +7,7 @@ It is built in parts, so that a build that is killed goes on with the next part.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,7 +79,8 @@ class Table:
             about = json.loads(_json_of(self.file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return about if about.get("format") == FORMAT and self.file.is_file() else None
+        whole = isinstance(about, dict) and about.get("format") == FORMAT and self.file.is_file()
+        return about if whole and about.get("bytes") == self.nbytes else None  # a copy may have broken off
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -142,7 +144,12 @@ class TableBuilder:
         with pa.memory_map(str(self._part(self.parts[0]))) as first:
             schema = pa.ipc.open_stream(first).schema
         _write_stream(self.file, schema, self._read_parts())
-        about = {"format": FORMAT, "shapes": json.loads(schema.metadata[b"shapes"]), "made_of": self.made_of}
+        about = {
+            "format": FORMAT,
+            "bytes": Table(self.file).nbytes,
+            "shapes": json.loads(schema.metadata[b"shapes"]),
+            "made_of": self.made_of,
+        }
         write_text(_json_of(self.file), json.dumps(about, indent=1))
         shutil.rmtree(self._folder, ignore_errors=True)
         return Table(self.file)
@@ -216,6 +223,8 @@ class CachedForms:
         if not row.pop("readable"):
             raise UnreadablePicture(f"picture {index} could not be read when the cache was built")
         text = row.pop("text")
+        if math.isnan(row["weight"]):  # type: ignore[arg-type]
+            del row["weight"]
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}  # type: ignore[union-attr]
         tensors = {
             name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers
@@ -227,14 +236,22 @@ def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, 
     """What a table keeps of samples, None for one that cannot be read: tensors, numbers and texts.
 
     template: a sample whose values stand where there is none; of its other keys there must be `image` only.
+    Raises UserError where samples have other keys than it, but for `weight`, which not all need to have.
     """
-    columns: dict[str, np.ndarray | list[list[str]]] = {
-        "readable": np.array([sample is not None for sample in samples], dtype=np.uint8)
-    }
     filled = [template if sample is None else sample for sample in samples]
-    for key in (key for key in template if key not in ("image", "text")):
+    columns: dict[str, np.ndarray | list[list[str]]] = {
+        "readable": np.array([sample is not None for sample in samples], dtype=np.uint8),
+        "weight": np.array([float(sample.get("weight", math.nan)) for sample in filled]),
+    }
+    for other in filled:
+        if uneven := (other.keys() ^ template.keys()) - {"weight"}:
+            raise UserError(
+                f"some samples of the data have {', '.join(sorted(uneven))} and some have not; a cache needs "
+                "the same of all: give it to each, or set cache=False"
+            )
+    for key in (key for key in template if key not in ("image", "text", "weight")):
         columns[key] = np.stack([np.asarray(sample[key]) for sample in filled])
-    columns["text"] = [_texts(None if sample is None else sample["text"]) for sample in samples]
+    columns["text"] = [[] if sample is None else _texts(sample["text"]) for sample in samples]
     return columns
 
 
@@ -246,8 +263,8 @@ def what_no_table_keeps(sample: Sample) -> str | None:
     return None
 
 
-def _texts(text: str | list[str] | None) -> list[str]:
-    return [] if text is None else [text] if isinstance(text, str) else list(text)
+def _texts(text: str | list[str]) -> list[str]:
+    return [text] if isinstance(text, str) else list(text)
 
 
 @final
@@ -256,6 +273,11 @@ class PicturelessDataset:
 
     def __init__(self, forms: CachedForms) -> None:
         self._forms = forms
+
+    @property
+    def forms(self) -> int:
+        """Of each picture."""
+        return self._forms.count
 
     def __len__(self) -> int:
         return len(self._forms.table) // self._forms.count
@@ -276,22 +298,32 @@ def digest_of(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def digest_of_texts(texts: Iterable[str]) -> str:
-    """Of texts in their order."""
+def digest_of_texts(texts: Iterable[str | list[str]]) -> str:
+    """Of texts, or lists of them, in their order; a list of one is as that one."""
     digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        encoded = text.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    for item in texts:
+        pieces = [text.encode() for text in _texts(item)]
+        for number in (len(pieces), *map(len, pieces)):
+            digest.update(number.to_bytes(8, "little"))
+        digest.update(b"".join(pieces))
     return digest.hexdigest()
 
 
-def captions_of(dataset: Any) -> Iterator[str]:
-    """Every caption of a data set, lists flattened; one without `captions()` is read through."""
+def texts_of(dataset: Any) -> Iterator[str | list[str]]:
+    """The caption of each picture, or its captions.
+
+    Of a data set without `texts()`, `captions()` has one for each; one without both is read through.
+    """
+    if hasattr(dataset, "texts"):
+        return dataset.texts()
     if hasattr(dataset, "captions"):
-        yield from dataset.captions()
-        return
-    for index in range(len(dataset)):
-        yield from _texts(dataset[index]["text"])
+        return dataset.captions()
+    return (dataset[index]["text"] for index in range(len(dataset)))
+
+
+def captions_of(dataset: Any) -> Iterator[str]:
+    """Every caption of a data set, lists flattened."""
+    return (text for item in texts_of(dataset) for text in _texts(item))
 
 
 def digest_of_pictures(dataset: Any, notes: Path) -> str:
@@ -325,7 +357,7 @@ Note = list[Any]  # path, size in bytes, time in nanoseconds, digest
 def _read_notes(notes: Path) -> dict[str, Note]:
     try:
         return {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, LookupError):
         return {}
 
 

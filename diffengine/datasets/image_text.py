@@ -116,9 +116,11 @@ class ImageTextDataset:
 
     def captions(self) -> Iterator[str]:
         """Every caption in order, prefixed, lists flattened; no picture is read."""
-        return chain.from_iterable(
-            [text] if isinstance(text, str) else text for text in map(self._text, self._caption_cells())
-        )
+        return chain.from_iterable([text] if isinstance(text, str) else text for text in self.texts())
+
+    def texts(self) -> Iterator[Caption]:
+        """The caption of each picture in order, or its list of them, prefixed; no picture is read."""
+        return map(self._text, self._caption_cells())
 
     def files(self) -> list[Path]:
         """The files that hold the pictures' bytes, in order: Arrow files, or each picture's own."""

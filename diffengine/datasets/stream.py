@@ -11,7 +11,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffengine.datasets.pictures import Sample, UnreadablePicture
-from diffengine.datasets.transforms import Transform
+from diffengine.datasets.transforms import Transform, draws_matter
 from diffengine.errors import UserError
 
 Batch = dict[str, Any]
@@ -79,8 +81,7 @@ class Stream(Dataset):
 
     dataset: gives {"image": PIL RGB, "text": str or list of str}; of a list one caption is drawn.
     image_transforms: change the picture. They draw from (seed, position), or, with image_variations=V, from
-        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold. One without a
-        property `varies` that says False is taken to change what it gives from draw to draw.
+        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold.
     transforms: run after them, and after the caption is drawn, from (seed, position).
     seed: default 0.
     cache: where the pictures' forms come from instead, once it is set; they are equal.
@@ -117,12 +118,29 @@ class Stream(Dataset):
         self._of_pictures = Generators(seed, Domain.PICTURE)
         self._of_samples = Generators(seed, Domain.SAMPLE)
 
-    @property
+    @cached_property
     def forms(self) -> int | None:
-        """How many forms a picture has: `image_variations`, one where no transform varies it, or no end."""
-        if not any(getattr(transform, "varies", True) for transform in self.image_transforms):
-            return 1
-        return self.image_variations
+        """How many forms a picture has: `image_variations`, one where no draw changes any, or no end (None).
+
+        A random crop changes nothing of pictures that are square already. So sizes are looked at, up to the
+        first picture that varies, where the data set has `size(index)`; one whose pictures are elsewhere says
+        its `forms`.
+        """
+        if hasattr(self.dataset, "forms"):
+            return self.dataset.forms
+        return self.image_variations if self._varies() else 1
+
+    def _varies(self) -> bool:
+        if not draws_matter(self.image_transforms, None):
+            return False
+        size_of = getattr(self.dataset, "size", None)
+        if not callable(size_of):
+            return True
+        for index in range(len(self.dataset)):
+            with suppress(UnreadablePicture):
+                if draws_matter(self.image_transforms, size_of(index)):
+                    return True
+        return False
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index into the data set) of a position; each epoch is a permutation of its own."""

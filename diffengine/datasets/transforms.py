@@ -5,6 +5,7 @@ values whatever its options are, so that changing one probability does not shift
 To add one, write a class with this `__call__` and name it in a config.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +19,26 @@ from diffengine.errors import UserError
 class Transform(Protocol):
     """sample, generator -> sample.
 
-    Its property `varies` may say False: the same sample always becomes the same, whatever is drawn.
+    It may have a method `effect(size)`: of a picture of this (width, height), or of any size where that is
+    None, the size afterwards, and whether what becomes of it depends on what is drawn. Without one it does.
     """
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
 
 
+Size = tuple[int, int]  # (width, height)
 LONGEST = 64  # times the short side of what is resized
+
+
+def draws_matter(transforms: Sequence[Transform], size: Size | None) -> bool:
+    """Whether a picture of this size, or of any, becomes another from draw to draw."""
+    for transform in transforms:
+        if not hasattr(transform, "effect"):
+            return True
+        size, drawn = transform.effect(size)
+        if drawn:
+            return True
+    return False
 
 
 class Resize:
@@ -34,10 +48,18 @@ class Resize:
     `LONGEST` times as long as it is wide only the middle is taken: a line would become gigabytes.
     """
 
-    varies = False
-
     def __init__(self, size: int) -> None:
         self.size = _at_least_one("Resize", size)
+
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        return size and self._resized(size), False
+
+    def _resized(self, size: Size) -> Size:
+        short = min(size)
+        width, height = (
+            max(self.size, round(min(side, LONGEST * short) * (self.size / short))) for side in size
+        )
+        return width, height
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
@@ -47,10 +69,8 @@ class Resize:
             image = image.crop(
                 (left, top, left + min(image.width, longest), top + min(image.height, longest))
             )
-        scale = self.size / min(image.size)
-        width, height = (max(self.size, round(side * scale)) for side in image.size)
         # Above a shrinking of six times a box filter does the first part; the difference cannot be seen.
-        resized = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+        resized = image.resize(self._resized(image.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
         return {"original_size": original_size, **sample, "image": resized}
 
 
@@ -66,9 +86,9 @@ class Crop:
         self.size = _at_least_one("Crop", size)
         self.random = random
 
-    @property
-    def varies(self) -> bool:
-        return self.random
+    def effect(self, size: Size | None) -> tuple[Size, bool]:
+        square = (self.size, self.size)
+        return square, self.random and size != square
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
@@ -98,9 +118,8 @@ class Flip:
     def __init__(self, p: float = 0.5) -> None:
         self.p = _probability("Flip", p)
 
-    @property
-    def varies(self) -> bool:
-        return 0 < self.p < 1
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        return size, 0 < self.p < 1
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.p:
@@ -120,10 +139,11 @@ class ToTensor:
     top, crop left, in pixels, and the aesthetic score, default 6.0. The records of the other transforms go.
     """
 
-    varies = False
-
     def __init__(self, aesthetic_score: float = 6.0) -> None:
         self.aesthetic_score = aesthetic_score
+
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        return size, False
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]

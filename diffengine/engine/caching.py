@@ -1,11 +1,12 @@
 """The token cache of a run: decided on, built by all processes, checked, and put in the pictures' place."""
 
+import errno
 import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -23,6 +24,7 @@ from diffengine.datasets.cache import (
     digest_of,
     digest_of_pictures,
     digest_of_texts,
+    texts_of,
     what_no_table_keeps,
 )
 from diffengine.engine import distributed
@@ -36,6 +38,8 @@ CHECKED = 8  # pictures encoded anew at each start
 TOLERATED = 0.01  # of their tokens may differ: another device rounds otherwise, and a tie falls otherwise
 EMBEDDINGS = 4e9  # bytes that text_embeddings="auto" may take on disk
 CAPTIONS_AT_ONCE = 32
+LOCK = ".lock"  # in a cache's folder, before anything else is
+NOTES = "files.json"  # of the pictures' files
 Choice = bool | Literal["auto"]
 Part = tuple[int, int]  # the first of a table's rows, and the one after its last
 
@@ -121,12 +125,14 @@ def plan(
     key = distributed.on_rank_0(
         lambda: {
             "image transforms": section["image_transforms"],
+            "image_variations": stream.image_variations,
             "forms": forms,
-            "seed": stream.seed if stream.image_variations else None,
+            "seed": stream.seed if forms > 1 else None,
             **encoder.picture_key(),
         }
     )
     folder = cache.path or work_dir.parent / "cache" / digest_of([section["dataset"], key])[:12]
+    distributed.on_rank_0(lambda: _check_place(folder))
     found = Plan(folder, key, forms, encoder, pictureless)
     if pictureless:
         distributed.on_rank_0(lambda: _check_without_pictures(found))
@@ -148,6 +154,8 @@ def attach(
     """
     found = plan(cache, stream, encoder, resolved, work_dir, positions)
     if isinstance(found, str):
+        if cache.use and encoder is not None:
+            _say(f"token cache: none, since {found}")
         return
     workers = resolved["train_dataloader"].get("num_workers", 0)
     with _locked(found.folder):
@@ -169,9 +177,10 @@ def _why_not(cache: TokenCache, stream: Stream, encoder: Encoder | None, positio
         return "this model learns from pixels; set cache=False"
     if stream.forms is None:
         return "crop and flip are drawn anew each time; set image_variations to how many to keep of a picture"
-    if cache.use == "auto" and positions <= len(stream.dataset) * stream.forms:
+    pictureless = isinstance(stream.dataset, PicturelessDataset)
+    if cache.use == "auto" and not pictureless and positions <= len(stream.dataset) * stream.forms:
         return "the run takes each form at most once; set cache=True to build it all the same"
-    if not isinstance(stream.dataset, PicturelessDataset):
+    if not pictureless:
         (sample,) = stream.picture_forms([0])
         if sample is not None and (other := what_no_table_keeps(sample)):
             return (
@@ -184,6 +193,26 @@ def _pictures(folder: Path) -> Path:
     return folder / "pictures.arrow"
 
 
+def _captions(folder: Path) -> Path:
+    return folder / "captions.arrow"
+
+
+def _check_place(folder: Path) -> None:
+    """Raises UserError where a cache cannot be, or where files of another kind have the names of its own."""
+    blocking = [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]
+    if blocking:
+        raise UserError(f"the cache '{folder}' cannot be there: '{blocking[0]}' is no folder; set cache_path")
+    tables = [_pictures(folder), _captions(folder)]
+    if (folder / LOCK).exists() or any(Table(file).made_of is not None for file in tables):
+        return
+    own = [*tables, *(file.with_suffix(".json") for file in tables), folder / NOTES]
+    if there := [file.name for file in own if file.exists()]:
+        raise UserError(
+            f"the cache would overwrite {', '.join(there)} in '{folder}', which no cache has written; set "
+            "cache_path to a folder that is new or empty"
+        )
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -193,8 +222,8 @@ def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
 
     def changed() -> tuple[dict[str, Any], str | None]:
         made_of = {
-            "pictures": digest_of_pictures(stream.dataset, found.folder / "files.json"),
-            "captions": digest_of_texts(captions_of(stream.dataset)),
+            "pictures": digest_of_pictures(stream.dataset, found.folder / NOTES),
+            "captions": digest_of_texts(texts_of(stream.dataset)),
             **found.key,
         }
         return made_of, difference(table, made_of) or _check_pictures(table, stream, found)
@@ -254,10 +283,13 @@ def first_readable(stream: Stream, encoder: Encoder) -> Sample:
 
 
 def _check_room(builder: TableBuilder, template: Sample) -> None:
-    """Raises UserError where the disk has no room for the table and its parts."""
+    """Raises UserError where the disk has no room for the table and its parts, as far as they are missing."""
     arrays = [value for value in columns_of([template], template).values() if isinstance(value, np.ndarray)]
-    need = 2 * builder.parts[-1][1] * sum(array.nbytes for array in arrays)
+    rows = builder.parts[-1][1] + sum(end - first for first, end in builder.missing())
+    need = rows * sum(array.nbytes for array in arrays)
     free = shutil.disk_usage(builder.file.parent).free
+    if builder.file.exists():
+        free += Table(builder.file).nbytes  # which goes before the build
     if need > free:
         raise UserError(
             f"the cache needs {spell_size(need)} while it is built and '{builder.file.parent}' has "
@@ -282,22 +314,22 @@ def _check_pictures(table: Table, stream: Stream, found: Plan) -> str | None:
     """Encode a few pictures anew; what differs from the table, if it is more than rounding."""
     rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
     size = found.encoder.batch_size
-    fresh = [
-        sample
-        for start in range(0, len(rows), size)
-        for sample in encode(stream.picture_forms(rows[start : start + size]), found.encoder)
-    ]
+    pieces = [stream.picture_forms(rows[start : start + size]) for start in range(0, len(rows), size)]
+    fresh = [pair for piece in pieces for pair in zip(piece, encode(piece, found.encoder))]
     same = total = 0
-    for row, sample in zip(rows, fresh):
-        if sample is None:
+    for row, (read, sample) in zip(rows, fresh):
+        if read is None or sample is None:
             continue
         kept = table[row]
-        for name, value in columns_of([sample], sample).items():
-            if isinstance(value, np.ndarray):
+        columns = columns_of([sample], sample)
+        if columns.keys() != kept.keys():
+            return f"samples have {', '.join(sorted(columns.keys() ^ kept.keys()))} other than before"
+        for name, value in columns.items():
+            if isinstance(value, np.ndarray) and name in sample.keys() - read.keys():  # what was encoded
                 same += int((np.asarray(kept[name]) == value[0]).sum())
                 total += value[0].size
-            elif kept[name] != value[0]:
-                return f"the captions of picture {row // found.forms} are others now"
+            elif not np.array_equal(kept[name], value[0], equal_nan=name == "weight"):
+                return f"{name} of picture {row // found.forms} is another now"
     return (
         None
         if same >= (1 - TOLERATED) * total
@@ -326,7 +358,7 @@ def distinct_captions(stream: Stream) -> list[str]:
 
 def _caption_table(found: Plan, cache: TokenCache, stream: Stream, optim: StepOptimWrapper) -> Table:
     """The table of all distinct captions."""
-    file, encoder = found.folder / "captions.arrow", found.encoder
+    file, encoder = _captions(found.folder), found.encoder
 
     def changed() -> tuple[dict[str, Any], bool, str | None]:
         captions = distinct_captions(stream)
@@ -398,21 +430,24 @@ def _build(builder: TableBuilder, write: Callable[[list[Part]], None]) -> Table:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One run at a time looks at a cache and builds it; another waits."""
-    held = None
-    try:
-        if distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = (folder / ".lock").open("w")
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _say(f"token cache: another run builds '{folder}'; waiting for it")
-                fcntl.flock(held, fcntl.LOCK_EX)
-        distributed.on_rank_0(lambda: None)
+    with ExitStack() as held:
+        distributed.on_rank_0(lambda: _lock(folder, held))
         yield
-    finally:
-        if held is not None:
-            held.close()
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = held.enter_context((folder / LOCK).open("w"))
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return  # where nothing can be written, nobody builds: a complete cache can be read all the same
+        raise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _say(f"token cache: another run builds '{folder}'; waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @final

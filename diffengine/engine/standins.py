@@ -14,9 +14,9 @@ from diffengine.datasets.cache import (
     PART,
     CachedForms,
     TableBuilder,
-    captions_of,
     columns_of,
     digest_of_texts,
+    texts_of,
 )
 from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, check_can_draw
@@ -85,9 +85,13 @@ class Incomplete:
         except UserError:
             return self._dataset[0]
 
-    def captions(self) -> Iterator[str]:
-        """Every caption, also those of what is missing."""
-        return captions_of(self._dataset)
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height)."""
+        return self[index]["image"].size
+
+    def texts(self) -> Iterator[str | list[str]]:
+        """Every picture's caption or captions, also those of what is missing."""
+        return texts_of(self._dataset)
 
 
 @final
@@ -112,7 +116,7 @@ def stand_in_for_cache(
     table = found.pictures
     pictures = (table.made_of or {}).get("pictures")  # whose bytes only a run looks at
     captions = distinct_captions(stream)
-    made_of = {"pictures": pictures, "captions": digest_of_texts(captions_of(stream.dataset)), **found.key}
+    made_of = {"pictures": pictures, "captions": digest_of_texts(texts_of(stream.dataset)), **found.key}
     there = difference(table, made_of) is None
     workers = resolved["train_dataloader"].get("num_workers", 0)
 
@@ -193,6 +197,7 @@ def _table_bytes(scratch: Path, samples: list[Sample], rows: int, texts: list[st
     count = min(rows, PART, max(1, SAMPLED // max(1, width)))
     columns = columns_of([tensors[row % len(tensors)] for row in range(count)], tensors[0])
     if texts is not None:
+        columns = {name: column for name, column in columns.items() if name not in ("readable", "weight")}
         columns["text"] = [[text] for text in texts[:count]]
     builder = TableBuilder(scratch / "rows.arrow", {}, count)
     builder.begin()

@@ -225,6 +225,50 @@ def test_unreadable_pictures_are_an_error_or_replaced_and_counted(kind):
             assert (int(sample["text"]), sample["skipped"]) == replacement[index]
 
 
+class Measured:
+    """Knows the sizes of its pictures: those with an index in `long` are no squares."""
+
+    def __init__(self, count, long=(), broken=()):
+        self.sizes = [(14, 11) if index in long else (20, 20) for index in range(count)]
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        if index in self.broken:
+            raise UnreadablePicture(f"picture {index} cannot be read")
+        return self.sizes[index]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "image_transforms", "forms"),
+    [
+        (Measured(3), [Resize(8), Crop(8), ToTensor()], 1),  # squares: a random crop has no room
+        (Measured(3, long=[2]), [Resize(8), Crop(8), ToTensor()], 4),
+        (Measured(3, long=[2]), [Resize(8), Crop(8, random=False), Flip(0.0), ToTensor()], 1),
+        (Measured(3), [Resize(9), Crop(8), ToTensor()], 4),
+        (Measured(3), [Resize(8), Crop(8), Flip(0.5), ToTensor()], 4),
+        (Measured(3, broken=[1]), [Resize(8), Crop(8), ToTensor()], 1),
+        (Measured(3), [Resize(8), Crop(8), Order()], 4),  # nobody knows what it draws
+        (Photos(3, size=(20, 20)), [Resize(8), Crop(8), ToTensor()], 4),  # nor their sizes
+        (Photos(3), [Resize(8), ToTensor()], 1),
+    ],
+)
+def test_a_picture_has_one_form_where_no_draw_changes_any(dataset, image_transforms, forms):
+    assert Stream(dataset, image_transforms, [], image_variations=4).forms == forms
+    assert Stream(dataset, image_transforms, []).forms == (1 if forms == 1 else None)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (14, 11), (11, 14), (3, 200), (1000, 1), (8, 8), (5, 7)])
+def test_the_size_that_a_transform_foretells(size):
+    sample = {"image": Image.new("RGB", size)}
+    for transform in (Resize(8), Flip(1.0), Crop(8)):
+        size, _ = transform.effect(size)
+        sample = transform(sample, np.random.default_rng(0))
+        assert sample["image"].size == size
+
+
 def test_a_replaced_picture_takes_the_forms_of_its_own_index():
     ours = stream(Photos(3, broken=[0]), image_variations=1, skip_unreadable=True)
     for position in range(6):

@@ -293,6 +293,74 @@ def test_a_table_that_holds_other_tokens_is_found_out(own, encoded, capsys):
     assert "tokens come out otherwise now; encoding 10 pictures in 3 forms each" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("table", ["pictures", "captions"])
+def test_a_table_that_broke_off_is_built_anew(own, encoded, table):
+    """A copy that was stopped leaves the JSON whole."""
+    start(own, encoded)
+    file = own.root / "kept" / f"{table}.arrow"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert start(own, encoded) == ((BUILD, 0) if table == "pictures" else (CHECK, 11))
+    assert start(own, encoded) == (CHECK, 0)
+
+
+def test_a_caption_that_moved_to_the_next_picture_is_found_out(own, encoded):
+    """Of no picture that is encoded anew, and the flat list of captions is the same."""
+    pictures = sorted(file.name for file in own.data.glob("*.*g"))
+    said = [[f"{k} a", f"{k} b"] for k in range(10)]
+    (own.data / "metadata.csv").unlink()
+
+    def write():
+        rows = [json.dumps({"file_name": name, "text": texts}) for name, texts in zip(pictures, said)]
+        (own.data / "metadata.jsonl").write_text("\n".join(rows))
+
+    write()
+    one = {"image_variations": 1}
+    start(own, encoded, **one)
+    looked_at = np.unique(np.linspace(0, 9, CHECK).round().astype(int)).tolist()
+    k = next(k for k in range(9) if k not in looked_at)
+    said[k + 1].insert(0, said[k].pop())
+    write()
+    assert start(own, encoded, **one) == (1 + 10, 0)
+    table = Table(own.root / "kept" / "pictures.arrow")
+    assert [row["text"] for row in map(table.__getitem__, range(10))] == said
+
+
+class Weighted:
+    """A weight for every other picture: for the even ones, or for the odd ones."""
+
+    def __init__(self, path: str, odd: int, weight: float = 0.25) -> None:
+        self.inner, self.odd, self.weight = ImageTextDataset(path), odd, weight
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return {**self.inner[index], **({"weight": self.weight} if index % 2 == self.odd else {})}
+
+
+def weighted(own, odd, **more):
+    kind = {"type": "tests.engine.test_caching.Weighted", "path": str(own.data), "odd": odd, **more}
+    return f"train_dataloader.dataset={kind}"
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_weight_that_only_some_samples_have_is_kept(own, odd):
+    online = pieces(own, own.root / "online", weighted(own, odd), cache=False).train_loop.stream
+    cached = pieces(own, own.root / "cached", weighted(own, odd), cache=True).train_loop.stream
+    weights = [cached[position].get("weight") for position in range(10)]
+    assert weights == [online[position].get("weight") for position in range(10)]
+    assert sorted(weights, key=str) == [0.25] * 5 + [None] * 5
+
+
+def test_another_weight_builds_the_table_anew(own, encoded, capsys):
+    start(own, encoded, weighted(own, 1))
+    assert start(own, encoded, weighted(own, 1)) == (CHECK, 0)
+    assert start(own, encoded, weighted(own, 1, weight=0.5)) == (CHECK + BUILD, 0)
+    assert "is another now" in capsys.readouterr().out
+    table = Table(own.root / "kept" / "pictures.arrow")
+    assert [table[V * index]["weight"].item() for index in (3, 9)] == [0.5, 0.5]
+
+
 def test_an_unreadable_picture_is_replaced_as_without_a_cache(own):
     a_picture(own).write_bytes(b"no picture")
     skip = {"train_dataloader": {"skip_unreadable": True}}
@@ -392,6 +460,22 @@ def test_a_part_is_not_encoded_twice(own, encoded, monkeypatch):
     assert len(Table(own.root / "kept" / "pictures.arrow")) == 30
 
 
+def test_a_build_that_goes_on_needs_room_for_the_rest_only(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PART", 4)
+    options = {"cache": True, "cache_path": str(tmp_path / "kept")}
+    with monkeypatch.context() as killed:
+        killed.setattr(TableBuilder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pieces(toy, tmp_path / "run", **options)
+    row = 1 + 8 + 64 + 5 * 4  # readable, weight, token ids, micro-conditions
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row - 1))
+    with pytest.raises(UserError, match="the cache needs"):
+        pieces(toy, tmp_path / "run", **options)
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row))
+    pieces(toy, tmp_path / "run", **options)
+
+
 def test_two_ranks_build_one_cache_and_take_one_step(toy, tmp_path):
     path = toy.config("ranks", **{**CACHED, "max_iters": 2, "cache": True})
     on_ranks(2, _train_on_rank, path, tmp_path / "two" / "run")
@@ -421,6 +505,27 @@ def test_the_command_builds_what_training_then_takes(own, encoded, capsys):
 def test_a_cache_inside_the_pictures_is_refused(own):
     with pytest.raises(UserError, match="lies inside the data"):
         pieces(own, own.root / "run", cache=True, cache_path=str(own.data / "kept"))
+
+
+@pytest.mark.parametrize("name", ["captions.json", "pictures.json", "files.json", "pictures.arrow"])
+@pytest.mark.parametrize("content", ['{"images": []}', "[1]"])
+def test_files_of_another_kind_are_not_overwritten(own, name, content):
+    """captions.json is how many a data set calls its own."""
+    folder = own.root / "kept"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"the cache would overwrite {name} in .* new or empty"):
+        pieces(own, own.root / "run", cache=True, cache_path=str(folder))
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, content)]
+
+
+@pytest.mark.parametrize("below", ["", "deeper/down"])
+def test_a_file_in_the_place_of_the_folder_is_told(own, below):
+    (own.root / "kept").write_text("a file")
+    with pytest.raises(
+        UserError, match=r"the cache .* cannot be there: .*kept' is no folder; set cache_path"
+    ):
+        pieces(own, own.root / "run", cache=True, cache_path=str(own.root / "kept" / below))
 
 
 @pytest.mark.gpu
