@@ -114,7 +114,7 @@ class Imported:
 
 
 def read(name: str, beside: Path | None = None) -> Plain:
-    """A config as plain data: what it extends merged in, references still unresolved."""
+    """A config as plain data: what it extends merged in, references still unresolved; its own keys first."""
     return _read(find(name, beside), [])
 
 
@@ -127,8 +127,14 @@ def _read(path: Path, chain: list[Path]) -> Plain:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"config '{path}': extends got {base!r}; expected a config's name or path")
-        merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
-    return extend(merged, config)
+        merged = _extend_in_front(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
+    return _extend_in_front(merged, config)
+
+
+def _extend_in_front(below: Plain, above: Plain) -> Plain:
+    """As `extend`, with the keys of `above` first: what is closest to the config is read first."""
+    merged = extend(below, above)
+    return {key: merged[key] for key in dict.fromkeys([*above, *merged])}
 
 
 def _read_file(path: Path) -> Plain:
@@ -408,7 +414,7 @@ def load(
     """
     options, config = list(options), read(name)
     faults = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
-    config = {**PLAIN, **config}
+    config = {**config, **{key: value for key, value in PLAIN.items() if key not in config}}
     given = {key: value for key, value in (settings or {}).items() if value is not None}
     for key in given:
         if key not in config:

@@ -388,9 +388,17 @@ def test_what_is_written_loads_as_the_same(folder, name):
     settings, resolved = config.load(name, [], {"work_dir": "some 'where'"})
     path = write(folder / "config.py", config.to_text(settings, "line one\nline two"))
     assert config.load(path) == (settings, resolved)
+    assert sorted(settings, key=config.SECTIONS.__contains__) == list(config.load(path)[0])
     text = (folder / "config.py").read_text(encoding="utf-8")
-    assert text.startswith("# line one\n# line two\nseed = 0\n")
+    assert text.startswith(f"# line one\n# line two\n{next(iter(settings))} = ")
     assert text.index("batch_size = ") < text.index("model = ")
+
+
+def test_what_is_closest_to_a_config_comes_first(folder):
+    write(folder / "below.py", "a = 1\nb = 2\nc = 3")
+    write(folder / "beside.py", "d = 4\nb = 5")
+    path = write(folder / "mine.py", "extends = ['below.py', 'beside.py']\ne = 6\nc = 7")
+    assert list(config.read(path).items()) == [("e", 6), ("c", 7), ("d", 4), ("b", 5), ("a", 1)]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)

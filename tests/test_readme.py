@@ -11,7 +11,10 @@ import pytest
 from diffengine import cli, config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "configs/amused/README.md", "ARCHITECTURE.md", "CHANGES.md"]
+DOCUMENTS = [
+    "README.md", "configs/amused/README.md", "configs/emoji/README.md", "benchmarks/README.md", "ARCHITECTURE.md",
+    "CHANGES.md",
+]  # fmt: skip
 
 
 def commands() -> list[str]:
@@ -51,11 +54,16 @@ def test_the_missions_commands_stand_word_for_word() -> None:
         assert line in text
 
 
-def test_snippets_are_python() -> None:
+def test_snippets_are_python(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     ast.parse(snippets[1])
+    (tmp_path / "mine.py").write_text(snippets[2], encoding="utf-8")
+    _, resolved = config.load(str(tmp_path / "mine.py"))
+    assert resolved["custom_hooks"] == [{"type": "diffengine.engine.hooks.EMAHook", "decay": 0.999}]
+    assert resolved["model"]["adapters"]["transformer"]["r"] == 16
+    assert (resolved["seed"], resolved["train_dataloader"]["num_workers"]) == (1, 2)
     imported = {
         alias.name
         for node in ast.walk(ast.parse(snippets[0]))

@@ -1,4 +1,4 @@
-"""What every aMUSEd config shares; the settings are the fine-tuning config's."""
+"""What every fine-tune of the released aMUSEd shares. A config sets its settings; the sections read them."""
 
 from torch.optim import AdamW
 

@@ -1,4 +1,4 @@
-"""What every config shares: what a run writes, and when."""
+"""What every config shares: precision, clipping, what a run writes and when."""
 
 from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 
@@ -8,7 +8,7 @@ checkpoint_every = 1
 keep_checkpoints = 3
 log_every = 10  # steps
 precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
-clip_grad = 1.0
+clip_grad = 1.0  # the largest norm of all gradients together; None for no limit
 
 optim_wrapper = dict(precision="${precision}", clip_grad="${clip_grad}")
 default_hooks = dict(

@@ -1,4 +1,7 @@
-"""The emoji that the emoji configs share: pictures that come with the packages of `diffengine[emoji]`."""
+"""The emoji that the emoji configs share: pictures that come with the packages of `diffengine[emoji]`.
+
+A config that extends this sets batch_size.
+"""
 
 from diffengine.datasets import EmojiDataset, ToTensor
 

@@ -1,4 +1,4 @@
-"""A style from one picture: the settings that the StyleDrop configs share."""
+"""A style from one picture: what the StyleDrop configs set of `amused_512_own`."""
 
 data = "picture.png"
 caption = "A mushroom in [V] style."
@@ -7,4 +7,4 @@ batch_size = 1
 max_iters = 2000
 preview_every = 250
 checkpoint_every = 500
-num_workers = 1
+num_workers = 1  # one picture per step

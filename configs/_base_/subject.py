@@ -1,9 +1,12 @@
-"""A subject beside pictures of its class, so that the class is not forgotten (DreamBooth)."""
+"""A subject beside pictures of its class, so that the class is not forgotten (DreamBooth).
+
+A config that extends this sets data, instance_prompt, class_data and class_prompt.
+"""
 
 from diffengine.datasets import SubjectDataset
 
-num_class_images = 100
-prior_loss_weight = 1.0
+num_class_images = 100  # those that class_data lacks are drawn by the base before training
+prior_loss_weight = 1.0  # of a class picture beside one of the subject
 
 train_dataloader = dict(
     dataset=dict(

@@ -1,4 +1,4 @@
-"""aMUSEd 256 on your own captioned pictures, 1,000 steps: a third of the time of `amused_512_own`.
+"""aMUSEd 256 on your own captioned pictures, 1,000 steps, with a quarter of the pixels to encode.
 
     diffengine train amused_256_own --data FOLDER
 

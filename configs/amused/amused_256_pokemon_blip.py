@@ -1,6 +1,8 @@
-"""aMUSEd 256 on the Pokemon captions: a third of the time of the 512 recipe.
+"""aMUSEd 256 on the Pokemon captions: as the 512 recipe, with a quarter of its pixels to encode.
 
-diffengine train amused_256_pokemon_blip
+    diffengine train amused_256_pokemon_blip
+
+Once tokens are cached a step costs nearly the same: the 512 transformer halves its grid to that of this one.
 """
 
 extends = "amused_512_pokemon_blip"

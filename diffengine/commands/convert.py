@@ -1,6 +1,7 @@
 """Write a checkpoint's trained components in diffusers' form: OUT/transformer and so on.
 
-`diffengine convert CONFIG CKPT OUT`, or `diffengine convert WORK_DIR` for a run's newest checkpoint.
+`diffengine convert CONFIG CKPT OUT`; or `diffengine convert WORK_DIR` for a run's newest checkpoint, into
+WORK_DIR itself, in the place of what an earlier conversion left there.
 """
 
 import argparse
@@ -14,7 +15,7 @@ NO_OUT = "convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="the config that was trained, or a run's work dir alone")
     parser.add_argument("checkpoint", nargs="?", help="a .pth file of the run")
-    parser.add_argument("out", nargs="?", help="the folder to write to")
+    parser.add_argument("out", nargs="?", help="the folder to write to; of a work dir alone, that one")
     parser.add_argument(
         "--save-keys",
         nargs="+",

@@ -352,19 +352,26 @@ def make_loader(
 ) -> DataLoader:
     """A loader of collated batches; its workers live as long as its iterator does and use one thread each.
 
-    It has a generator of its own, since torch would otherwise draw the workers' seeds from the global one.
+    num_workers: processes, one per core at most. The loader has a generator of its own, since torch would
+    otherwise draw the workers' seeds from the global one.
     """
     if num_workers < 0:
         raise UserError(f"num_workers got {num_workers}; expected 0 or more")
+    workers = min(num_workers, cores())
     return _Loader(
         _Batches(stream),
         batch_sampler=sampler,
         collate_fn=_same,
-        num_workers=num_workers,
+        num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main if num_workers else None,
+        worker_init_fn=_leave_signals_to_main if workers else None,
         generator=torch.Generator(),
     )
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _FormsByRow(Dataset):
@@ -382,12 +389,13 @@ class _FormsByRow(Dataset):
 
 def form_loader(stream: Stream, chunks: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
     """`stream.picture_forms` of each chunk of rows, in order."""
+    workers = min(num_workers, cores())
     return _Loader(
         _FormsByRow(stream),
         batch_sampler=chunks,
         collate_fn=_same,
-        num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_main if num_workers else None,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_main if workers else None,
         generator=torch.Generator(),
     )
 

@@ -23,7 +23,7 @@ from diffengine.datasets import (
 )
 from diffengine.datasets.cache import PicturelessDataset
 from diffengine.engine import checkpoint, distributed
-from diffengine.engine.caching import TokenCache, attach
+from diffengine.engine.caching import PLACES, TokenCache, attach
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import (
@@ -64,7 +64,7 @@ def build_dataloader(
         batch_size: samples per optimizer step, of all GPUs together: what is learnt from does not depend on
             how many there are.
         transforms: run after them.
-        num_workers: processes per GPU that read and transform.
+        num_workers: processes per GPU that read and transform, one per core at most.
         image_variations: forms of crop and flip per picture; None for a new one each time.
         skip_unreadable: replace and count pictures that cannot be read, rather than stop.
         model, seed, start_iter: given by the run.
@@ -100,10 +100,13 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
 
 def build_dataset(resolved: Mapping[str, Any], cache: TokenCache) -> Any:
     """The data set; or, where its pictures are not here, what the cache at a named path holds of it."""
+    options = resolved["train_dataloader"]["dataset"]
     try:
-        return build(resolved["train_dataloader"]["dataset"])
+        return build(options)
     except UserError as error:
-        stand_in = cache.stand_in()
+        places = [options[name] for name in PLACES if isinstance(options.get(name), str)]
+        here = any(Path(place).expanduser().exists() for place in places)
+        stand_in = None if here else cache.stand_in()
         if stand_in is None:
             raise
         if distributed.rank() == 0:
@@ -120,7 +123,7 @@ def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
 
 def check_apart(place: Path, dataset: Mapping[str, Any], what: str, option: str) -> None:
     """Refuse to write inside the data's folder: a resumed run would learn from its own previews."""
-    for name in ("path", "data", "class_data"):
+    for name in PLACES:
         folder = dataset.get(name)
         if isinstance(folder, str) and Path(folder).expanduser().is_dir() and lies_in(place, folder):
             raise UserError(

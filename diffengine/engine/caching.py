@@ -38,6 +38,7 @@ CHECKED = 8  # pictures encoded anew at each start
 TOLERATED = 0.01  # of their tokens may differ: another device rounds otherwise, and a tie falls otherwise
 EMBEDDINGS = 4e9  # bytes that text_embeddings="auto" may take on disk
 CAPTIONS_AT_ONCE = 32
+PLACES = ("path", "data", "class_data")  # options of a data set that say where it is, not what it gives
 LOCK = ".lock"  # in a cache's folder, before anything else is
 NOTES = "files.json"  # of the pictures' files
 Choice = bool | Literal["auto"]
@@ -124,6 +125,7 @@ def plan(
     section, forms = resolved["train_dataloader"], stream.forms
     key = distributed.on_rank_0(
         lambda: {
+            "data set": {name: value for name, value in section["dataset"].items() if name not in PLACES},
             "image transforms": section["image_transforms"],
             "image_variations": stream.image_variations,
             "forms": forms,

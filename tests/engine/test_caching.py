@@ -328,8 +328,10 @@ def test_a_caption_that_moved_to_the_next_picture_is_found_out(own, encoded):
 class Weighted:
     """A weight for every other picture: for the even ones, or for the odd ones."""
 
-    def __init__(self, path: str, odd: int, weight: float = 0.25) -> None:
-        self.inner, self.odd, self.weight = ImageTextDataset(path), odd, weight
+    weight = 0.25
+
+    def __init__(self, path: str, odd: int) -> None:
+        self.inner, self.odd = ImageTextDataset(path), odd
 
     def __len__(self):
         return len(self.inner)
@@ -338,8 +340,8 @@ class Weighted:
         return {**self.inner[index], **({"weight": self.weight} if index % 2 == self.odd else {})}
 
 
-def weighted(own, odd, **more):
-    kind = {"type": "tests.engine.test_caching.Weighted", "path": str(own.data), "odd": odd, **more}
+def weighted(own, odd):
+    kind = {"type": "tests.engine.test_caching.Weighted", "path": str(own.data), "odd": odd}
     return f"train_dataloader.dataset={kind}"
 
 
@@ -352,10 +354,11 @@ def test_a_weight_that_only_some_samples_have_is_kept(own, odd):
     assert sorted(weights, key=str) == [0.25] * 5 + [None] * 5
 
 
-def test_another_weight_builds_the_table_anew(own, encoded, capsys):
+def test_another_weight_builds_the_table_anew(own, encoded, capsys, monkeypatch):
     start(own, encoded, weighted(own, 1))
     assert start(own, encoded, weighted(own, 1)) == (CHECK, 0)
-    assert start(own, encoded, weighted(own, 1, weight=0.5)) == (CHECK + BUILD, 0)
+    monkeypatch.setattr(Weighted, "weight", 0.5)
+    assert start(own, encoded, weighted(own, 1)) == (CHECK + BUILD, 0)
     assert "is another now" in capsys.readouterr().out
     table = Table(own.root / "kept" / "pictures.arrow")
     assert [table[V * index]["weight"].item() for index in (3, 9)] == [0.5, 0.5]
@@ -387,6 +390,17 @@ def test_a_copied_cache_serves_where_the_pictures_are_not(own, encoded, capsys):
     assert encoded == {"pictures": 0, "captions": 0}
     assert f"training from the cache '{own.root / 'copy'}' alone" in capsys.readouterr().out
     assert_equal_checkpoints(own.root / "here" / "iter_9.pth", own.root / "there" / "iter_9.pth")
+    short = ["--cfg-options", f"cache_path={own.root / 'copy'}", "max_iters=1"]
+    assert train(path, own.root / "short", *short) == 0  # though it takes no form twice
+    assert "token cache: 10 pictures" in capsys.readouterr().out
+    assert train(path, own.root / "said", *short, "train_dataloader.dataset.prefix='a '") == 2
+    assert "the pictures to build it anew are not here: changed since it was built: data set" in (
+        capsys.readouterr().err
+    )
+    own.data.mkdir()
+    assert train(path, own.root / "empty", *short) == 2  # a folder with a fault is not passed over
+    assert "training from the cache" not in capsys.readouterr().out
+    own.data.rmdir()
     other_weights("vqvae", "encoder.conv_in")(own)
     assert train(path, own.root / "other", "--cfg-options", f"cache_path={own.root / 'copy'}") == 2
     error = capsys.readouterr().err
