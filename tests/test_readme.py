@@ -12,8 +12,8 @@ from diffengine import cli, config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    "README.md", "configs/amused/README.md", "configs/emoji/README.md", "benchmarks/README.md", "ARCHITECTURE.md",
-    "CHANGES.md",
+    "README.md", "configs/amused/README.md", "configs/emoji/README.md", "benchmarks/README.md",
+    "ARCHITECTURE.md", "CHANGES.md",
 ]  # fmt: skip
 
 
