@@ -181,7 +181,7 @@ class TrainableModel(nn.Module, ABC):
     ) -> dict[str, str]:
         """Small text files learnt from the data before the model is built: a vocabulary.
 
-        Called once per run, on rank 0, since learning may differ between processes; the result is kept in
+        Called once per run, on rank 0, since learning may take long or differ; the result is kept in
         the checkpoint and passed to the constructor as `assets`.
 
         Args:

@@ -35,6 +35,13 @@ def test_merges_are_learnt(assets: dict[str, str]) -> None:
     assert from_assets(assets).tokenize("background") == ["background</w>"]
 
 
+def test_the_same_captions_give_the_same_files() -> None:
+    """Where all is tied: the library gives ids in the order of a hash that is another each time."""
+    words = [first + second for first in "abcdefghij" for second in "klmnopqrst"]
+    learnt = [learn_vocabulary(words, 560, 20) for _ in range(4)]
+    assert all(assets == learnt[0] for assets in learnt)
+
+
 def test_assets_round_trip(assets: dict[str, str]) -> None:
     assert json.loads(json.dumps(assets)) == assets
     again = from_assets(to_assets(from_assets(assets)))

@@ -1,7 +1,6 @@
 """A small byte-pair vocabulary learnt from the captions, kept as plain text files.
 
-Learning is not deterministic across processes (the `tokenizers` library breaks ties by hash order), so it
-happens once per run and the files travel with the checkpoint.
+It is learnt once per run, and its files travel with the checkpoint. The same captions give the same files.
 """
 
 import json
@@ -42,12 +41,14 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
     clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # splits as CLIP's
+    ends = [letter + END_OF_WORD for letter in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
-    )
+        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False,
+        special_tokens=ends,  # else they get ids in hash order, another each time, and ids break ties
+    )  # fmt: skip
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    words = alphabet + [letter + END_OF_WORD for letter in alphabet] + ["".join(pair) for pair in merges]
+    words = alphabet + ends + ["".join(pair) for pair in merges]
     vocab = {word: place for place, word in enumerate(dict.fromkeys([*words[: size - 2], START, END]))}
     merges = [pair for pair in merges if "".join(pair) in vocab]
     return to_assets(make_tokenizer(vocab, merges, max_length))
