@@ -412,9 +412,8 @@ def load(
     Returns:
         The config as written (with references; it is what a run keeps) and as resolved.
     """
-    options, config = list(options), read(name)
+    options, config = list(options), _extend_in_front(PLAIN, read(name))
     faults = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
-    config = {**config, **{key: value for key, value in PLAIN.items() if key not in config}}
     given = {key: value for key, value in (settings or {}).items() if value is not None}
     for key in given:
         if key not in config:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from diffengine.datasets.pictures import Sample, UnreadablePicture
+from diffengine.datasets.pictures import Sample, UnreadablePicture, texts_in
 from diffengine.errors import UserError
 
 Row = dict[str, np.ndarray | list[str]]
@@ -251,7 +251,7 @@ def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, 
             )
     for key in (key for key in template if key not in ("image", "text", "weight")):
         columns[key] = np.stack([np.asarray(sample[key]) for sample in filled])
-    columns["text"] = [[] if sample is None else _texts(sample["text"]) for sample in samples]
+    columns["text"] = [[] if sample is None else texts_in(sample["text"]) for sample in samples]
     return columns
 
 
@@ -261,10 +261,6 @@ def what_no_table_keeps(sample: Sample) -> str | None:
         if key not in ("image", "text") and not isinstance(value, torch.Tensor | bool | int | float):
             return f"{key} of type {type(value).__name__}"
     return None
-
-
-def _texts(text: str | list[str]) -> list[str]:
-    return [text] if isinstance(text, str) else list(text)
 
 
 @final
@@ -302,7 +298,7 @@ def digest_of_texts(texts: Iterable[str | list[str]]) -> str:
     """Of texts, or lists of them, in their order; a list of one is as that one."""
     digest = hashlib.blake2b(digest_size=16)
     for item in texts:
-        pieces = [text.encode() for text in _texts(item)]
+        pieces = [text.encode() for text in texts_in(item)]
         for number in (len(pieces), *map(len, pieces)):
             digest.update(number.to_bytes(8, "little"))
         digest.update(b"".join(pieces))
@@ -323,7 +319,7 @@ def texts_of(dataset: Any) -> Iterator[str | list[str]]:
 
 def captions_of(dataset: Any) -> Iterator[str]:
     """Every caption of a data set, lists flattened."""
-    return (text for item in texts_of(dataset) for text in _texts(item))
+    return (text for item in texts_of(dataset) for text in texts_in(item))
 
 
 def digest_of_pictures(dataset: Any, notes: Path) -> str:

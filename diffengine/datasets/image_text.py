@@ -18,7 +18,7 @@ from diffengine.datasets.folder import (
     list_files,
     read_folder,
 )
-from diffengine.datasets.pictures import Sample, UnreadablePicture, read_picture, read_size
+from diffengine.datasets.pictures import Sample, UnreadablePicture, read_picture, read_size, texts_in
 from diffengine.errors import UserError
 
 # What `datasets` raises for what the user can mend: no network, no such data, split or configuration,
@@ -116,7 +116,7 @@ class ImageTextDataset:
 
     def captions(self) -> Iterator[str]:
         """Every caption in order, prefixed, lists flattened; no picture is read."""
-        return chain.from_iterable([text] if isinstance(text, str) else text for text in self.texts())
+        return chain.from_iterable(map(texts_in, self.texts()))
 
     def texts(self) -> Iterator[Caption]:
         """The caption of each picture in order, or its list of them, prefixed; no picture is read."""

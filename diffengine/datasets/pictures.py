@@ -43,6 +43,11 @@ FAULTS = (
 )
 
 
+def texts_in(text: str | list[str]) -> list[str]:
+    """A picture's captions, of which a sample may have one or a list."""
+    return [text] if isinstance(text, str) else list(text)
+
+
 class UnreadablePicture(UserError):
     """A picture that cannot be decoded; names the file or the row."""
 

@@ -357,16 +357,7 @@ def make_loader(
     """
     if num_workers < 0:
         raise UserError(f"num_workers got {num_workers}; expected 0 or more")
-    workers = min(num_workers, cores())
-    return _Loader(
-        _Batches(stream),
-        batch_sampler=sampler,
-        collate_fn=_same,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main if workers else None,
-        generator=torch.Generator(),
-    )
+    return _loader(_Batches(stream), sampler, num_workers, pin_memory)
 
 
 def cores() -> int:
@@ -389,12 +380,17 @@ class _FormsByRow(Dataset):
 
 def form_loader(stream: Stream, chunks: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
     """`stream.picture_forms` of each chunk of rows, in order."""
+    return _loader(_FormsByRow(stream), chunks, num_workers)
+
+
+def _loader(dataset: Dataset, batches: Any, num_workers: int, pin_memory: bool = False) -> DataLoader:
     workers = min(num_workers, cores())
     return _Loader(
-        _FormsByRow(stream),
-        batch_sampler=chunks,
+        dataset,
+        batch_sampler=batches,
         collate_fn=_same,
         num_workers=workers,
+        pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_main if workers else None,
         generator=torch.Generator(),
     )

@@ -18,6 +18,7 @@ from diffengine.datasets.cache import (
     digest_of_texts,
     texts_of,
 )
+from diffengine.datasets.pictures import texts_in
 from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, check_can_draw
 from diffengine.engine.caching import (
@@ -118,7 +119,7 @@ def stand_in_for_cache(
     captions = distinct_captions(stream)
     made_of = {"pictures": pictures, "captions": digest_of_texts(texts_of(stream.dataset)), **found.key}
     there = difference(table, made_of) is None
-    workers = resolved["train_dataloader"].get("num_workers", 0)
+    workers = parts.loop.dataloader.num_workers
 
     def put_in() -> CacheFigures:
         rows = len(stream.dataset) * found.forms
@@ -164,7 +165,7 @@ def _some_captions(
     """The captions of these samples, what the encoder makes of them, and the seconds that one takes."""
     encoder = found.encoder
     embeddings = wants_embeddings(parts.cache.text_embeddings, len(captions), encoder.embedding_bytes)
-    of_samples = (text for sample in samples for text in _texts(sample))
+    of_samples = (text for sample in samples for text in texts_in(sample["text"]))
     texts = list(dict.fromkeys(["", *of_samples]))
     with parts.optim.autocast():
         encoder.encode_captions([""], embeddings)  # loads and warms up
@@ -173,11 +174,6 @@ def _some_captions(
     seconds = (time.perf_counter() - began) / len(texts)
     rows = [{name: column[row].numpy() for name, column in columns.items()} for row in range(len(texts))]
     return texts, rows, seconds
-
-
-def _texts(sample: Sample) -> list[str]:
-    text = sample["text"]
-    return [text] if isinstance(text, str) else list(text)
 
 
 def _table_bytes(scratch: Path, samples: list[Sample], rows: int, texts: list[str] | None = None) -> int:
