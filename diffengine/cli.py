@@ -77,5 +77,4 @@ def console() -> None:
     # CPU threads that wait for one another spin for microseconds only, then sleep: as fast on a free machine,
     # up to five times faster beside other work. OpenMP reads it once, when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    sys.path.append("")  # so that a config finds the user's own modules here, as under `python -m`
     sys.exit(main())

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffengine import __version__
+from diffengine import __version__, config
 from diffengine.errors import UserError
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel
@@ -408,27 +408,49 @@ def model_of(state: Mapping[str, Any], resolved: Mapping[str, Any], source: str)
 
 
 def trusted_config(state: Mapping[str, Any], given: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
-    """The config that a checkpoint carries, where building its model runs no code but what is trusted.
+    """Resolve the config that a checkpoint carries, and judge it before any class that it names is imported.
 
-    A checkpoint is data. A class that it names is used if it is diffengine's, diffusers', transformers' or
-    peft's, or if the CONFIG that the user names uses it too.
+    A checkpoint is data. A class that its resolved config names is used only if it is on a closed list, or if
+    the CONFIG that the user names uses it too.
+
+    Args:
+        state: the checkpoint.
+        given: the user's CONFIG with its references; None if the command got none.
+        source: what errors call the checkpoint.
+
+    Returns:
+        The resolved config.
 
     Raises:
         UserError: `given` is of another model, or the checkpoint names a class that is not trusted.
     """
-    own = json.loads(state["config"])
-    trusted = ("diffengine.models.", "diffusers.", "transformers.", "peft.")
-    kinds = [config["model"].get("type") for config in (own, given) if config is not None]
-    if len(set(kinds)) > 1:
+    own = config.resolve(json.loads(state["config"]))
+    theirs = config.resolve(dict(given)) if given is not None else None
+    types = [item["model"].get("type") for item in (own, theirs) if item is not None]
+    if len(set(types)) > 1:
         raise UserError(
-            f"{source} is of another model: got {kinds[0]}, the config has {kinds[1]}; use the config it was "
+            f"{source} is of another model: got {types[0]}, the config has {types[1]}; use the config it was "
             f"trained with ('{state['name']}')"
         )
-    known = set(kinds_in(given["model"])) if given else set()
+    trusted = {*trusted_classes(), *(kinds_in(theirs["model"]) if theirs else ())}
     for name in kinds_in(own["model"]):
-        if not name.startswith(trusted) and name not in known:
+        if name not in trusted:
             raise UserError(
                 f"{source} names the class '{name}', which is not run on a checkpoint's word; give the "
                 "CONFIG that uses it"
             )
     return own
+
+
+def trusted_classes() -> set[str]:
+    """The classes that a checkpoint may name: our models, what they are built from, and peft's configs."""
+    import peft
+
+    return {
+        "diffengine.models.amused.AmusedModel",
+        "diffengine.models.vq.VQTokenizerModel",
+        "diffusers.UVit2DModel",
+        "diffusers.VQModel",
+        "transformers.CLIPTextConfig",
+        *(f"peft.{name}" for name in peft.__all__ if name.endswith("Config")),
+    }

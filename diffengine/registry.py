@@ -5,12 +5,22 @@ dotted name. Any importable class serves, so a stranger's data set or model need
 """
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from diffengine.errors import UserError
 
 EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
+
+
+def import_from_here() -> None:
+    """Let a config of the user's name modules in the current folder, as under `python -m`.
+
+    For commands that were given a config: a checkpoint alone never makes the current folder importable.
+    """
+    if "" not in sys.path:
+        sys.path.append("")
 
 
 def resolve(type_name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from diffengine import __version__, export
+from diffengine import __version__, cli, export
+from diffengine.engine.checkpoint import FORMAT, write
 from diffengine.errors import UserError
 from diffengine.export import export_components, export_pipeline, model_of, trusted_config
 from diffengine.models.amused import AmusedModel
@@ -242,11 +244,52 @@ def test_a_checkpoint_cannot_name_code_to_run(toy: Path, kind: str) -> None:
         trusted_config(nested, None, "checkpoint 'x'")
 
 
-def test_a_checkpoint_cannot_name_a_trusted_package_that_is_no_model(toy: Path) -> None:
+def test_a_checkpoint_cannot_name_other_classes_of_a_trusted_package(toy: Path) -> None:
     """diffusers.DiffusionPipeline.from_pretrained runs remote code when asked to."""
-    state = checkpoint(toy, "diffusers.DiffusionPipeline")
-    with pytest.raises(UserError, match=r"names 'diffusers\.DiffusionPipeline', which is no TrainableModel"):
-        model_of(state, trusted_config(state, None, "checkpoint 'x'"), "checkpoint 'x'")
+    with pytest.raises(UserError, match=r"names the class 'diffusers\.DiffusionPipeline'"):
+        trusted_config(checkpoint(toy, "diffusers.DiffusionPipeline"), None, "checkpoint 'x'")
+    inner = checkpoint(toy, adapters={"transformer": {"type": "peft.import_utils.importlib"}})
+    with pytest.raises(UserError, match=r"names the class 'peft\.import_utils\.importlib'"):
+        trusted_config(inner, None, "checkpoint 'x'")
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter"),
+    [
+        ({"x": {"type": "evil.Cfg", "r": "${rank}"}, "rank": 4}, "${x}"),
+        ({"y": "evil.Cfg"}, {"type": "${y}", "r": 4}),
+        ({"y": "ev"}, {"type": "${y}il.Cfg", "r": 4}),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample", "convert"])
+def test_a_class_behind_a_reference_is_not_imported(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    settings: dict, adapter: Any, command: str,
+) -> None:  # fmt: skip
+    """The config is judged after its references are resolved, though `evil` lies in the current folder."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    state = checkpoint(toy)
+    config = json.loads(state["config"])
+    config["model"] |= {"train": [], "adapters": {"transformer": adapter}}
+    state |= {"config": json.dumps({**config, **settings}), "format": FORMAT, "counters": {"iter": 1}}
+    write(tmp_path / "run" / "iter_1.pth", state)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    given = ["sample", "run/iter_1.pth", "a cat"] if command == "sample" else ["convert", "run"]
+    assert cli.main(given) == 2
+    assert "names the class 'evil.Cfg', which is not run on a checkpoint's word" in capsys.readouterr().err
+    assert "evil" not in sys.modules
+
+
+def test_a_checkpoint_does_not_make_the_current_folder_importable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    for command in ("sample absent.pth prompt", "convert absent", "convert absent.pth out"):
+        monkeypatch.setattr(sys, "argv", ["diffengine", *command.split()])
+        with pytest.raises(SystemExit):
+            cli.console()
+        assert "" not in sys.path
 
 
 def test_a_checkpoint_of_another_model(toy: Path) -> None:

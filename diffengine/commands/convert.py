@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from diffengine.engine.state import with_average
     from diffengine.export import DTYPES, export_components, export_pipeline, model_of, trusted_config
     from diffengine.models.loading import quiet_libraries
+    from diffengine.registry import import_from_here
 
     quiet_libraries()
     if options.pipeline and options.save_keys:
@@ -55,8 +56,10 @@ def run(options: argparse.Namespace) -> int:
     checkpoint.verify(path)
     if options.ema:
         state = with_average(state, source)
-    settings = trusted_config(state, config.read(given) if given else None, source)
-    model = model_of(state, config.resolve(settings), source)
+    if given:
+        import_from_here()
+    resolved = trusted_config(state, config.read(given) if given else None, source)
+    model = model_of(state, resolved, source)
     if keys != options.save_keys and str(out) in model.exportable:
         raise UserError(NO_OUT)
     dtype = DTYPES[options.dtype]

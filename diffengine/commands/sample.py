@@ -141,13 +141,12 @@ def _class_of(folder: Path) -> str | None:
 
 def _of_checkpoint(path: Path) -> Any:
     """The pipeline over a checkpoint's model."""
-    from diffengine import config
     from diffengine.engine import checkpoint
     from diffengine.export import model_of, trusted_config
     from diffengine.models.base import MaskedImageModel
 
     state, source = checkpoint.read(path), f"checkpoint '{path}'"
-    model = model_of(state, config.resolve(trusted_config(state, None, source)), source)
+    model = model_of(state, trusted_config(state, None, source), source)
     if not isinstance(model, MaskedImageModel):
         raise UserError(f"{source} is of {type(model).__name__}, which draws nothing from text")
     return model.build_pipeline()

@@ -81,7 +81,9 @@ def _work(options: argparse.Namespace, work: Work, settings: dict[str, Any], res
 
 def _load(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     from diffengine import config
+    from diffengine.registry import import_from_here
 
+    import_from_here()
     flags = {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
     return config.load(options.config, options.cfg_options, flags)
 
