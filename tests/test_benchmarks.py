@@ -17,7 +17,7 @@ from diffengine import config
 from diffengine.engine import checkpoint
 from diffengine.engine.assemble import build_model
 from diffengine.engine.measure import memory_of
-from diffengine.engine.optim import build_optimizer
+from diffengine.engine.optim import build_optimizer, parameter_groups
 from tests.engine.runs import Toy, train
 from tests.support import models, pictures
 
@@ -212,7 +212,7 @@ def test_a_counted_step_holds_what_a_run_holds(tmp_path: Path, name: str) -> Non
     model = build_model(resolved, {}, seed=0)
     model.hold_frozen(torch.bfloat16)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(resolved["optim_wrapper"]["optimizer"], model)
+    optimizer = build_optimizer(resolved["optim_wrapper"]["optimizer"], parameter_groups(model))
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -34,7 +34,7 @@ from diffengine.engine.optim import (
     resolve_precision,
 )
 from diffengine.engine.runner import Runner
-from diffengine.engine.state import check_same_run, restore
+from diffengine.engine.state import check_fits, check_same_run, check_types, restore
 from diffengine.engine.workdir import begin
 from diffengine.errors import UserError
 from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
@@ -158,6 +158,10 @@ def build_run(
     parts = prepare(resolved, work_dir, device, start_iter, state["assets"] if state else None)
     steps = parts.loop.max_iters - start_iter
     how = distributed.on_all_ranks(lambda: compile_model(parts.loop.compile, parts.model, steps, device))
+    if state and resume:
+        distributed.on_all_ranks(
+            lambda: check_fits(state, parts.model, parts.optim, parts.schedule, parts.loop, resume)
+        )
     distributed.on_rank_0(lambda: begin(work_dir, settings, name, resume is None, parts.model.exportable))
     runner = Runner(parts.model, work_dir, parts.hooks, parts.backends, settings, name, resolved["seed"])
     runner.set_training(parts.loop, parts.optim, parts.schedule)
@@ -212,6 +216,7 @@ def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | No
         return None
     state = checkpoint.read(resume)
     checkpoint.verify(resume)
+    check_types(state, resume)
     check_same_run(state, settings, resume)
     return state
 

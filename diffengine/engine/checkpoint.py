@@ -121,8 +121,19 @@ def paths(work_dir: Path) -> list[Path]:
 
 
 def steps(path: Path) -> int:
-    """How many optimizer steps a checkpoint stands for. Raises UserError for a broken or foreign one."""
-    return read(path)["counters"]["iter"]
+    """How many optimizer steps a checkpoint stands for.
+
+    Raises:
+        UserError: it is broken or foreign, or its counter is no step.
+    """
+    counters = read(path).get("counters")
+    count = counters.get("iter") if isinstance(counters, dict) else None
+    if type(count) is not int or count < 0:
+        raise UserError(
+            f"checkpoint '{path}' got counters {counters!r}; expected 'iter' of at least 0; move it away, "
+            "and use the one before"
+        )
+    return count
 
 
 def newest(work_dir: Path) -> Path | None:

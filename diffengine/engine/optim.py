@@ -1,6 +1,6 @@
 """The optimizer, its two groups, its schedule, and the precision a step runs in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, final
 
@@ -56,8 +56,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def build_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> torch.optim.Optimizer:
     """Any torch-style optimizer class; those that can on every device are fused: one kernel for all.
+
+    Args:
+        optimizer: `dict(type=AdamW, lr=...)`.
+        groups: the parameters, as `parameter_groups` gives them.
 
     Raises:
         UserError: the class refuses its options, or has no learning rate for a schedule to change.
@@ -66,7 +72,7 @@ def build_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> torch.opt
     if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
     try:
-        built = build(options, params=parameter_groups(model))
+        built = build(options, params=list(groups))
     except ValueError as error:
         raise UserError(f"optimizer {options['type']}: {error}") from error
     for group in built.param_groups:
@@ -93,7 +99,8 @@ def build_optim_wrapper(
         raise UserError(f"clip_grad got {clip_grad}; expected a number above 0, or None for no clipping")
     device = next(model.parameters()).device
     name, _ = resolve_precision(precision, device)
-    return StepOptimWrapper(build_optimizer(optimizer, model), name, clip_grad, device)
+    built = build_optimizer(optimizer, parameter_groups(model))
+    return StepOptimWrapper(built, name, clip_grad, device, optimizer)
 
 
 def build_param_scheduler(
@@ -127,12 +134,21 @@ class StepOptimWrapper(OptimWrapper):
     """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
 
     (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.)
+
+    Attributes:
+        options: the config's `optimizer`, from which another one of the same kind is built.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, precision: str, clip_grad: float | None, device: torch.device
+        self,
+        optimizer: torch.optim.Optimizer,
+        precision: str,
+        clip_grad: float | None,
+        device: torch.device,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__(optimizer)
+        self.options = options
         self.precision = precision
         self.max_norm = clip_grad
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

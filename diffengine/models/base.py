@@ -304,20 +304,20 @@ class TrainableModel(nn.Module, ABC):
         }
 
     @final
-    def load_trained_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Load what `trained_state` gave, strictly.
+    def check_trained_state(self, state: Mapping[str, Any], source: str) -> None:
+        """Check that `state` is what `trained_state` gives.
 
         Raises:
-            UserError: missing or unexpected names, or shapes that differ; `source` says whose they are.
+            UserError: missing or unexpected names, or shapes or dtypes that differ; `source` says whose.
         """
         own = self.trained_state()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         shapes = [
-            f"{name} {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}"
+            f"{name} is {describe(state[name])} where the model has {describe(own[name])}"
             for name in sorted(own.keys() & state.keys())
-            if state[name].shape != own[name].shape
+            if describe(state[name]) != describe(own[name])
         ]
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": shapes}
         faults = [
             f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
             for kind, names in kinds.items()
@@ -328,9 +328,25 @@ class TrainableModel(nn.Module, ABC):
                 f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was "
                 "trained with"
             )
+
+    @final
+    def load_trained_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load what `trained_state` gave, strictly.
+
+        Raises:
+            UserError: as `check_trained_state`.
+        """
+        self.check_trained_state(state, source)
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in self.trained_state().items():
                 tensor.copy_(state[name])
+
+
+def describe(value: Any) -> str:
+    """A tensor's shape and dtype, "(2, 3) float32"; of anything else its type."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
 
 
 class MaskedImageModel(TrainableModel):

@@ -98,7 +98,7 @@ def test_only_what_is_trained_is_in_the_optimizer(toy: Toy, tmp_path: Path) -> N
 )
 def test_any_optimizer_class(options: dict, decay: float, fused: bool | None) -> None:
     model = nn.Linear(3, 3)
-    optimizer = build_optimizer(options, model)
+    optimizer = build_optimizer(options, parameter_groups(model))
     assert f"torch.optim.{type(optimizer).__name__}" == options["type"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0.0]
     assert optimizer.param_groups[0].get("fused") is fused
@@ -157,7 +157,7 @@ def test_clipping() -> None:
 )
 def test_options_that_an_optimizer_refuses(options: dict, text: str) -> None:
     with pytest.raises(UserError, match=text):
-        build_optimizer(options, nn.Linear(3, 3))
+        build_optimizer(options, parameter_groups(nn.Linear(3, 3)))
 
 
 OTHERS = {

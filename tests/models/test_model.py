@@ -227,6 +227,6 @@ def test_trained_state_is_strict(toy: Path) -> None:
         model.load_trained_state(broken, "checkpoint 'x'")
     assert str(error.value) == (
         f"checkpoint 'x' does not fit this model: weights 2 missing ({first}, ...); 1 unexpected (other); 1 "
-        "of another shape (transformer.embed.embeddings.weight (2, 2) where the model has (80, 56)); use "
-        "the config it was trained with"
+        "of another shape or dtype (transformer.embed.embeddings.weight is (2, 2) float32 where the model "
+        "has (80, 56) float32); use the config it was trained with"
     )

@@ -1,0 +1,117 @@
+"""A damaged or changed checkpoint is refused before anything of it is loaded or written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffengine.engine import checkpoint
+from diffengine.engine.state import differences, state_after_a_step
+from tests.engine.conftest import REFERENCE
+from tests.engine.runs import Toy, train
+
+ADAMW = {"type": "torch.optim.AdamW", "lr": 1e-3}
+MOMENT = {"exp_avg": "zeros(1)"}
+
+
+def first_moment(state: dict[str, Any], value: Any) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] = value
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "moment too small": (lambda s: first_moment(s, torch.zeros(1)), "state.0.exp_avg is (1,) float32; expected"),
+    "moment of integers": (
+        lambda s: first_moment(s, s["optimizer"]["state"][0]["exp_avg"].long()),
+        "int64; expected",
+    ),
+    "moment is a text": (lambda s: first_moment(s, "x"), "optimizer.state.0.exp_avg is str; expected"),
+    "moment missing": (lambda s: s["optimizer"]["state"][0].pop("exp_avg"), "optimizer.state.0 has"),
+    "unknown parameter": (lambda s: s["optimizer"]["state"].update({10**9: {}}), "state has 1000000000"),
+    "steps of Adam": (lambda s: s["optimizer"]["state"][0]["step"].fill_(1e9), "state.0.step is 1e+09"),
+    "a group less": (lambda s: s["optimizer"]["param_groups"].pop(), "has not the 2 param_groups"),
+    "other parameters": (
+        lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
+        "param_groups.0 is not of the",
+    ),
+    "rate is a text": (lambda s: s["optimizer"]["param_groups"][0].update(lr="x"), "param_groups.0.lr is str"),
+    "rate is no number": (
+        lambda s: s["optimizer"]["param_groups"][0].update(lr=float("nan")),
+        "param_groups.0.lr is nan; expected a finite number",
+    ),
+    "negative steps": (lambda s: s["counters"].update(iter=-5), "expected 'iter' of at least 0"),
+    "too many steps": (lambda s: s["counters"].update(iter=10**9), "counters.iter is 1000000000; expected 0"),
+    "steps are a text": (lambda s: s["counters"].update(iter="4"), "expected 'iter' of at least 0"),
+    "epoch": (lambda s: s["counters"].update(epoch=99), "counters.epoch is 99; expected 0 to 1 after 4 steps"),
+    "schedule": (lambda s: s["param_scheduler"].update(last_epoch=3), "last_epoch is 3; expected 4"),
+    "schedule's rates": (lambda s: s["param_scheduler"].update(base_lrs=[1.0]), "expected 2 entries"),
+    "no optimizer": (lambda s: s.pop("optimizer"), "'optimizer' is NoneType; expected dict"),
+    "a list of samples": (lambda s: s.update(num_samples=[10]), "'num_samples' is list; expected int"),
+    "assets": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
+    "average": (lambda s: s.update(ema={"updates": 1, "weights": {}}), "ema.weights has []; expected"),
+    "micro-batch": (
+        lambda s: s.update(micro_batch_size={"asked": None, "found": 0}),
+        "'found' from 1 to 4",
+    ),
+    "weight of integers": (
+        lambda s: s["model"].update({key: value.long() for key, value in s["model"].items()}),
+        "of another shape or dtype",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_checkpoint_is_refused(
+    toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """A moment that was too small ended in a segmentation fault."""
+    change, expected = CHANGES[name]
+    state = checkpoint.read(sorted(reference.glob("iter_*.pth"))[-1])
+    steps = 4
+    state["counters"] = {"iter": steps, "epoch": 1}
+    state["param_scheduler"]["last_epoch"] = steps
+    for values in state["optimizer"]["state"].values():
+        values["step"] = torch.tensor(float(steps))
+    change(state)
+    checkpoint.write(tmp_path / "iter_4.pth", state)
+    before = (tmp_path / "iter_4.pth").read_bytes()
+    assert train(toy.config("reference", **REFERENCE), tmp_path, "--resume") == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["iter_4.pth"]
+    assert (tmp_path / "iter_4.pth").read_bytes() == before
+
+
+def test_an_unchanged_one_is_taken(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """What the cases above start from: the fault is in the change."""
+    state = checkpoint.read(sorted(reference.glob("iter_*.pth"))[-1])
+    state["counters"] = {"iter": 4, "epoch": 1}
+    state["param_scheduler"]["last_epoch"] = 4
+    checkpoint.write(tmp_path / "iter_4.pth", state)
+    assert train(toy.config("reference", **{**REFERENCE, "max_iters": 5}), tmp_path, "--resume") == 2
+    for values in state["optimizer"]["state"].values():
+        values["step"] = torch.tensor(4.0)
+    checkpoint.write(tmp_path / "iter_4.pth", state)
+    assert train(toy.config("reference", **{**REFERENCE, "max_iters": 5}), tmp_path, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "torch.optim.SGD", "lr": 1e-3},
+        {"type": "torch.optim.SGD", "lr": 1e-3, "momentum": 0.9},
+        {"type": "torch.optim.AdamW", "lr": 1e-3, "amsgrad": True},
+        {"type": "lion_pytorch.Lion", "lr": 1e-4},
+        {"type": "transformers.optimization.Adafactor", "lr": 1e-3, "relative_step": False},
+        {"type": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3},
+    ],
+)
+def test_the_state_of_any_optimizer(options: dict[str, Any]) -> None:
+    """Names, shapes and dtypes do not depend on the step, and another parameter's do not fit."""
+    large, small = torch.ones(64, 80), torch.ones(7)
+    once = state_after_a_step(large, options)
+    assert differences(once, state_after_a_step(large, options), "state", steps=1) == []
+    if once and once != {"momentum_buffer": None}:
+        assert differences(state_after_a_step(small, options), once, "state") != []
