@@ -1,0 +1,51 @@
+"""A work dir and a token cache that version 0.1.0 wrote are still used."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers import UVit2DModel
+
+from diffengine.cli import main
+from diffengine.engine import checkpoint
+from tests.engine import runs
+from tests.engine.runs import train
+
+FIXTURE = Path(__file__).parent / "fixtures" / "v0.1.0"
+WORK_DIR = Path("work_dirs/tiny")
+RESUME = ["tiny.py", WORK_DIR, "--resume", "--cfg-options", "max_iters=6"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A writable copy, as the current folder: the config's paths are relative."""
+    shutil.copytree(FIXTURE, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_resumes_with_its_cache(capfd: pytest.CaptureFixture[str]) -> None:
+    tables = {file: file.read_bytes() for file in Path("work_dirs/cache").rglob("*.arrow")}
+    assert train(*RESUME) == 0
+    output = capfd.readouterr().out
+    assert "resumed work_dirs/tiny/iter_4.pth at step 4" in output
+    assert "encoding" not in output
+    assert {file: file.read_bytes() for file in Path("work_dirs/cache").rglob("*.arrow")} == tables
+    assert [line["iter"] for line in runs.metrics(WORK_DIR)] == [1, 2, 4, 5, 6]
+    state = checkpoint.read(WORK_DIR / "iter_6.pth")
+    assert state["counters"] == {"iter": 6, "epoch": 4}
+    assert state["ema"]["updates"] == 6
+    UVit2DModel.from_pretrained(WORK_DIR, subfolder="transformer")
+
+
+def test_a_run_is_trained_again_by_its_own_config() -> None:
+    assert train(str(WORK_DIR / "config.py"), WORK_DIR) == 2  # it holds a run
+    assert train(str(WORK_DIR / "config.py"), WORK_DIR, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema"]])
+def test_a_checkpoint_converts(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "tiny.py", str(WORK_DIR / "iter_4.pth"), "out", *flags]) == 0
+    assert "wrote out/transformer" in capsys.readouterr().out
+    assert main(["convert", str(WORK_DIR), "--pipeline", *flags]) == 0
+    assert main(["sample", str(WORK_DIR), "a box on red paper", "--steps", "2"]) == 0
