@@ -85,9 +85,7 @@ class Watch(Hook):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         self.clock.restart()
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.steps.append({**self.clock.restart(), "data": outputs.data_wait})
 
 
@@ -111,9 +109,7 @@ def watch(runner: Runner) -> Watch:
     return hook
 
 
-def measure(
-    model: Path, data: Path, work_dir: Path, resolution: int, settings: list[str]
-) -> list[dict[str, float]]:
+def measure(model: Path, data: Path, work_dir: Path, resolution: int, settings: list[str]) -> list[dict[str, float]]:
     """The seconds of the parts, step by step."""
     named = {"data": str(data), "pretrained": str(model)}
     loaded = config.load(f"amused_{resolution}_own", [*common.STEPS_ONLY, "log_every=1000", *settings], named)

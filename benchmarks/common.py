@@ -64,9 +64,7 @@ def make_model(path: Path, size: str, resolution: int) -> Path:
         AmusedPipeline(
             vqvae=VQModel(**{**models.vq_config("full"), **MID_VQ}),
             tokenizer=models.make_tokenizer("tiny"),
-            text_encoder=CLIPTextModelWithProjection(
-                CLIPTextConfig(**{**models.text_config("tiny"), **MID_TEXT})
-            ),
+            text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**{**models.text_config("tiny"), **MID_TEXT})),
             transformer=UVit2DModel(**transformer),
             scheduler=AmusedScheduler(mask_token_id=transformer["vocab_size"] - 1, masking_schedule="cosine"),
         ).save_pretrained(path)
@@ -121,9 +119,7 @@ def python(*arguments: str, executable: str = sys.executable, **environment: str
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def timed(
-    command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str
-) -> Run | str:
+def timed(command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str) -> Run | str:
     """Run a script (its path first) or a module ("-m", its name) until it has taken `steps` optimizer steps.
 
     Returns:

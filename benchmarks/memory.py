@@ -88,9 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
                 found = count(config, model, at_once, *shape)
             else:
                 way = "cached" if options.cached else "online"
-                found = measure(
-                    config, model, data, *common.tokens(way, root / f"cache-{resolution}"), *shape
-                )
+                found = measure(config, model, data, *common.tokens(way, root / f"cache-{resolution}"), *shape)
             if isinstance(found, str):
                 cells = (found, published, "")
             else:

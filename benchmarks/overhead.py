@@ -118,9 +118,7 @@ class Turns(Hook):
         loop.dataloader = TimedBatches(loop.dataloader)
         self.ours.start()
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.ours.stop()
         self.bare.start()
         next(self._bare)
@@ -208,9 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         pictures.write_photo_folder(root / "data", 9, 32)
         for start in options.start:
             with common.aside():
-                sides = [
-                    compare(root, start, options.warm_up + options.pairs, hollow) for hollow in (False, True)
-                ]
+                sides = [compare(root, start, options.warm_up + options.pairs, hollow) for hollow in (False, True)]
                 waits = count_waits(root, start, 5)
             counted = slice(options.warm_up, None)
             bare, ours = sides[0]

@@ -132,9 +132,7 @@ def compare(table: common.Table, model: Path, data: Path, scratch: Path, options
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("script", nargs="?", type=Path, help="the reference's train_amused.py")
-    parser.add_argument(
-        "--python", default=sys.executable, help="that has what the script needs: torchvision"
-    )
+    parser.add_argument("--python", default=sys.executable, help="that has what the script needs: torchvision")
     parser.add_argument("--size", nargs="+", choices=common.SIZES, default=["tiny"])
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures per step")

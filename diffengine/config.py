@@ -90,9 +90,7 @@ def find(name: str, beside: Path | None = None) -> Path:
     for folder in config_dirs():
         if (base := folder / "_base_" / f"{name}.py").is_file():
             return base
-    raise UserError(
-        f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all"
-    )
+    raise UserError(f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all")
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -151,9 +149,7 @@ def _read_file(path: Path) -> Plain:
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
         RuntimeError, TypeError, ValueError,
     ) as error:  # fmt: skip
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-        ]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f" line {lines[-1]}" if lines else ""
         raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from error
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -162,19 +158,13 @@ def _read_file(path: Path) -> Plain:
     try:
         return {key: _plain(value) for key, value in own.items()}
     except TypeError as error:
-        raise UserError(
-            f"config '{path}' holds more than plain values and imported classes: {error}"
-        ) from error
+        raise UserError(f"config '{path}' holds more than plain values and imported classes: {error}") from error
 
 
-def _import_name(
-    name: str, space: Any = None, local: Any = None, wanted: Any = None, level: int = 0
-) -> Imported:
+def _import_name(name: str, space: Any = None, local: Any = None, wanted: Any = None, level: int = 0) -> Imported:
     """In place of `__import__`: the dotted name only."""
     if level or (wanted and "*" in wanted):
-        raise ImportError(
-            'imports here are names of classes only; to build on another config: extends = "NAME"'
-        )
+        raise ImportError('imports here are names of classes only; to build on another config: extends = "NAME"')
     return Imported(name if wanted else name.partition(".")[0])
 
 
@@ -240,9 +230,7 @@ def _assign(config: Plain, key: str, text: str) -> None:
         target[int(last)] = _literal(text, target[int(last)], key)
         return
     if target is config and last not in {*config, *SECTIONS, *PLAIN}:
-        raise UserError(
-            f"--cfg-options: unknown key '{key}'{did_you_mean(last, [*config, *SECTIONS, *PLAIN])}"
-        )
+        raise UserError(f"--cfg-options: unknown key '{key}'{did_you_mean(last, [*config, *SECTIONS, *PLAIN])}")
     target[last] = _literal(text, target.get(last), key)  # type: ignore[index]
 
 
@@ -301,9 +289,7 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
         names = REFERENCE.findall(value) if isinstance(value, str) else []
         wrong = [f"{path} refers to setting '{name}', which there is not{did_you_mean(name, settings)}"
                  for name in names if name not in settings]  # fmt: skip
-        wrong += [
-            f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain
-        ]
+        wrong += [f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain]
         faults.extend(wrong)
         if wrong or not names:
             return value
@@ -401,9 +387,7 @@ def _typeless(value: Any, path: str) -> list[str]:
     return [fault for key, item in items for fault in _typeless(item, f"{path}.{key}")]
 
 
-def load(
-    name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None
-) -> tuple[Plain, Plain]:
+def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> tuple[Plain, Plain]:
     """Read, apply the settings of flags and then `--cfg-options`, resolve, validate.
 
     A setting that acts nowhere is a mistake of whoever wrote it, in the file or by a flag. One that is

@@ -42,6 +42,5 @@ def disk_for_user() -> Iterator[None]:
             raise
         where = f"'{error.filename}'" if error.filename else "a file"
         raise UserError(
-            f"cannot read or write {where}: {error.strerror}; make room or allow it there, or choose another "
-            "folder"
+            f"cannot read or write {where}: {error.strerror}; make room or allow it there, or choose another folder"
         ) from error

@@ -134,9 +134,7 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
         differences = [_check_whole(model, key, whole[key], beside / key, dtype) for key in whole]
         for name, component in pipeline.components.items():
             if name not in whole:
-                _check(
-                    component, type(component).from_pretrained(beside / name, local_files_only=True), beside
-                )
+                _check(component, type(component).from_pretrained(beside / name, local_files_only=True), beside)
         _readable(beside)
         _mark(beside / index.name)
         for part in sorted(beside.iterdir()):
@@ -353,9 +351,7 @@ def _check(component: Any, back: Any, folder: Path) -> None:
     wrong = [name for name in live.keys() & loaded.keys() if not _equal(live[name], loaded[name])]
     wrong += live.keys() ^ loaded.keys()
     if wrong:
-        raise UserError(
-            f"'{folder}' does not load back what was written: {len(wrong)} parts, first {min(wrong)}"
-        )
+        raise UserError(f"'{folder}' does not load back what was written: {len(wrong)} parts, first {min(wrong)}")
 
 
 def _parts(component: Any) -> dict[str, Any]:

@@ -81,8 +81,7 @@ def drawable(caption: str) -> bool:
     font = ImageFont.load_default(size=14)
     box = font.getmask("\U0010ffff")
     return all(
-        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box)
-        for letter in set(caption)
+        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box) for letter in set(caption)
     )
 
 

@@ -37,9 +37,7 @@ def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[st
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a module, or written in C
-        return (
-            [] if callable(target) else [f"{path}: type got {part['type']}; expected a class or a function"]
-        )
+        return [] if callable(target) else [f"{path}: type got {part['type']}; expected a class or a function"]
     many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in many}
     options = [key for key in named if key not in given]

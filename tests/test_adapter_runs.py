@@ -41,9 +41,7 @@ def lora(toy: Toy, name: str = "lora", **settings: Any) -> str:
     return str(path)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = lora(toy, max_iters=4, checkpoint_every=2)
     assert runs.train(path, tmp_path / "whole") == 0
     assert runs.train(path, tmp_path / "rest", "--resume", str(tmp_path / "whole" / "iter_2.pth")) == 0

@@ -65,9 +65,7 @@ def test_overhead(table) -> None:
 
 
 def test_breakdown(table) -> None:
-    online, cached = table(
-        breakdown, "--resolution", "256", "--steps", "1", "--warm-up", "1", "--workers", "0"
-    )
+    online, cached = table(breakdown, "--resolution", "256", "--steps", "1", "--warm-up", "1", "--workers", "0")
     for row in (online, cached):
         assert list(row) == ["size", "px", "batch", "way", *breakdown.PARTS, "all"]
         parts = numbers(row, *breakdown.PARTS)
@@ -146,9 +144,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    re.findall(
-        r"python -m benchmarks\.(\w+)([^`#\n]*)", (common.ROOT / "benchmarks/README.md").read_text("utf-8")
-    ),
+    re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", (common.ROOT / "benchmarks/README.md").read_text("utf-8")),
 )
 def test_the_readmes_commands_are_taken(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args

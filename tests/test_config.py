@@ -248,9 +248,7 @@ def test_references_keep_their_type():
 
 def test_references_through_references():
     assert config.resolve({"a": "${b}", "b": "${c}", "c": 3, "model": {"x": "${a}"}})["model"] == {"x": 3}
-    assert "refers back to itself" in refusal(
-        config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}}
-    )
+    assert "refers back to itself" in refusal(config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}})
 
 
 def test_all_faults_of_references_in_one_error():
@@ -342,16 +340,13 @@ def test_faults_of_sections(option, says):
 
 def test_missing_section_and_missing_option():
     assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}) == (
-        "the config has faults: no section 'train_dataloader'; no section 'optim_wrapper'; "
-        "no section 'train_cfg'"
+        "the config has faults: no section 'train_dataloader'; no section 'optim_wrapper'; no section 'train_cfg'"
     )
     assert faults_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
 
 
 def test_visualizer_backends_are_checked():
-    _, resolved = config.load(
-        "vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"]
-    )
+    _, resolved = config.load("vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"])
     assert resolved["vis_backends"] == [{"type": "mmengine.visualization.LocalVisBackend"}]
     option = "vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend', 'img_save': 1}]"
     assert "unknown key 'img_save' for LocalVisBackend" in refusal(config.load, "vq_32_emoji", [option])
@@ -443,15 +438,11 @@ def sections(resolved):
     return {key: value for key, value in resolved.items() if key in config.SECTIONS}
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"), [(name, setting) for name in TRAINABLE for setting in settings_of(name)]
-)
+@pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in TRAINABLE for setting in settings_of(name)])
 def test_a_setting_acts(name, setting):
     """Changing a setting changes a section, wherever it is used and nowhere else."""
     written = config.read(name)
-    before, after = (
-        config.resolve(each) for each in (written, {**written, setting: other(written[setting])})
-    )
+    before, after = (config.resolve(each) for each in (written, {**written, setting: other(written[setting])}))
     assert sections(before) != sections(after)
 
 

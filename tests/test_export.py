@@ -63,9 +63,7 @@ def test_chosen_keys(toy: Path, tmp_path: Path) -> None:
     assert exported.folder == tmp_path / "text_encoder"
     assert exported.difference == exported.relative == 0
     assert [file.name for file in tmp_path.iterdir()] == ["text_encoder"]
-    with pytest.raises(
-        UserError, match="--save-keys got 'vqvae'; this model trains transformer, text_encoder"
-    ):
+    with pytest.raises(UserError, match="--save-keys got 'vqvae'; this model trains transformer, text_encoder"):
         export_components(model, tmp_path / "other", ["vqvae"])
     assert not (tmp_path / "other").exists()
 
@@ -87,9 +85,7 @@ def test_an_older_export_is_replaced(toy: Path, tmp_path: Path) -> None:
     assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), model.transformer)
 
 
-def test_a_failure_leaves_the_older_export(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_the_older_export(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = AmusedModel(str(toy))
     export_components(first, tmp_path)
 
@@ -211,18 +207,14 @@ def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path:
 
 
 def test_a_model_without_pipeline(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="VQTokenizerModel has no pipeline; leave --pipeline out to export vqvae"
-    ):
+    with pytest.raises(UserError, match="VQTokenizerModel has no pipeline; leave --pipeline out to export vqvae"):
         export_pipeline(VQTokenizerModel(str(toy)), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def checkpoint(
-    toy: Path, kind: str = "diffengine.models.amused.AmusedModel", **options: Any
-) -> dict[str, Any]:
+def checkpoint(toy: Path, kind: str = "diffengine.models.amused.AmusedModel", **options: Any) -> dict[str, Any]:
     config = {"model": {"type": kind, "pretrained": str(toy), **options}, "seed": 0}
     return {"config": json.dumps(config), "name": "own", "assets": {}, "model": changed(toy).trained_state()}
 
@@ -294,9 +286,7 @@ def test_a_checkpoint_does_not_make_the_current_folder_importable(
 
 def test_a_checkpoint_of_another_model(toy: Path) -> None:
     given = {"model": {"type": "diffengine.models.vq.VQTokenizerModel"}}
-    with pytest.raises(
-        UserError, match=r"is of another model: got .*AmusedModel, the config has .*VQ.*\('own'\)"
-    ):
+    with pytest.raises(UserError, match=r"is of another model: got .*AmusedModel, the config has .*VQ.*\('own'\)"):
         trusted_config(checkpoint(toy), given, "checkpoint 'x'")
 
 

@@ -108,9 +108,7 @@ def test_the_export_notices_half_strength(toy: Path, tmp_path: Path, monkeypatch
         save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt"})
 
     monkeypatch.setattr(adapters, "write", without_alpha)
-    with pytest.raises(
-        UserError, match="loaded by diffusers, is not the model that was trained: its outputs differ"
-    ):
+    with pytest.raises(UserError, match="loaded by diffusers, is not the model that was trained: its outputs differ"):
         export_components(trained(toy, adapters={"transformer": LORA}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -168,9 +166,7 @@ def test_a_pipeline_with_merged_weights(toy: Path, tmp_path: Path, dtype: torch.
     assert exported.relative <= (0.05 if half else 1e-5)
     assert (exported.relative > 1e-5) == half
     loaded = AmusedPipeline.from_pretrained(tmp_path)
-    assert {module.dtype for module in (loaded.transformer, loaded.text_encoder, loaded.vqvae)} == {
-        torch.float32
-    }
+    assert {module.dtype for module in (loaded.transformer, loaded.text_encoder, loaded.vqvae)} == {torch.float32}
     assert apart(logits(loaded.transformer), logits(model.transformer)) <= (0.05 if half else 1e-5)
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     assert loaded("a cat", **options).images[0].size == (32, 32)

@@ -45,9 +45,7 @@ def test_configs_come_with_the_wheel(installed, tmp_path):
     listed = run(installed, tmp_path, "-m", "diffengine", "list-cfg").splitlines()
     assert [line.split()[0] for line in listed] == list(config.shipped())
     run(installed, tmp_path, "-m", "diffengine", "copy-cfg", "amused_512_own", "deep/my.py")
-    program = (
-        "from diffengine import config; print(config.read('deep/my.py') == config.read('amused_512_own'))"
-    )
+    program = "from diffengine import config; print(config.read('deep/my.py') == config.read('amused_512_own'))"
     assert run(installed, tmp_path, "-c", program) == "True\n"
 
 

@@ -90,9 +90,7 @@ def mission(cwd: Path, env: dict[str, str], epochs: int, extra: str = "") -> dic
         env,
     )
     assert f"UVit2DModel.from_pretrained('{RUN}', subfolder='transformer')" in said
-    done = subprocess.run(
-        [sys.executable, "-c", SNIPPET + AROUND], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", SNIPPET + AROUND], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (cwd / "yoda.png").is_file()
     return json.loads(done.stdout.splitlines()[-1])

@@ -20,11 +20,7 @@ DOCUMENTS = [
 def commands() -> list[str]:
     """Every indented `diffengine ...` line of the documents, without its comment and leading variables."""
     lines = [line for name in DOCUMENTS for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
-    found = [
-        re.sub(r"^    (\w+=\S+ )*", "", line)
-        for line in lines
-        if re.match(r"    (\w+=\S+ )*diffengine ", line)
-    ]
+    found = [re.sub(r"^    (\w+=\S+ )*", "", line) for line in lines if re.match(r"    (\w+=\S+ )*diffengine ", line)]
     return list(dict.fromkeys(found))
 
 
@@ -106,13 +102,9 @@ def test_every_dependency_is_pinned_within_its_bounds() -> None:
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"], *optional["8bit"], *optional["emoji"], *optional["test"]]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {
-        line.split("==")[0].lower(): line.split("==")[1] for line in lines if "==" in line and line[0] != "#"
-    }
+    pins = {line.split("==")[0].lower(): line.split("==")[1] for line in lines if "==" in line and line[0] != "#"}
     for requirement in wanted:
         name, bound = re.match(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+))?", requirement).groups()  # type: ignore[union-attr]
         if name != "diffengine":
             assert name.lower() in pins, name
-            assert [int(part) for part in pins[name.lower()].split(".")] >= [
-                int(part) for part in bound.split(".")
-            ]
+            assert [int(part) for part in pins[name.lower()].split(".")] >= [int(part) for part in bound.split(".")]

@@ -50,13 +50,11 @@ WAYS = {
     ),
     "lokr": (
         "amused_512_own",
-        "model = dict(train=[], adapters=dict(transformer=dict(type=LoKrConfig, r=4, "
-        "target_modules=['to_q'])))",
+        "model = dict(train=[], adapters=dict(transformer=dict(type=LoKrConfig, r=4, target_modules=['to_q'])))",
     ),
     "loha": (
         "amused_512_own",
-        "model = dict(train=[], adapters=dict(transformer=dict(type=LoHaConfig, r=4, "
-        "target_modules=['to_q'])))",
+        "model = dict(train=[], adapters=dict(transformer=dict(type=LoHaConfig, r=4, target_modules=['to_q'])))",
     ),
     "lora_on_both": (
         "amused_512_own",
@@ -162,9 +160,7 @@ def assert_same_weights(live: MaskedImageModel, opened: AmusedPipeline) -> None:
     transformer = opened.transformer
     inputs = {
         "input_ids": torch.randint(transformer.config.codebook_size, (2, 8, 8), generator=generator),
-        "encoder_hidden_states": torch.randn(
-            2, 7, transformer.config.encoder_hidden_size, generator=generator
-        ),
+        "encoder_hidden_states": torch.randn(2, 7, transformer.config.encoder_hidden_size, generator=generator),
         "pooled_text_emb": torch.randn(2, transformer.config.cond_embed_dim, generator=generator),
         "micro_conds": torch.tensor([[32.0, 32, 0, 0, 6]] * 2),
     }

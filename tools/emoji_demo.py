@@ -123,15 +123,11 @@ def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image
     both.paste(left, (0, 0))
     both.paste(right, (left.width + 2, 0))
     if framed:
-        ImageDraw.Draw(both).rectangle(
-            (0, 0, both.width - 1, both.height - 1), outline=(220, 30, 30), width=2
-        )
+        ImageDraw.Draw(both).rectangle((0, 0, both.width - 1, both.height - 1), outline=(220, 30, 30), width=2)
     return both
 
 
-def inpaint(
-    pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace
-) -> Image.Image:
+def inpaint(pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace) -> Image.Image:
     """The right half of a picture drawn anew from its caption: original, what was kept, result."""
     mask = Image.new("L", original.size, 0)
     mask.paste(255, (original.width // 2, 0, original.width, original.height))

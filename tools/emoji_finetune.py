@@ -130,9 +130,7 @@ def retrieval(drawn: list[Image.Image], captions: list[str], gallery: Originals)
     return float(np.mean(nearest == [places[caption] for caption in captions]))
 
 
-def in_hand(
-    drawn: list[Image.Image], captions: list[str], group: Originals, base: Originals, words: str
-) -> float:
+def in_hand(drawn: list[Image.Image], captions: list[str], group: Originals, base: Originals, words: str) -> float:
     """The share of pictures that are nearer to the second artist's original than to the first's."""
     second, first = (
         np.diagonal(distances(drawn, [artist[caption] for caption in named]))

@@ -11,8 +11,6 @@ model = dict(
     type=AmusedModel,
     train=[],
     adapters=dict(
-        transformer=dict(
-            type=LoraConfig, r="${rank}", lora_alpha="${alpha}", target_modules=["to_q", "to_k", "to_v"]
-        )
+        transformer=dict(type=LoraConfig, r="${rank}", lora_alpha="${alpha}", target_modules=["to_q", "to_k", "to_v"])
     ),
 )

@@ -26,9 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained"
     )
-    parser.add_argument(
-        "--merge", action="store_true", help="write whole components, adapters added to their base"
-    )
+    parser.add_argument("--merge", action="store_true", help="write whole components, adapters added to their base")
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)"
     )

@@ -131,9 +131,7 @@ class TableBuilder:
 
     def write(self, part: tuple[int, int], columns: Mapping[str, np.ndarray | list[list[str]]]) -> None:
         """One part: for each column an array (rows, ...), or a list of texts for each row."""
-        shapes = {
-            name: list(values.shape[1:]) for name, values in columns.items() if isinstance(values, np.ndarray)
-        }
+        shapes = {name: list(values.shape[1:]) for name, values in columns.items() if isinstance(values, np.ndarray)}
         batch = pa.RecordBatch.from_pydict({name: _column(values) for name, values in columns.items()})
         assert batch.num_rows == part[1] - part[0]
         schema = batch.schema.with_metadata({"shapes": json.dumps(shapes)})
@@ -226,9 +224,7 @@ class CachedForms:
         if math.isnan(row["weight"]):  # type: ignore[arg-type]
             del row["weight"]
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}  # type: ignore[union-attr]
-        tensors = {
-            name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers
-        }
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers}
         return {**tensors, **numbers, "text": text}
 
 

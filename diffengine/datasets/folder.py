@@ -70,9 +70,7 @@ def read_folder(
     pictures = [file for file in files if is_picture(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
     if not pictures:
-        raise UserError(
-            f"no pictures in {root}; expected files that end in {', '.join(sorted(PICTURE_ENDINGS))}"
-        )
+        raise UserError(f"no pictures in {root}; expected files that end in {', '.join(sorted(PICTURE_ENDINGS))}")
     by_metadata = bool(metadata) and caption is None and not captions_from_file_names
     if (image_column or caption_column) and not by_metadata:
         raise UserError(
@@ -138,9 +136,7 @@ def _from_metadata(metadata: list[Path], image_column: str, caption_column: str 
             raise UserError(f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
         records = list(_records(file))
         columns = list(dict.fromkeys(key for _, record in records for key in record))
-        column = caption_column or next(
-            (name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0]
-        )
+        column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
         for wanted, option in ((image_column, "image_column"), (column, "caption_column")):
             if wanted not in columns:
                 raise UserError(
@@ -176,9 +172,7 @@ def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(content)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}, line {line} is not JSON: {error.msg}; write one object a line"
-            ) from error
+            raise UserError(f"{file}, line {line} is not JSON: {error.msg}; write one object a line") from error
         if not isinstance(record, dict):
             raise UserError(f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
         yield line, record

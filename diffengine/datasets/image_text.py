@@ -71,18 +71,14 @@ class ImageTextDataset:
         }
         if sum(given.values()) > 1:
             names = " and ".join(name for name, is_given in given.items() if is_given)
-            raise UserError(
-                f"got {names} for {path}; expected one source of captions, so leave out the others"
-            )
+            raise UserError(f"got {names} for {path}; expected one source of captions, so leave out the others")
         self.path = path
         self.prefix = prefix
         self._caption = caption
         pictures = _find_pictures(path)
         if pictures is None:
             if captions_from_file_names:
-                raise UserError(
-                    f"captions_from_file_names needs a folder of pictures; {path} is none, so leave it out"
-                )
+                raise UserError(f"captions_from_file_names needs a folder of pictures; {path} is none, so leave it out")
             rows = _load(path, split, revision)
             rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
         else:
@@ -180,9 +176,7 @@ def _find_pictures(path: str) -> tuple[Path, list[Path]] | None:
     files = list_files(local)
     wanted = any(is_picture(file) or file.name in METADATA_NAMES for file in files)
     if not wanted and not any(file.suffix == ".parquet" for file in files):
-        raise UserError(
-            f"no pictures in {path}; expected pictures, Parquet files, or what save_to_disk writes"
-        )
+        raise UserError(f"no pictures in {path}; expected pictures, Parquet files, or what save_to_disk writes")
     return (local, files) if wanted else None
 
 
@@ -205,9 +199,7 @@ def _rows_of(pictures: Sequence[tuple[str, Caption]]) -> hf.Dataset:
 
 def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
     if split != "train":
-        raise UserError(
-            f"split got '{split}', but a folder of pictures has no splits; give the path of a subfolder"
-        )
+        raise UserError(f"split got '{split}', but a folder of pictures has no splits; give the path of a subfolder")
     if revision is not None:
         raise UserError(f"revision got '{revision}', but {path} is here and has no revisions; leave it out")
 
@@ -220,18 +212,14 @@ def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
             _refuse_hub_options(path, "train", revision)
             return _load_local(local, split)
         if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(
-                f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name"
-            )
+            raise UserError(f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
     except LOAD_FAULTS as error:
         what, check = f"no folder {path} is here, and as a hub data set it", "the name, the network"
         if local.exists():
             what, check = path, "the files"
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'"
-        ) from error
+        raise UserError(f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'") from error
     _check_revision(rows, path, revision)
     return rows
 
@@ -294,9 +282,7 @@ def _holds_pictures(feature: Any) -> bool:
     """Pictures as `datasets` keeps them, or encoded bytes, bare or as a struct of bytes and path."""
     if isinstance(feature, dict):
         return "bytes" in feature
-    return isinstance(feature, hf.Image) or (
-        isinstance(feature, hf.Value) and feature.dtype.endswith("binary")
-    )
+    return isinstance(feature, hf.Image) or (isinstance(feature, hf.Value) and feature.dtype.endswith("binary"))
 
 
 def _holds_text(feature: Any) -> bool:

@@ -104,9 +104,7 @@ class Stream(Dataset):
         if len(dataset) == 0:
             raise UserError("the data set is empty; expected at least one picture")
         if image_variations is not None and image_variations < 1:
-            raise UserError(
-                f"image_variations got {image_variations}; expected at least 1, or None for no repeats"
-            )
+            raise UserError(f"image_variations got {image_variations}; expected at least 1, or None for no repeats")
         self.dataset = dataset
         self.image_transforms = list(image_transforms)
         self.transforms = list(transforms)
@@ -347,9 +345,7 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def make_loader(
-    stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """A loader of collated batches; its workers live as long as its iterator does and use one thread each.
 
     num_workers: processes, one per core at most. The loader has a generator of its own, since torch would

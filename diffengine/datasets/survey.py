@@ -55,9 +55,7 @@ def survey_captions(
     if not most or not cut:
         return None
     looked_at = _looked_at(places, len(known), "captions")
-    return (
-        f"{looked_at}: {cut} are longer than {most} tokens and are cut there; the longest has {max(tokens)}"
-    )
+    return f"{looked_at}: {cut} are longer than {most} tokens and are cut there; the longest has {max(tokens)}"
 
 
 def _spread(count: int, limit: int) -> list[int]:

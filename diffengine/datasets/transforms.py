@@ -56,9 +56,7 @@ class Resize:
 
     def _resized(self, size: Size) -> Size:
         short = min(size)
-        width, height = (
-            max(self.size, round(min(side, LONGEST * short) * (self.size / short))) for side in size
-        )
+        width, height = (max(self.size, round(min(side, LONGEST * short) * (self.size / short))) for side in size)
         return width, height
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -66,9 +64,7 @@ class Resize:
         original_size, longest = image.size, LONGEST * min(image.size)
         if max(image.size) > longest:
             left, top = (max(0, side - longest) // 2 for side in image.size)
-            image = image.crop(
-                (left, top, left + min(image.width, longest), top + min(image.height, longest))
-            )
+            image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
         # Above a shrinking of six times a box filter does the first part; the difference cannot be seen.
         resized = image.resize(self._resized(image.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
         return {"original_size": original_size, **sample, "image": resized}
@@ -154,9 +150,7 @@ class ToTensor:
         return {
             **{key: value for key, value in sample.items() if key not in records},
             "image": pixels.to(torch.float32).div_(255),
-            "micro_conds": torch.tensor(
-                [*original_size, *crop_top_left, self.aesthetic_score], dtype=torch.float32
-            ),
+            "micro_conds": torch.tensor([*original_size, *crop_top_left, self.aesthetic_score], dtype=torch.float32),
         }
 
 

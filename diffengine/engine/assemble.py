@@ -205,9 +205,7 @@ def build_parts(
         check_apart(cache.path, resolved["train_dataloader"]["dataset"], "cache", "cache_path")
     dataset = distributed.on_all_ranks(lambda: build_dataset(resolved, cache))
     known = learn_assets(resolved, dataset) if assets is None else assets
-    return distributed.on_all_ranks(
-        lambda: _build_parts(resolved, cache, dataset, known, start_iter, device, work_dir)
-    )
+    return distributed.on_all_ranks(lambda: _build_parts(resolved, cache, dataset, known, start_iter, device, work_dir))
 
 
 def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -244,9 +242,7 @@ def _build_parts(
     work_dir: Path,
 ) -> Parts:
     seed = resolved["seed"]
-    backends = [
-        build({"save_dir": str(work_dir), **item}) for item in resolved.get("vis_backends", DEFAULT_BACKENDS)
-    ]
+    backends = [build({"save_dir": str(work_dir), **item}) for item in resolved.get("vis_backends", DEFAULT_BACKENDS)]
     hooks = build_hooks(resolved)
     model = build_model(resolved, assets, seed)
     precision, _ = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
@@ -254,9 +250,7 @@ def _build_parts(
         model.hold_frozen(DTYPES[precision])
     model.to(device).train()
     data = {**resolved["train_dataloader"], "dataset": dataset}
-    loop = StepLoop(
-        build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"]
-    )
+    loop = StepLoop(build_dataloader(**data, model=model, seed=seed, start_iter=start_iter), **resolved["train_cfg"])
     optim = build_optim_wrapper(**resolved["optim_wrapper"], model=model)
     schedule = build_param_scheduler(
         **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters
@@ -311,8 +305,7 @@ def check_can_draw(missing: MissingPictures, model: TrainableModel) -> None:
     if missing.numbers and (not isinstance(model, MaskedImageModel) or model.assets):
         why = "is built from nothing" if model.assets else "draws nothing from text"
         raise UserError(
-            f"{_lack(missing)}, and the model, which {why}, cannot draw them; add them, or start from a "
-            "trained model"
+            f"{_lack(missing)}, and the model, which {why}, cannot draw them; add them, or start from a trained model"
         )
 
 
@@ -365,9 +358,7 @@ def report_survey(runner: Runner, stream: Stream) -> None:
     """What the square crop costs, where the data can tell sizes without decoding; and captions cut."""
     if distributed.rank() != 0:
         return
-    sizes: Sequence[int] = [
-        transform.size for transform in stream.image_transforms if hasattr(transform, "size")
-    ]
+    sizes: Sequence[int] = [transform.size for transform in stream.image_transforms if hasattr(transform, "size")]
     if sizes and hasattr(stream.dataset, "size"):
         runner.logger.info(survey(stream.dataset, sizes[-1]))  # type: ignore[arg-type]
     if hasattr(stream.dataset, "captions"):

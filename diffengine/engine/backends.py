@@ -48,9 +48,7 @@ class TensorboardBackend(BaseVisBackend):
     def add_scalar(self, name: str, value: Any, step: int = 0, **kwargs: Any) -> None:
         self._at(step).add_scalar(name, value, step)
 
-    def add_scalars(
-        self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs: Any
-    ) -> None:
+    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs: Any) -> None:
         for name, value in scalar_dict.items():
             self.add_scalar(name, value, step)
         self._at(step).flush()  # a run that is killed has shown what it logged
@@ -112,9 +110,7 @@ class WandbBackend(BaseVisBackend):
     def add_scalar(self, name: str, value: Any, step: int = 0, **kwargs: Any) -> None:
         self.experiment.log({name: value}, step=step)
 
-    def add_scalars(
-        self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs: Any
-    ) -> None:
+    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs: Any) -> None:
         self.experiment.log(scalar_dict, step=step)
 
     def close(self) -> None:

@@ -60,9 +60,7 @@ class TokenCache:
         text_embeddings: keep the frozen text encoder's outputs as well, in fp32; "auto" up to 4 GB of them.
     """
 
-    def __init__(
-        self, use: Choice = "auto", path: str | None = None, text_embeddings: Choice = "auto"
-    ) -> None:
+    def __init__(self, use: Choice = "auto", path: str | None = None, text_embeddings: Choice = "auto") -> None:
         self.use = use
         self.path = None if path is None else Path(path).expanduser()
         self.text_embeddings = text_embeddings
@@ -72,9 +70,7 @@ class TokenCache:
         if self.path is None or not self.use:
             return None
         table = Table(_pictures(self.path))
-        return (
-            None if table.made_of is None else PicturelessDataset(CachedForms(table, table.made_of["forms"]))
-        )
+        return None if table.made_of is None else PicturelessDataset(CachedForms(table, table.made_of["forms"]))
 
 
 @dataclass
@@ -185,9 +181,7 @@ def _why_not(cache: TokenCache, stream: Stream, encoder: Encoder | None, positio
     if not pictureless:
         (sample,) = stream.picture_forms([0])
         if sample is not None and (other := what_no_table_keeps(sample)):
-            return (
-                f"it keeps tensors and numbers, but a sample has {other}; leave that out, or set cache=False"
-            )
+            return f"it keeps tensors and numbers, but a sample has {other}; leave that out, or set cache=False"
     return None
 
 
@@ -242,9 +236,7 @@ def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
     def write(parts: list[Part]) -> None:
         size = encoder.batch_size
         chunks = [
-            list(range(start, min(start + size, end)))
-            for first, end in parts
-            for start in range(first, end, size)
+            list(range(start, min(start + size, end))) for first, end in parts for start in range(first, end, size)
         ]
         read = iter(form_loader(stream, chunks, workers))
         progress = Progress(sum(end - first for first, end in parts), "forms" if forms > 1 else "pictures")
@@ -267,9 +259,7 @@ def encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | None
     columns = encoder.encode_pictures(collate(images)["image"])
     rows = ({name: column[place] for name, column in columns.items()} for place in range(len(images)))
     return [
-        None
-        if sample is None
-        else {**{key: value for key, value in sample.items() if key != "image"}, **next(rows)}
+        None if sample is None else {**{key: value for key, value in sample.items() if key != "image"}, **next(rows)}
         for sample in samples
     ]
 
@@ -332,11 +322,7 @@ def _check_pictures(table: Table, stream: Stream, found: Plan) -> str | None:
                 total += value[0].size
             elif not np.array_equal(kept[name], value[0], equal_nan=name == "weight"):
                 return f"{name} of picture {row // found.forms} is another now"
-    return (
-        None
-        if same >= (1 - TOLERATED) * total
-        else f"{total - same} of {total} tokens come out otherwise now"
-    )
+    return None if same >= (1 - TOLERATED) * total else f"{total - same} of {total} tokens come out otherwise now"
 
 
 def _check_without_pictures(found: Plan) -> None:
@@ -396,9 +382,7 @@ def _caption_table(found: Plan, cache: TokenCache, stream: Stream, optim: StepOp
 def wants_embeddings(wish: Choice, captions: int, each: int | None) -> bool:
     """Whether so many captions, `each` of so many bytes, are kept embedded."""
     if wish is True and each is None:
-        raise UserError(
-            "text_embeddings=True, but the text encoder is trained, so its outputs change; leave it out"
-        )
+        raise UserError("text_embeddings=True, but the text encoder is trained, so its outputs change; leave it out")
     return each is not None and (wish is True or (wish == "auto" and captions * each <= EMBEDDINGS))
 
 

@@ -110,9 +110,7 @@ def verify(path: Path) -> None:
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"checkpoint '{path}' is broken or cut off ({error})") from error
     if damaged:
-        raise UserError(
-            f"checkpoint '{path}' is damaged (in {damaged}); move it away, and use the one before"
-        )
+        raise UserError(f"checkpoint '{path}' is damaged (in {damaged}); move it away, and use the one before")
 
 
 def paths(work_dir: Path) -> list[Path]:

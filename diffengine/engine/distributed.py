@@ -31,9 +31,7 @@ def start(launcher: str = "none") -> torch.device:
     if launcher == "slurm":
         _read_slurm()
     if launcher == "pytorch" and "RANK" not in os.environ:
-        raise UserError(
-            "--launcher pytorch got no RANK in the environment; start it with torchrun, or leave it out"
-        )
+        raise UserError("--launcher pytorch got no RANK in the environment; start it with torchrun, or leave it out")
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:

@@ -90,9 +90,7 @@ class StepLoop(BaseLoop):
         tf32: bool = True,
         compile: Compile = "auto",
     ) -> None:
-        super().__init__(
-            None, dataloader
-        )  # the runner comes with `attach`: a loop is checked before a run begins
+        super().__init__(None, dataloader)  # the runner comes with `attach`: a loop is checked before a run begins
         self.batch_size: int = dataloader.batch_sampler.batch_size
         self.stream: Stream = dataloader.dataset.stream
         self.num_samples = len(self.stream.dataset)
@@ -335,8 +333,7 @@ def count_iters(max_epochs: int | None, max_iters: int | None, num_samples: int,
     """
     if (max_epochs is None) == (max_iters is None):
         raise UserError(
-            f"got max_epochs={max_epochs} and max_iters={max_iters}; expected one of them: set the other to "
-            "None"
+            f"got max_epochs={max_epochs} and max_iters={max_iters}; expected one of them: set the other to None"
         )
     for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
         if value is not None and value < 1:
@@ -353,9 +350,7 @@ def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
         return [batch]
     rows = len(batch["num_targets"])
     cuts = [rows * place // count for place in range(count + 1)]
-    return [
-        {key: value[start:end] for key, value in batch.items()} for start, end in itertools.pairwise(cuts)
-    ]
+    return [{key: value[start:end] for key, value in batch.items()} for start, end in itertools.pairwise(cuts)]
 
 
 def micro_seed(seed: int, iteration: int, micro_step: int, rank: int) -> int:

@@ -38,9 +38,7 @@ class Memory:
         return self.trained + self.frozen + self.gradients + self.optimizer + self.average
 
 
-def memory_of(
-    model: TrainableModel, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
-) -> Memory:
+def memory_of(model: TrainableModel, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> Memory:
     """What these hold. The optimizer has its state after its first step.
 
     Args:
@@ -61,9 +59,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     device = next(model.parameters()).device
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     attributes = vars(model).values()
-    for item in (
-        one for value in attributes for one in (value.values() if isinstance(value, dict) else [value])
-    ):
+    for item in (one for value in attributes for one in (value.values() if isinstance(value, dict) else [value])):
         if isinstance(item, Frozen):
             there = [name for name, place in item.devices.items() if place == device]
             module: nn.Module | None = item.on(device, there) if there else None  # moves nothing
@@ -73,9 +69,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return tensors
 
 
-def checkpoint_bytes(
-    model: TrainableModel, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
-) -> int:
+def checkpoint_bytes(model: TrainableModel, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> int:
     """Of one checkpoint on disk, once the optimizer has its state; to 1 %. Arguments as of `memory_of`."""
     tensors = [*model.trained_state().values(), *tensors_in(optimizer.state), *average.values()]
     texts = sum(len(text.encode()) for text in model.assets.values())

@@ -104,10 +104,7 @@ def too_large(what: str, reason: str) -> UserError:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         held = torch.cuda.max_memory_allocated()
-        has = (
-            f"; {spell_size(held)} were in use at most, the GPU has {spell_size(total)} "
-            f"({spell_size(free)} free)"
-        )
+        has = f"; {spell_size(held)} were in use at most, the GPU has {spell_size(total)} ({spell_size(free)} free)"
     return UserError(
         f"{what} not fit into memory ({_first_sentences(reason)}){has}: set "
         "model.gradient_checkpointing=True, take an 8-bit optimizer (bitsandbytes.optim.AdamW8bit), or train "

@@ -23,9 +23,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     "auto" is bf16 where the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise UserError(
-            "precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16"
-        )
+        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
     if precision != "auto":
         return precision, "as configured"
     if device.type == "cpu":
@@ -56,9 +54,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def build_optimizer(
-    optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> torch.optim.Optimizer:
+def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
     """Any torch-style optimizer class; those that can on every device are fused: one kernel for all.
 
     Args:

@@ -29,9 +29,7 @@ from diffengine.engine.optim import StepOptimWrapper
 from diffengine.models.base import TrainableModel
 
 # mmengine's default hooks read one value per step off the device, write in place, or step by epoch: all off.
-NO_DEFAULT_HOOKS = dict.fromkeys(
-    ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
-)
+NO_DEFAULT_HOOKS = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"))
 
 
 class LogFile(logging.FileHandler):
@@ -71,9 +69,7 @@ class Runner(MMRunner):
         self.trainable = model
         self.settings = settings
         self.name = name
-        experiment = (
-            f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
-        )
+        experiment = f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
         super().__init__(
             model=model,
             work_dir=str(work_dir),

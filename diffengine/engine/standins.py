@@ -183,10 +183,7 @@ def _table_bytes(scratch: Path, samples: list[Sample], rows: int, texts: list[st
         texts: of the rows, where the samples' own are not theirs.
     """
     tensors = [
-        {
-            key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-            for key, value in sample.items()
-        }
+        {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for key, value in sample.items()}
         for sample in samples
     ]
     width = nbytes(tensors_in(tensors[0]))

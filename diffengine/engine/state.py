@@ -93,9 +93,7 @@ def check_fits(
     saved = state["param_scheduler"]
     problems += differences(*_in_both(saved, _schedule_state(schedule)), "param_scheduler")
     if saved.get("last_epoch") != steps:
-        problems.append(
-            f"param_scheduler.last_epoch is {saved.get('last_epoch')}; expected {steps}, the steps taken"
-        )
+        problems.append(f"param_scheduler.last_epoch is {saved.get('last_epoch')}; expected {steps}, the steps taken")
     if optim.scaler.is_enabled() and state["scaler"]:
         problems += differences(state["scaler"], optim.scaler.state_dict(), "scaler")
     problems += _average_problems(state.get("ema"), model, steps)
@@ -139,9 +137,7 @@ def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps
         problems += differences(*_in_both(group, own), where)
     indices = [index for group in groups for index in group["params"]]
     if unknown := [key for key in saved if key not in indices]:
-        return [
-            f"optimizer.state has {unknown[0]!r}; expected numbers of parameters, 0 to {len(indices) - 1}"
-        ]
+        return [f"optimizer.state has {unknown[0]!r}; expected numbers of parameters, 0 to {len(indices) - 1}"]
     expected: dict[str, Any] = {}
     for index, parameter in zip(indices, optim.parameters):
         if index in saved:
@@ -254,9 +250,7 @@ def with_average(state: Mapping[str, Any], source: str) -> dict[str, Any]:
         UserError: it has none.
     """
     if "ema" not in state:
-        raise UserError(
-            f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema"
-        )
+        raise UserError(f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema")
     return {**state, "model": {**state["model"], **state["ema"]["weights"]}}
 
 
@@ -298,11 +292,7 @@ def _flat(config: Any, path: str = "") -> dict[str, Any]:
     if isinstance(config, list) and any(isinstance(item, dict) for item in config):
         config = {str(place): item for place, item in enumerate(config)}
     if isinstance(config, dict):
-        return {
-            name: leaf
-            for key, value in config.items()
-            for name, leaf in _flat(value, f"{path}.{key}").items()
-        }
+        return {name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
     return {path[1:]: config}
 
 

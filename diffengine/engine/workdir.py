@@ -36,9 +36,7 @@ def holds_run(work_dir: Path) -> bool:
 def _is_ours(work_dir: Path) -> bool:
     """Whether a run wrote the folder's `config.py`."""
     config = work_dir / "config.py"
-    return (
-        config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    )
+    return config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
 
 
 def _models(work_dir: Path) -> list[str]:

@@ -102,9 +102,7 @@ def inject(module: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", target) for target in targets):
-                raise UserError(
-                    f"adapters.{name}: {option} has '{pattern}', which matches no module with an adapter"
-                )
+                raise UserError(f"adapters.{name}: {option} has '{pattern}', which matches no module with an adapter")
 
 
 def config_of(module: nn.Module) -> PeftConfig | None:
@@ -182,9 +180,7 @@ def merge(base: nn.Module, folder: Path) -> nn.Module:
         merged = loaded.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         kind = type(config_of(base)).__name__
-        raise UserError(
-            f"{kind} cannot be merged into its base ({_line(error)}); leave out the merging"
-        ) from error
+        raise UserError(f"{kind} cannot be merged into its base ({_line(error)}); leave out the merging") from error
     if config_of(merged) is not None:  # peft leaves it behind
         del merged.peft_config
     return merged

@@ -176,9 +176,7 @@ class TrainableModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def learn_assets(
-        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
-    ) -> dict[str, str]:
+    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
         """Small text files learnt from the data before the model is built: a vocabulary.
 
         Called once per run, on rank 0, since learning may take long or differ; the result is kept in
@@ -298,9 +296,7 @@ class TrainableModel(nn.Module, ABC):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         buffers = {name for name, _ in self.named_buffers()}
         return {
-            name: tensor.detach()
-            for name, tensor in self.state_dict().items()
-            if name in trained or name in buffers
+            name: tensor.detach() for name, tensor in self.state_dict().items() if name in trained or name in buffers
         }
 
     @final
@@ -325,8 +321,7 @@ class TrainableModel(nn.Module, ABC):
         ]
         if faults:
             raise UserError(
-                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was "
-                "trained with"
+                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was trained with"
             )
 
     @final

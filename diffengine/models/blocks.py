@@ -35,8 +35,6 @@ def wrap_blocks(blocks: Iterable[nn.Module], *, checkpointed: bool, compiled: bo
         block.forward = partial(_run, written, run)
 
 
-def _run(
-    without_gradients: Callable[..., Any], with_gradients: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _run(without_gradients: Callable[..., Any], with_gradients: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A compiled graph for each mode and size that previews draw in would take minutes to make."""
     return (with_gradients if torch.is_grad_enabled() else without_gradients)(*args, **kwargs)

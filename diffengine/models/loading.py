@@ -84,9 +84,7 @@ def load_module(origin: str, name: str, kind: Any) -> Any:
             origin, name, kind.from_pretrained, output_loading_info=True, **{precision: torch.float32}
         )
     if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{name} of '{origin}' lacks {len(missing)} weights of a {kind.__name__}, first {missing[0]}"
-        )
+        raise UserError(f"{name} of '{origin}' lacks {len(missing)} weights of a {kind.__name__}, first {missing[0]}")
     return module
 
 

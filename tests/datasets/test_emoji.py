@@ -38,8 +38,7 @@ def test_a_picture_is_the_emoji_on_its_background():
 
 def test_train_and_unseen_share_every_emoji_and_every_background_but_no_pair():
     train, unseen, every = (
-        list(EmojiDataset(count=7, backgrounds=COLORS, split=split).captions())
-        for split in ("train", "unseen", "all")
+        list(EmojiDataset(count=7, backgrounds=COLORS, split=split).captions()) for split in ("train", "unseen", "all")
     )
     assert (len(train), len(unseen), len(every)) == (14, 7, 21)
     assert set(train) | set(unseen) == set(every)
@@ -82,9 +81,7 @@ def test_another_artist_draws_the_same_emoji():
     for ink in inks | {"ffa000"}:
         color = [int(ink[place : place + 2], 16) for place in (0, 2, 4)]
         assert (picture == color).all(axis=2).any(), f"nothing is drawn in #{ink}"
-    assert (
-        (picture == COLORS["orange"]).all(axis=2)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
-    )  # it has its margin
+    assert (picture == COLORS["orange"]).all(axis=2)[[0, 0, -1, -1], [0, -1, 0, -1]].all()  # it has its margin
     assert second.size(index) == second[index]["image"].size == (94, 94)
 
 

@@ -61,9 +61,7 @@ def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
     picture(tmp_path / "two" / "deep" / "a.png", 2)
     picture(tmp_path / "top.png", 3)
     (tmp_path / "one" / "metadata.csv").write_text("caption,file_name\nfirst,a.png\n")
-    (tmp_path / "two" / "metadata.jsonl").write_text(
-        json.dumps({"file_name": "deep/a.png", "text": "second"}) + "\n"
-    )
+    (tmp_path / "two" / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/a.png", "text": "second"}) + "\n")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\ntop.png,third\n")
     dataset = ImageTextDataset(str(tmp_path))
     assert list(dataset.captions()) == ["first", "third", "second"]
@@ -130,9 +128,7 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
     refused("no captions in .*expected metadata.csv", str(tmp_path))
     (tmp_path / "b.txt").write_text("only this")
     refused("2 of 3 pictures in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
-    refused(
-        "got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title"
-    )
+    refused("got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title")
     refused("got column 'file', but", str(tmp_path), caption="x", image_column="file")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
     refused("1 of 3 pictures in .* the first is .*b.png; give each a row", str(tmp_path))

@@ -84,21 +84,15 @@ def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
 
 
 def test_faults_of_hub_names_are_one_line(hub):
-    refused(
-        "no folder owner/other is here, and as a hub data set it cannot be loaded: .*network", "owner/other"
-    )
+    refused("no folder owner/other is here, and as a hub data set it cannot be loaded: .*network", "owner/other")
     refused("owner/name .*Unknown split .test.", hub, split="test")
     # `datasets` itself would read the cached revision without a word
-    refused(
-        f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40
-    )
+    refused(f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40)
 
 
 def test_workers_read_the_same_table(hub):
     stream = Stream(ImageTextDataset(hub), [Resize(4), Crop(4), ToTensor()], [], seed=2)
-    alone, helped = (
-        list(make_loader(stream, PositionSampler(4, num_steps=5), workers)) for workers in (0, 2)
-    )
+    alone, helped = (list(make_loader(stream, PositionSampler(4, num_steps=5), workers)) for workers in (0, 2))
     assert [batch["text"] for batch in alone] == [batch["text"] for batch in helped]
     assert all(torch.equal(one["image"], other["image"]) for one, other in zip(alone, helped, strict=True))
     copied = pickle.loads(pickle.dumps(stream))  # what workers that are spawned start from

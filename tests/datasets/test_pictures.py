@@ -106,9 +106,7 @@ def test_integers_and_floats_scale_or_are_refused():
     assert read(encoded(floats, "TIFF"))[0, :, 0].tolist() == [0, 51, 255]
     for values in ([0, 2.0], [-0.1, 0], [float("nan"), 0]):
         odd = Image.fromarray(np.array([values], np.float32))
-        with pytest.raises(
-            UnreadablePicture, match=r"it cannot be read.*expected 0 to 1; save it with 8 bits"
-        ):
+        with pytest.raises(UnreadablePicture, match=r"it cannot be read.*expected 0 to 1; save it with 8 bits"):
             read(encoded(odd, "TIFF"))
     with pytest.raises(UnreadablePicture, match="from 0 to 65536, expected 0 to 65535"):
         read(encoded(Image.fromarray(np.array([[0, 65536]], np.int32)), "TIFF"))
@@ -129,17 +127,13 @@ def test_the_first_frame_of_an_animation():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
 def test_a_truncated_picture_is_named(kind, photo):
     data = encoded(photo, kind)
-    with pytest.raises(
-        UnreadablePicture, match=r"^row 7 of it cannot be read as a picture: .*skip_unreadable=True$"
-    ):
+    with pytest.raises(UnreadablePicture, match=r"^row 7 of it cannot be read as a picture: .*skip_unreadable=True$"):
         read_picture(data[: len(data) * 2 // 3], "row 7 of it")
 
 
 def test_text_and_missing_files_are_named(tmp_path):
     (tmp_path / "note.png").write_text("no picture")
-    with pytest.raises(
-        UnreadablePicture, match=r"note.png cannot be read as a picture: it is in no format that PIL"
-    ):
+    with pytest.raises(UnreadablePicture, match=r"note.png cannot be read as a picture: it is in no format that PIL"):
         read_picture(str(tmp_path / "note.png"), "note.png")
     with pytest.raises(UnreadablePicture, match=r"gone.png cannot be read as a picture: .*No such file"):
         read_size(str(tmp_path / "gone.png"), "gone.png")

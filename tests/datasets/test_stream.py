@@ -124,9 +124,7 @@ def test_a_position_gives_the_same_sample_in_any_company(kind):
 
 
 def test_two_workers_give_the_same_batches_as_none():
-    alone, helped = (
-        list(make_loader(stream(), PositionSampler(3, num_steps=7), workers)) for workers in (0, 2)
-    )
+    alone, helped = (list(make_loader(stream(), PositionSampler(3, num_steps=7), workers)) for workers in (0, 2))
     assert len(alone) == 7
     assert plain(alone) == plain(helped)
 
@@ -136,8 +134,7 @@ def test_ranks_share_a_step(world_size, batch_size):
     whole = list(PositionSampler(batch_size, num_steps=3))
     assert whole == [list(range(start, start + batch_size)) for start in range(0, 3 * batch_size, batch_size)]
     ranks = [
-        list(PositionSampler(batch_size, rank=rank, world_size=world_size, num_steps=3))
-        for rank in range(world_size)
+        list(PositionSampler(batch_size, rank=rank, world_size=world_size, num_steps=3)) for rank in range(world_size)
     ]
     assert [list(chain.from_iterable(parts)) for parts in zip(*ranks)] == whole
     assert all(part for parts in ranks for part in parts)
@@ -146,8 +143,7 @@ def test_ranks_share_a_step(world_size, batch_size):
 def test_ranks_and_micro_batches_hold_the_same_samples():
     (whole,) = make_loader(stream(), PositionSampler(8, start_step=2, num_steps=3))
     halves = [
-        next(iter(make_loader(stream(), PositionSampler(8, rank=rank, world_size=2, start_step=2))))
-        for rank in (0, 1)
+        next(iter(make_loader(stream(), PositionSampler(8, rank=rank, world_size=2, start_step=2)))) for rank in (0, 1)
     ]
     parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(4), slice(4, 8))]
     assert plain(halves) == plain(parts)
@@ -172,9 +168,7 @@ def test_a_sampler_without_end_has_no_length():
 
 
 def test_fewer_samples_than_processes():
-    with pytest.raises(
-        UserError, match=r"batch size 2 is split over 3 processes; expected .*set it to 3 or more"
-    ):
+    with pytest.raises(UserError, match=r"batch size 2 is split over 3 processes; expected .*set it to 3 or more"):
         PositionSampler(2, world_size=3)
 
 
@@ -277,9 +271,7 @@ def test_a_replaced_picture_takes_the_forms_of_its_own_index():
 
 
 def test_no_picture_can_be_read():
-    with pytest.raises(
-        UserError, match=r"none of the 3 pictures can be read; the last: picture . cannot be read"
-    ):
+    with pytest.raises(UserError, match=r"none of the 3 pictures can be read; the last: picture . cannot be read"):
         Stream(Photos(3, broken=range(3)), [], [], skip_unreadable=True)[0]
 
 
@@ -297,9 +289,7 @@ def test_an_error_in_a_worker_comes_out_as_the_same_line(workers):
     ours = Stream(Photos(4, broken=[2]), [ToTensor()], [])
     loader = iter(make_loader(ours, PositionSampler(1, num_steps=4), workers))
     good = [ours.locate(position)[1] for position in range(4)].index(2)
-    assert [int(next(loader)["text"][0]) for _ in range(good)] == [
-        ours.locate(place)[1] for place in range(good)
-    ]
+    assert [int(next(loader)["text"][0]) for _ in range(good)] == [ours.locate(place)[1] for place in range(good)]
     with pytest.raises(UnreadablePicture) as caught:
         next(loader)
     assert str(caught.value) == "picture 2 cannot be read"
@@ -319,9 +309,7 @@ def test_workers_use_one_thread_and_the_global_generator_is_left_alone():
 
 def test_collate_stacks_tensors_and_lists_the_rest():
     arrays = [np.arange(2), np.arange(3)]
-    samples = [
-        {"image": torch.full((3, 2, 2), row), "text": "ab"[row], "order": arrays[row]} for row in (0, 1)
-    ]
+    samples = [{"image": torch.full((3, 2, 2), row), "text": "ab"[row], "order": arrays[row]} for row in (0, 1)]
     batch = collate(samples)
     assert batch["image"].shape == (2, 3, 2, 2)
     assert batch["image"][1].unique().tolist() == [1]
@@ -331,9 +319,7 @@ def test_collate_stacks_tensors_and_lists_the_rest():
         "num_targets": [1, 1],
     }
     assert collate([{"num_targets": 3}, {"num_targets": 4}])["num_targets"] == [3, 4]
-    with pytest.raises(
-        UserError, match=r"image of shapes \(3, 1, 1\), \(3, 2, 2\); expected one shape; put Resize"
-    ):
+    with pytest.raises(UserError, match=r"image of shapes \(3, 1, 1\), \(3, 2, 2\); expected one shape; put Resize"):
         collate([samples[0], {**samples[1], "image": torch.zeros(3, 1, 1)}])
 
 

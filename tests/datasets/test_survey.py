@@ -27,9 +27,7 @@ def test_area_cut_off_and_share_enlarged():
 
 def test_many_pictures_are_sampled_evenly():
     sizes = Sizes([(10, 10)] * 1001)
-    assert survey(sizes, 8, limit=11).startswith(
-        "1001 pictures, 11 of them looked at; the 8 px square cuts off 0.0%"
-    )
+    assert survey(sizes, 8, limit=11).startswith("1001 pictures, 11 of them looked at; the 8 px square cuts off 0.0%")
     assert sizes.asked == list(range(0, 1001, 100))
 
 

@@ -118,9 +118,7 @@ def test_random_crops_reach_every_place_equally():
     assert all(150 < count < 250 for count in counts.values())
 
 
-@pytest.mark.parametrize(
-    ("p", "low", "high"), [(0, 0, 0), (0.1, 160, 240), (0.9, 1760, 1840), (1, 2000, 2000)]
-)
+@pytest.mark.parametrize(("p", "low", "high"), [(0, 0, 0), (0.1, 160, 240), (0.9, 1760, 1840), (1, 2000, 2000)])
 def test_captions_are_dropped_with_probability_p_and_not_kept_with_it(p, low, high):
     generator, transform = rng(), DropCaption(p)
     dropped = sum(transform({"text": "a fox"}, generator)["text"] == "" for _ in range(2000))

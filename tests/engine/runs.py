@@ -46,9 +46,7 @@ class Toy:
         if "max_epochs" not in everyday:
             everyday.setdefault("max_iters", 1)
         path = self.root / f"{name}.py"
-        path.write_text(
-            "\n".join(['extends = "amused"', *(f"{key} = {value!r}" for key, value in everyday.items())])
-        )
+        path.write_text("\n".join(['extends = "amused"', *(f"{key} = {value!r}" for key, value in everyday.items())]))
         return str(path)
 
     def vq_config(self, name: str, max_iters: int, log_every: int, batch_size: int = 4) -> str:
@@ -129,9 +127,7 @@ class Watch(Hook):
 
         runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if self.seen is None:
             masked = [row.tolist() for row in data_batch["masked"]]
             self.seen = FirstStep(self._grads, masked, outputs.sums["loss"].item(), outputs.targets, 0.0)
@@ -159,9 +155,7 @@ class SignalAt(Hook):
     def __init__(self, step: int, signum: int, group: bool = False) -> None:
         self.step, self.signum, self.group = step, signum, group
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if runner.train_loop.done == self.step:
             if self.group:  # from another process: workers heed their parent's
                 subprocess.run(["kill", f"-{self.signum}", "--", f"-{os.getpgrp()}"], check=False)
@@ -225,9 +219,7 @@ def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [
-        _context().Process(target=_rank, args=(rank, world, port, work, *args)) for rank in range(world)
-    ]
+    processes = [_context().Process(target=_rank, args=(rank, world, port, work, *args)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:

@@ -17,9 +17,7 @@ def test_wandb_missing_is_said_in_one_line_before_anything_is_written(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = Path(toy.config("wandb"))
-    path.write_text(
-        path.read_text() + "\nvis_backends = [dict(type='diffengine.engine.backends.WandbBackend')]\n"
-    )
+    path.write_text(path.read_text() + "\nvis_backends = [dict(type='diffengine.engine.backends.WandbBackend')]\n")
     assert train(str(path), tmp_path) == 2
     said = capsys.readouterr().err
     assert "wandb is not installed: pip install 'diffengine[wandb]'" in said

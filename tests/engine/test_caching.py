@@ -154,9 +154,7 @@ class Named:
 
 
 def test_samples_that_no_table_keeps_are_encoded_at_each_step(toy, tmp_path):
-    data = (
-        f"train_dataloader.dataset={{'type': 'tests.engine.test_caching.Named', 'path': {str(toy.data)!r}}}"
-    )
+    data = f"train_dataloader.dataset={{'type': 'tests.engine.test_caching.Named', 'path': {str(toy.data)!r}}}"
     assert pieces(toy, tmp_path / "auto", data).train_loop.stream.cache is None
     with pytest.raises(UserError, match=r"it keeps tensors and numbers, but .* name of type str"):
         pieces(toy, tmp_path / "asked", data, cache=True)
@@ -203,9 +201,7 @@ def start(own, encoded, *options, **settings):
     """(pictures, captions) encoded by a start of the run."""
     encoded.update(pictures=0, captions=0)
     shutil.rmtree(own.root / "run", ignore_errors=True)
-    pieces(
-        own, own.root / "run", *options, **{"cache": True, "cache_path": str(own.root / "kept"), **settings}
-    )
+    pieces(own, own.root / "run", *options, **{"cache": True, "cache_path": str(own.root / "kept"), **settings})
     return encoded["pictures"], encoded["captions"]
 
 
@@ -269,9 +265,7 @@ def other_tokenizer(own):
         (None, {"train": "text"}, CHECK, 11),  # ids in place of embeddings
     ],
 )  # fmt: skip
-def test_what_changes_the_tokens_and_only_that_builds_them_anew(
-    own, encoded, change, settings, pictures, captions
-):
+def test_what_changes_the_tokens_and_only_that_builds_them_anew(own, encoded, change, settings, pictures, captions):
     assert start(own, encoded) == (BUILD, 11)
     if change:
         change(own)
@@ -445,9 +439,7 @@ def test_a_build_killed_at_ten_moments_goes_on_and_ends_equal(toy, tmp_path, mon
     moments = random.Random(0)
     codes, parts = [], []
     for _ in range(10):
-        codes.append(
-            in_child(build_until, path, tmp_path / "killed" / "run", moments.uniform(0.01, took[0] / 3))
-        )
+        codes.append(in_child(build_until, path, tmp_path / "killed" / "run", moments.uniform(0.01, took[0] / 3)))
         parts.append(len(list(tmp_path.glob("killed/cache/*/*.parts/*.arrow"))))
         complete = [table.made_of is not None for table in tables(tmp_path / "killed" / "run")]
         assert complete[0] or not complete[1]
@@ -536,9 +528,7 @@ def test_files_of_another_kind_are_not_overwritten(own, name, content):
 @pytest.mark.parametrize("below", ["", "deeper/down"])
 def test_a_file_in_the_place_of_the_folder_is_told(own, below):
     (own.root / "kept").write_text("a file")
-    with pytest.raises(
-        UserError, match=r"the cache .* cannot be there: .*kept' is no folder; set cache_path"
-    ):
+    with pytest.raises(UserError, match=r"the cache .* cannot be there: .*kept' is no folder; set cache_path"):
         pieces(own, own.root / "run", cache=True, cache_path=str(own.root / "kept" / below))
 
 

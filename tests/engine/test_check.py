@@ -55,9 +55,7 @@ def test_memory_of_a_full_fine_tune(toy: Toy, tmp_path: Path, pipeline: Any) -> 
     weights = list(pipeline.transformer.parameters())
     assert found.trained == found.gradients == sum(4 * item.numel() for item in weights)
     assert found.optimizer == sum(2 * 4 * item.numel() + 4 for item in weights)  # AdamW: two moments, a step
-    held = (
-        nbytes(pipeline.transformer) - found.trained + nbytes(pipeline.vqvae) + nbytes(pipeline.text_encoder)
-    )
+    held = nbytes(pipeline.transformer) - found.trained + nbytes(pipeline.vqvae) + nbytes(pipeline.text_encoder)
     assert found.frozen == held
     assert found.average == 0
 
@@ -65,9 +63,7 @@ def test_memory_of_a_full_fine_tune(toy: Toy, tmp_path: Path, pipeline: Any) -> 
 def test_memory_of_an_adapter_with_an_average(toy: Toy, tmp_path: Path, pipeline: Any) -> None:
     path = toy.config("adapter", cache=False)
     result = figures(path, tmp_path / "run", *LORA, AVERAGE)
-    adapted = [
-        layer for name, layer in pipeline.transformer.named_modules() if name.endswith(("to_q", "to_k"))
-    ]
+    adapted = [layer for name, layer in pipeline.transformer.named_modules() if name.endswith(("to_q", "to_k"))]
     count = sum(4 * (layer.in_features + layer.out_features) for layer in adapted)  # rank 4
     found = result.memory
     assert result.parameters == count > 0
@@ -247,9 +243,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
     return set_to
 
 
-def test_a_micro_batch_that_halves(
-    toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_micro_batch_that_halves(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture) -> None:
     limit(3)
     path = toy.config("halves", batch_size=8)
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 0
@@ -262,9 +256,7 @@ def test_a_micro_batch_that_halves(
 
 
 @pytest.mark.parametrize("since", [0, 1])  # from the first step on; in the one that is measured
-def test_not_even_one_picture(
-    toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture, since: int
-) -> None:
+def test_not_even_one_picture(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture, since: int) -> None:
     limit(0, since)
     path = toy.config("none", batch_size=1)
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
@@ -287,14 +279,10 @@ def test_the_report(toy: Toy, tmp_path: Path) -> None:
     assert (found.pictures, found.steps, found.epochs) == (10, 50, 20.0)
     assert found.peak > found.memory.total
     lines = table(found)
-    said = {
-        name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")
-    }
+    said = {name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")}
     assert said["steps"].strip() == "50 of 4 pictures: 20 epochs"
     assert said["a checkpoint"].strip() == checkpoint.spell_size(found.checkpoint)
-    assert {
-        len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line[:1] not in ("", " ")
-    } == {21}
+    assert {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line[:1] not in ("", " ")} == {21}
     assert warnings(found) == []
 
 

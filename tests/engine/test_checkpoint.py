@@ -32,9 +32,7 @@ def test_it_holds_what_training_changes_and_nothing_else(toy: Toy, reference: Pa
     assert state["counters"] == {"iter": 12, "epoch": 4}
     assert state["assets"] == {}
     trained = sum(4 * parameter.numel() for parameter in transformer.parameters())
-    assert (
-        3 * trained < path.stat().st_size < 3 * trained * 1.1
-    )  # 170 small tensors; large ones weigh nothing
+    assert 3 * trained < path.stat().st_size < 3 * trained * 1.1  # 170 small tensors; large ones weigh nothing
 
 
 def test_nothing_is_copied_to_save(toy: Toy, tmp_path: Path) -> None:
@@ -115,9 +113,7 @@ def _peak_while_saving(path: Path) -> int:
 
 def _peak() -> int:
     """The most memory resident so far, in bytes, since the peak was cleared."""
-    (line,) = [
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    ]
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
@@ -152,9 +148,7 @@ def test_newest_and_prune_go_by_steps_and_leave_other_files_alone(tmp_path: Path
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets what the disk has left."""
     usage = type(checkpoint.shutil.disk_usage("."))
-    return lambda size: monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: usage(2 * size, size, size)
-    )
+    return lambda size: monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(2 * size, size, size))
 
 
 def test_disk_check_counts_what_is_there_already(tmp_path: Path, free: Callable[[int], None]) -> None:

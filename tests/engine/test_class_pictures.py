@@ -99,9 +99,7 @@ def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:
 def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     path = _config(toy, "learns", folder, 2, model=_from_nothing(toy))
-    with pytest.raises(
-        UserError, match=r"lacks 2 class pictures, and the model, which is built from nothing"
-    ):
+    with pytest.raises(UserError, match=r"lacks 2 class pictures, and the model, which is built from nothing"):
         runs.build(path, tmp_path / "run")
     text = Path(toy.vq_config("vq_class", 1, 1)).read_text()
     wanted = f"dataset=dict(type=SubjectDataset, data={str(toy.data)!r}, instance_prompt='sks', " + (
@@ -113,9 +111,7 @@ def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
             "ImageTextDataset", "SubjectDataset"
         )
     )
-    with pytest.raises(
-        UserError, match="lacks 100 class pictures, and the model, which draws nothing from text"
-    ):
+    with pytest.raises(UserError, match="lacks 100 class pictures, and the model, which draws nothing from text"):
         runs.build(str(vq), tmp_path / "run")
     assert not folder.exists()
 

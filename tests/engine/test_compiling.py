@@ -52,8 +52,7 @@ def test_without_a_compiler(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         runs.build(path, tmp_path / "run", "compile=True")
     assert str(error.value) == (
-        "compile got True, but this machine has no compiler (g++, clang++ or CXX); install it, or set "
-        "compile=auto"
+        "compile got True, but this machine has no compiler (g++, clang++ or CXX); install it, or set compile=auto"
     )
     assert not (tmp_path / "run" / "config.py").exists()
 

@@ -59,9 +59,7 @@ def _full_disk() -> None:
 
     first = distributed.rank() == 0
     for share, work in ((distributed.on_rank_0, full), (distributed.on_all_ranks, full if first else int)):
-        with pytest.raises(
-            UserError if first else Told, match=r"write 'metrics\.jsonl': No space left"
-        ) as caught:
+        with pytest.raises(UserError if first else Told, match=r"write 'metrics\.jsonl': No space left") as caught:
             share(work)
         assert isinstance(caught.value, Told) != first
 

@@ -34,9 +34,7 @@ class Weights(Hook):
     def before_train(self, runner: Any) -> None:
         self._keep(runner)
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._keep(runner)
 
     def _keep(self, runner: Any) -> None:
@@ -78,9 +76,7 @@ def test_decays() -> None:
             EMAHook(decay)
 
 
-def test_killed_and_resumed_is_bit_equal(
-    toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path
-) -> None:
+def test_killed_and_resumed_is_bit_equal(toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path) -> None:
     path = toy.config("averaged", **SETTINGS)
     kill = {"type": "tests.engine.runs.SignalAt", "step": 3, "signum": int(signal.SIGKILL)}
     flags = ["--cfg-options", TEXT_TOO]
@@ -98,9 +94,7 @@ def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_pat
     from tests.engine.conftest import REFERENCE
 
     path = toy.config("reference", **REFERENCE)
-    runner = runs.build(
-        path, tmp_path, f"custom_hooks={[EMA]}", "max_iters=9", resume=reference / "iter_8.pth"
-    )
+    runner = runs.build(path, tmp_path, f"custom_hooks={[EMA]}", "max_iters=9", resume=reference / "iter_8.pth")
     assert expected_size(runner) == 4 * sum(4 * p.numel() for p in runner.trainable.parameters())
     runner.train()
     before, after = (checkpoint.read(file) for file in (reference / "iter_8.pth", tmp_path / "iter_9.pth"))
@@ -125,17 +119,11 @@ def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> N
     assert {name: item.data_ptr() for name, item in runner.trainable.named_parameters()} == pointers
     assert train(toy.config("without", **{**settings, "custom_hooks": []}), without) == 0
     assert_equal_checkpoints(with_one / "iter_3.pth", without / "iter_3.pth")
-    drawn = [
-        (folder / "previews" / f"{step:06}.png").read_bytes()
-        for folder in (with_one, without)
-        for step in (0, 3)
-    ]
+    drawn = [(folder / "previews" / f"{step:06}.png").read_bytes() for folder in (with_one, without) for step in (0, 3)]
     assert drawn[0] == drawn[2]
     assert drawn[1] != drawn[3]
 
-    said = (
-        f"what a run exports at its end are the weights of the last step: diffengine convert {with_one} --ema"
-    )
+    said = f"what a run exports at its end are the weights of the last step: diffengine convert {with_one} --ema"
     logs = [(folder / "log.txt").read_text() for folder in (with_one, without)]
     assert [said in log for log in logs] == [True, False]
     exported = UVit2DModel.from_pretrained(with_one / "transformer").state_dict()

@@ -37,9 +37,7 @@ def test_no_step_between_log_lines_waits_for_the_device(toy: Toy, tmp_path: Path
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_stops_and_resumes(toy: Toy, tmp_path: Path, precision: str) -> None:
-    path = toy.config(
-        "precision", max_iters=4, checkpoint_every=2, keep_checkpoints=None, precision=precision
-    )
+    path = toy.config("precision", max_iters=4, checkpoint_every=2, keep_checkpoints=None, precision=precision)
     assert train(path, tmp_path / "whole") == 0
     stop = ["--cfg-options", runs.signal_at(2, signal.SIGTERM)]
     assert train(path, tmp_path / "stopped", *stop) == 128 + signal.SIGTERM
@@ -64,9 +62,7 @@ def test_compiled_blocks_make_no_graph_after_the_first_steps(toy: Toy, tmp_path:
     seen = []
 
     class Count(Hook):
-        def after_train_iter(
-            self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-        ) -> None:
+        def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
             seen.append(graphs["unique_graphs"])
 
     runner = runs.build(path, tmp_path / "run", device=torch.device("cuda", 0))

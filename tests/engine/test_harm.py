@@ -25,9 +25,7 @@ def test_a_work_dir_is_held_by_one_process(toy: Toy, tmp_path: Path, capsys: pyt
     assert train(path, tmp_path) == 0
 
 
-def test_a_run_does_not_learn_its_own_previews(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_does_not_learn_its_own_previews(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(toy.data, tmp_path / "photos")
     path = toy.config("inside", data=str(tmp_path / "photos"))
     assert train(path, tmp_path / "photos" / "run") == 2
@@ -61,9 +59,7 @@ def test_a_run_is_not_resumed_on_other_data(toy: Toy, tmp_path: Path, capsys: py
     assert "the data had 10 pictures and has 9" in fault(capsys)
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     notes = tmp_path / "transformer" / "notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
@@ -82,9 +78,7 @@ def test_captions_that_are_cut_are_told(toy: Toy, tmp_path: Path, letters: int, 
 
 
 @pytest.mark.parametrize("name", ["log.txt", "previews/.000002.png.part"])
-def test_a_full_disk_ends_a_run_in_one_line(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
-) -> None:
+def test_a_full_disk_ends_a_run_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     path = toy.config("filled", prompts=["a cat"])
     assert train(path, tmp_path) == 0
     (tmp_path / name).unlink(missing_ok=True)

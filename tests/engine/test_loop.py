@@ -54,9 +54,7 @@ def _names(loop: StepLoop, every: int) -> dict[int, str]:
         (10, 4, {"max_iters": 5}, 5, {5: "iter_5"}),
     ],
 )
-def test_names_and_due(
-    size: int, batch: int, length: dict[str, int], every: int, names: dict[int, str]
-) -> None:
+def test_names_and_due(size: int, batch: int, length: dict[str, int], every: int, names: dict[int, str]) -> None:
     assert _names(_loop(size, batch, **length), every) == names
 
 
@@ -105,9 +103,7 @@ class Stranger(Hook):
     def __init__(self) -> None:
         self.log: list[tuple] = []
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if self.every_n_train_iters(runner, 2):
             self.log.append(("iter", runner.iter))
         if self.is_last_train_iter(runner):
@@ -117,9 +113,7 @@ class Stranger(Hook):
         self.log.append(("begins", runner.epoch))
 
     def after_train_epoch(self, runner: Any) -> None:
-        self.log.append(
-            ("ends", runner.epoch, self.every_n_epochs(runner, 2), self.is_last_train_epoch(runner))
-        )
+        self.log.append(("ends", runner.epoch, self.every_n_epochs(runner, 2), self.is_last_train_epoch(runner)))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         checkpoint["stranger"] = {"log": [list(item) for item in self.log]}
@@ -145,9 +139,7 @@ def test_a_hook_written_for_mmengine_sees_its_conventions(toy: Toy, tmp_path: Pa
     assert loaded.log == [("loaded", 6)]  # saved before the last epoch's end was told
 
 
-def test_mmengines_own_resume_is_never_called(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mmengines_own_resume_is_never_called(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap: `Runner.resume` runs code that a checkpoint's meta holds; `load_checkpoint` is not strict."""
     from mmengine.runner import Runner
 

@@ -118,9 +118,7 @@ class Close(Hook):
     def __init__(self, counter: CountReads) -> None:
         self.counter = counter
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.counter.close()
 
 
@@ -148,9 +146,7 @@ class Sums(Hook):
     def __init__(self) -> None:
         self.steps: list[tuple[float, int]] = []
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert outputs.targets == sum(len(row) for row in data_batch["masked"])
         self.steps.append((outputs.sums["loss"].item(), outputs.targets))
 
@@ -158,10 +154,7 @@ class Sums(Hook):
 def _scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(work_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {
-        name: [(event.step, event.value) for event in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
-    }
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def test_a_line_is_the_mean_over_its_intervals_targets(toy: Toy, tmp_path: Path) -> None:

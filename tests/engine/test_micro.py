@@ -32,9 +32,7 @@ class Limit(Hook):
         until: no longer from this step on.
     """
 
-    def __init__(
-        self, most: int, place: str = "transformer.project_to_hidden", rank: int = 0, since: int = 0
-    ) -> None:
+    def __init__(self, most: int, place: str = "transformer.project_to_hidden", rank: int = 0, since: int = 0) -> None:
         self.most, self.place, self.rank, self.since = most, place, rank, since
         self.asked: list[int] = []
 

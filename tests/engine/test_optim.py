@@ -112,9 +112,7 @@ def test_fused_is_unfused(toy: Toy, tmp_path: Path) -> None:
     """AdamW over a whole U-ViT: three steps from equal gradients, to rounding."""
     weights = []
     for fused in (True, False):
-        runner = runs.build(
-            toy.config("fused"), tmp_path / str(fused), f"optim_wrapper.optimizer.fused={fused}"
-        )
+        runner = runs.build(toy.config("fused"), tmp_path / str(fused), f"optim_wrapper.optimizer.fused={fused}")
         optimizer = runner.optim_wrapper.optimizer
         assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
         draw = torch.Generator().manual_seed(0)
@@ -184,9 +182,7 @@ def test_other_peoples_optimizers_train_and_resume(toy: Toy, tmp_path: Path, nam
     assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
     assert one["optimizer"]["param_groups"] == two["optimizer"]["param_groups"]
     start = checkpoint.read(tmp_path / "one" / "iter_1.pth")["model"]
-    assert not any(
-        torch.equal(one["model"][key], start[key]) for key in one["model"] if "mlm_layer.conv" in key
-    )
+    assert not any(torch.equal(one["model"][key], start[key]) for key in one["model"] if "mlm_layer.conv" in key)
     if name.startswith("8bit"):
         assert any(item.dtype == torch.uint8 for item in _tensors(one["optimizer"]["state"]))
 
@@ -238,9 +234,7 @@ def test_the_other_schedules_are_built(name: Any) -> None:
     assert optimizer.param_groups[0]["lr"] == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "warmup", "text"), [("constant", 5, "no warm-up"), ("linear", -1, "at least 0")]
-)
+@pytest.mark.parametrize(("name", "warmup", "text"), [("constant", 5, "no warm-up"), ("linear", -1, "at least 0")])
 def test_warmups_that_make_no_sense(name: Any, warmup: int, text: str) -> None:
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.5)
     with pytest.raises(UserError, match=text):

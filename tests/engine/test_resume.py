@@ -61,9 +61,7 @@ def epochs(toy: Toy) -> Path:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(
-    toy: Toy, epochs: Path, tmp_path: Path, signum: int, code: int
-) -> None:
+def test_a_signal_finishes_the_step_and_saves(toy: Toy, epochs: Path, tmp_path: Path, signum: int, code: int) -> None:
     """Inside the second epoch of a run that counts epochs."""
     path = toy.config("stopped", **EPOCHS)
     assert train(path, tmp_path, "--cfg-options", signal_at(4, signum)) == code
@@ -76,9 +74,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert (tmp_path / "transformer").is_dir()
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_alive(
-    toy: Toy, reference: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive(toy: Toy, reference: Path, tmp_path: Path) -> None:
     """Slurm, systemd and a terminal signal the loader's workers too."""
     path = toy.config("group", **{**REFERENCE, "num_workers": 2})
     hook = ["--cfg-options", signal_at(5, signal.SIGTERM, group=True)]
@@ -119,10 +115,7 @@ def test_an_older_checkpoint_does_not_mix_with_newer_ones(
 ) -> None:
     older = str(reference / "iter_8.pth")
     assert (
-        cli.main(
-            ["train", toy.config("reference", **REFERENCE), "--work-dir", str(reference), "--resume", older]
-        )
-        == 2
+        cli.main(["train", toy.config("reference", **REFERENCE), "--work-dir", str(reference), "--resume", older]) == 2
     )
     assert "holds 'iter_12.pth', which is further than" in capsys.readouterr().err
 

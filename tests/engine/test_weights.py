@@ -42,9 +42,7 @@ def whole(toy: Toy, folders: tuple[Path, Path]) -> FirstStep:
     return runs.first_step(_config(toy, "weighted", folders), toy.root / "weighted")
 
 
-def test_the_loss_by_its_formula(
-    toy: Toy, folders: tuple[Path, Path], whole: FirstStep, tmp_path: Path
-) -> None:
+def test_the_loss_by_its_formula(toy: Toy, folders: tuple[Path, Path], whole: FirstStep, tmp_path: Path) -> None:
     """Each sample alone, without a weight, by the model that has taken no step."""
     runner = runs.build(_config(toy, "formula", folders), tmp_path)
     samples = [runner.train_loop.stream[position] for position in range(8)]
@@ -98,16 +96,12 @@ class Sums(Hook):
     def __init__(self) -> None:
         self.steps: list[tuple[float, float, float]] = []
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert outputs.targets == count_targets(data_batch)
         self.steps.append((*(outputs.sums[name].item() for name in ("loss", "accuracy")), outputs.targets))
 
 
-def test_a_line_has_the_weighted_mean_of_its_steps(
-    toy: Toy, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_line_has_the_weighted_mean_of_its_steps(toy: Toy, folders: tuple[Path, Path], tmp_path: Path) -> None:
     runner = runs.build(_config(toy, "lines_w", folders, max_iters=4, log_every=4), tmp_path)
     sums = Sums()
     runner.register_hook(sums)

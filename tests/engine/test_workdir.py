@@ -55,9 +55,7 @@ def test_a_run_is_not_overwritten_unasked(toy: Toy, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "name", ["config.py", "previews", "log.txt", "model_index.json", "transformer/config.json"]
-)
+@pytest.mark.parametrize("name", ["config.py", "previews", "log.txt", "model_index.json", "transformer/config.json"])
 def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
     """A project with a config.py, or a model folder: a run would overwrite them."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -76,9 +74,7 @@ def test_the_last_folder_is_made_and_a_file_is_none(tmp_path: Path) -> None:
         claim(tmp_path / "file", None, False)
 
 
-def test_resume_with_nothing_to_resume_starts(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_resume_with_nothing_to_resume_starts(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert train(toy.config("fresh"), tmp_path, "--resume") == 0
     assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"nowhere.pth' does not exist"):

@@ -65,9 +65,7 @@ def test_only_the_adapter_is_trained_and_saved(toy: Path, batch: dict[str, Any],
     for name, value in base_of(model.transformer).items():
         assert torch.equal(value, expected[name]), name
     after = model.trained_state()
-    assert after.keys() == {
-        f"transformer.{n}" for n, p in model.transformer.named_parameters() if p.requires_grad
-    }
+    assert after.keys() == {f"transformer.{n}" for n, p in model.transformer.named_parameters() if p.requires_grad}
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert sum(value.numel() for value in after.values()) < 0.2 * sum(v.numel() for v in expected.values())
     again = AmusedModel(str(toy), adapters={"transformer": adapter(way)}, seed=5).train()

@@ -120,8 +120,7 @@ def test_text_encoder_alone_learns_through_the_transformer(toy: Path, batch: dic
     model = AmusedModel(str(toy), train=["text_encoder"]).train()
     transformer = model.module("transformer")
     prepared = {
-        name: value.double() if value.is_floating_point() else value
-        for name, value in model.prepare(batch).items()
+        name: value.double() if value.is_floating_point() else value for name, value in model.prepare(batch).items()
     }
     model.double()
     transformer.double()

@@ -49,9 +49,7 @@ def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, T
     return loss.detach(), {name: value.grad for name, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "counter", ["aot_eager"], indirect=True
-)  # forward and backward traced, as for inductor
+@pytest.mark.parametrize("counter", ["aot_eager"], indirect=True)  # forward and backward traced, as for inductor
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [

@@ -103,9 +103,7 @@ def test_empty_tokenizer_folder(folder: Path) -> None:
     """transformers 5 gives a tokenizer of two entries, with no error."""
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
-    with pytest.raises(
-        UserError, match=r"no tokenizer files in '.*': got a vocabulary of 2; expected vocab.json"
-    ):
+    with pytest.raises(UserError, match=r"no tokenizer files in '.*': got a vocabulary of 2; expected vocab.json"):
         AmusedModel(str(folder))
 
 
@@ -201,9 +199,7 @@ def test_one_seed_one_model_and_the_global_state_is_left(build: Build) -> None:
 
 
 def test_a_component_from_sizes_that_is_frozen_would_be_lost(build: Build) -> None:
-    with pytest.raises(
-        UserError, match=r"text_encoder is built from sizes and not trained.*or name it in `train`$"
-    ):
+    with pytest.raises(UserError, match=r"text_encoder is built from sizes and not trained.*or name it in `train`$"):
         build(train=["transformer"])
     with pytest.raises(UserError, match=r"vqvae is built from sizes and not trained.*give a folder for it$"):
         build(vqvae=models.vq_config("toy"))
@@ -214,8 +210,7 @@ def test_a_size_that_does_not_exist(build: Build) -> None:
     with pytest.raises(UserError) as error:
         build(text_encoder={**TEXT, "hiden_size": 3}, transformer={**TRANSFORMER, "depth": 3})
     assert str(error.value) == (
-        "model: text_encoder has no size 'hiden_size'; did you mean 'hidden_size'?; transformer has no size "
-        "'depth'"
+        "model: text_encoder has no size 'hiden_size'; did you mean 'hidden_size'?; transformer has no size 'depth'"
     )
 
 

@@ -40,23 +40,17 @@ def formula(folder: Path, batch: dict[str, Any], smoothing: float, train_text: b
     ).input_ids
     with torch.set_grad_enabled(train_text):
         text = pipe.text_encoder(words, output_hidden_states=True)
-    logits = pipe.transformer(
-        input_ids.view(3, 8, 8), text.hidden_states[-2], text.text_embeds, batch["micro_conds"]
-    )
+    logits = pipe.transformer(input_ids.view(3, 8, 8), text.hidden_states[-2], text.text_embeds, batch["micro_conds"])
     log_p = logits.flatten(2).log_softmax(dim=1)
     taken = labels.clamp_min(0)[:, None]
     ce = -(1 - smoothing) * log_p.gather(1, taken)[:, 0] - smoothing * log_p.mean(dim=1)
     loss = (ce * (labels != -100)).sum()
     loss.backward()
-    also = F.cross_entropy(
-        logits.flatten(2), labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing
-    )
+    also = F.cross_entropy(logits.flatten(2), labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
     close(loss, also)
     gradients = {f"transformer.{name}": value.grad for name, value in pipe.transformer.named_parameters()}
     if train_text:
-        gradients |= {
-            f"text_encoder.{name}": value.grad for name, value in pipe.text_encoder.named_parameters()
-        }
+        gradients |= {f"text_encoder.{name}": value.grad for name, value in pipe.text_encoder.named_parameters()}
     right = (logits.flatten(2).argmax(1) == labels).sum()
     return loss.detach(), gradients, right
 
@@ -99,9 +93,7 @@ def test_the_pipeline_feeds_what_training_feeds(model: AmusedModel, batch: dict[
         assert training[name].dtype == drawing[name].dtype
         close(training[name].detach(), drawing[name])
     assert training["micro_conds"].shape == drawing["micro_conds"].shape == (3, 5)
-    assert (
-        drawing["micro_conds"].tolist() == [[32.0, 32.0, 0.0, 0.0, 6.0]] * 3
-    )  # width, height, top, left, score
+    assert drawing["micro_conds"].tolist() == [[32.0, 32.0, 0.0, 0.0, 6.0]] * 3  # width, height, top, left, score
     assert torch.equal(training["micro_conds"], drawing["micro_conds"])
     assert training["input_ids"].shape == drawing["input_ids"].shape == (3, 8, 8)
     assert bool((drawing["input_ids"] == model.mask_id).all())  # a drawing starts from the mask of training
@@ -158,9 +150,7 @@ def test_frozen_is_frozen(toy: Path, batch: dict[str, Any]) -> None:
     for name in ("vqvae", "text_encoder"):
         frozen = model.module(name)
         assert not any(module.training for module in frozen.modules())
-        assert not any(
-            parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters()
-        )
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
     assert all(parameter.requires_grad for parameter in model.transformer.parameters())
     assert model.transformer.training
 

@@ -22,9 +22,7 @@ def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, Gradients]:
 
 
 def bytes_of(module: nn.Module) -> int:
-    return sum(
-        value.numel() * value.element_size() for value in module.parameters() if not value.requires_grad
-    )
+    return sum(value.numel() * value.element_size() for value in module.parameters() if not value.requires_grad)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "both", "text alone"])
@@ -41,8 +39,7 @@ def test_a_step_is_the_same_bit_for_bit(toy: Path, batch: dict[str, Any], way: s
     assert gradients.keys() == other_gradients.keys()
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
     smaller = {
-        name: bytes_of(held.module(name)) < bytes_of(plain.module(name))
-        for name in ("transformer", "text_encoder")
+        name: bytes_of(held.module(name)) < bytes_of(plain.module(name)) for name in ("transformer", "text_encoder")
     }
     uses = way not in ("dora", "oft", "ia3")  # which read the base's weights, or change its inputs
     assert smaller == {"transformer": uses, "text_encoder": way != "text alone"}
@@ -53,10 +50,7 @@ def test_what_autocast_casts_is_halved_and_nothing_else(toy: Path, batch: dict[s
     model.hold_frozen(torch.bfloat16)
     transformer = model.exportable["transformer"]
     cast = {
-        id(p)
-        for layer in transformer.modules()
-        if isinstance(layer, CAST)
-        for p in layer.parameters(recurse=False)
+        id(p) for layer in transformer.modules() if isinstance(layer, CAST) for p in layer.parameters(recurse=False)
     }
     for value in transformer.parameters():
         halved = id(value) in cast and not value.requires_grad
@@ -73,6 +67,4 @@ def test_full_precision_for_an_export(toy: Path) -> None:
     assert all(torch.equal(before[name], inside[name]) for name in before)
     after = dict(model.named_parameters())
     assert {value.dtype for value in after.values()} == {torch.float32, torch.bfloat16}
-    assert all(
-        torch.equal(after[name].float(), before[name].to(after[name].dtype).float()) for name in before
-    )
+    assert all(torch.equal(after[name].float(), before[name].to(after[name].dtype).float()) for name in before)

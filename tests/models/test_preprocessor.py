@@ -45,9 +45,7 @@ def test_pixels_are_in_0_1(model: AmusedModel, batch: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_around_it_changes_nothing(
-    model: AmusedModel, batch: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_autocast_around_it_changes_nothing(model: AmusedModel, batch: dict[str, Any], dtype: torch.dtype) -> None:
     alone = model.preprocessor.encode(batch["image"])
     with torch.autocast("cpu", dtype):
         assert torch.equal(model.preprocessor.encode(batch["image"]), alone)

@@ -61,9 +61,7 @@ def test_modes_are_put_back_after_an_error(toy: Path) -> None:
 
 
 def test_strip_shows_every_step(model: AmusedModel) -> None:
-    pictures = model.preview(
-        PreviewRequest(["a"], options={**OPTIONS, "num_inference_steps": 12, "strip": True})
-    )
+    pictures = model.preview(PreviewRequest(["a"], options={**OPTIONS, "num_inference_steps": 12, "strip": True}))
     assert [picture.label for picture in pictures] == ["a", *[f"step {step}" for step in range(1, 13)]]
     grey = [float((np.asarray(picture.image) == 128).all(axis=-1).mean()) for picture in pictures[1:]]
     expected = [max(1, int(64 * np.cos(np.pi / 2 * step / 12))) / 64 for step in range(1, 12)]
@@ -89,9 +87,7 @@ def test_one_picture_is_decoded_at_a_time(model: AmusedModel, monkeypatch: pytes
 def test_the_decoder_stays_fp32_in_autocast(model: AmusedModel) -> None:
     """In fp16 the released decoder makes NaN."""
     kinds = []
-    handle = model.module("vqvae").decoder.conv_in.register_forward_hook(
-        lambda *call: kinds.append(call[2].dtype)
-    )
+    handle = model.module("vqvae").decoder.conv_in.register_forward_hook(lambda *call: kinds.append(call[2].dtype))
     try:
         with torch.autocast("cpu", torch.bfloat16):
             model.preview(PreviewRequest(["a"], options=OPTIONS))
@@ -106,9 +102,7 @@ def test_another_resolution(model: AmusedModel) -> None:
 
 
 def test_unknown_option(model: AmusedModel) -> None:
-    with pytest.raises(
-        UserError, match=r"preview option 'guidance' is unknown; expected one of guidance_scale, num"
-    ):
+    with pytest.raises(UserError, match=r"preview option 'guidance' is unknown; expected one of guidance_scale, num"):
         model.preview(PreviewRequest(["a"], options={"guidance": 3}))
 
 

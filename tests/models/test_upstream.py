@@ -65,9 +65,7 @@ def test_inpainting_rewrites_a_shared_scheduler(pipeline: Any) -> None:
     assert pipeline.scheduler.config.masking_schedule == "linear"
 
 
-def test_half_precision_weights_are_loaded_as_half_by_transformers_only(
-    pipeline: Any, tmp_path: Path
-) -> None:
+def test_half_precision_weights_are_loaded_as_half_by_transformers_only(pipeline: Any, tmp_path: Path) -> None:
     """So every load of ours names float32."""
     pipeline.to(dtype=torch.float16).save_pretrained(tmp_path)
     text = CLIPTextModelWithProjection.from_pretrained(tmp_path, subfolder="text_encoder")

@@ -55,9 +55,7 @@ def test_distinct_captions_have_distinct_ids(assets: dict[str, str]) -> None:
     assert {len(row) for row in ids} == {20}
 
 
-@pytest.mark.parametrize(
-    "text", ["日本語の説明", "Привет", "مرحبا", "🐧 on 🟦", "naïve café", "tab\tand\nline", "ﬁ"]
-)
+@pytest.mark.parametrize("text", ["日本語の説明", "Привет", "مرحبا", "🐧 on 🟦", "naïve café", "tab\tand\nline", "ﬁ"])
 def test_any_script_is_encoded(assets: dict[str, str], text: str) -> None:
     tokenizer = from_assets(assets)
     ids = tokenizer(text).input_ids

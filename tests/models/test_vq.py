@@ -25,9 +25,7 @@ def batches(count: int, size: int = 32) -> list[dict[str, Tensor]]:
     return [{"image": torch.rand(4, 3, size, size, generator=draw)} for _ in range(count)]
 
 
-def train(
-    model: VQTokenizerModel, given: list[dict[str, Tensor]], start: int = 0, optimizer: Any = None
-) -> Any:
+def train(model: VQTokenizerModel, given: list[dict[str, Tensor]], start: int = 0, optimizer: Any = None) -> Any:
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step, batch in enumerate(given, start):
         model.before_step(step)
@@ -94,9 +92,7 @@ def test_before_the_codebook_comes_between(toy: Path) -> None:
     loss, _ = model({"image": pixels})
     loss.backward()
     plain = model.vqvae.decoder(model.vqvae.post_quant_conv(model.vqvae.encode(pixels).latents))
-    assert float(loss.detach()) == pytest.approx(
-        4 * float((plain - pixels).square().mean().detach()), rel=1e-5
-    )
+    assert float(loss.detach()) == pytest.approx(4 * float((plain - pixels).square().mean().detach()), rel=1e-5)
     assert not model.vqvae.quantize.embedding.weight.grad.any()  # there, for DDP, but zero
     assert model.gauges() == {}  # no code is in use yet
     model.before_step(2)
@@ -207,9 +203,7 @@ def test_preview_is_the_round_trip(toy: Path) -> None:
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         latents = vqvae.encode(pixels).latents
-        decoded = vqvae.decode(
-            vqvae.quantize(latents)[2][2], force_not_quantize=True, shape=(1, 8, 8, 12)
-        ).sample
+        decoded = vqvae.decode(vqvae.quantize(latents)[2][2], force_not_quantize=True, shape=(1, 8, 8, 12)).sample
     expected = (decoded[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     np.testing.assert_allclose(np.asarray(shown.image)[:, 32:].astype(int), expected.astype(int), atol=1)
     assert model.vqvae.training

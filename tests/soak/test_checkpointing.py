@@ -27,9 +27,7 @@ def test_full_size() -> None:
 
     def run() -> Tensor:
         with head_on(transformer, index):
-            logits = transformer(
-                ids.flatten().index_fill(0, index, 8255).view_as(ids), text, pooled, conditions
-            )
+            logits = transformer(ids.flatten().index_fill(0, index, 8255).view_as(ids), text, pooled, conditions)
         return logits[0, :, : len(index), 0].square().mean()
 
     expected: dict[str, Tensor] = {}
@@ -48,7 +46,5 @@ def test_full_size() -> None:
         transformer.zero_grad(set_to_none=True)
     (whole, _), (kept, _) = figures
     for name, (size, seconds) in zip(("without", "with"), figures):
-        print(
-            f"\nfull size, 512 px, batch 2, {name}: {size / 1e9:.2f} GB kept, {seconds:.1f} s for both passes"
-        )
+        print(f"\nfull size, 512 px, batch 2, {name}: {size / 1e9:.2f} GB kept, {seconds:.1f} s for both passes")
     assert whole > 5 * kept

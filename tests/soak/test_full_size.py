@@ -60,9 +60,7 @@ def test_full_size(tmp_path: Path) -> None:
     said = pictures.write_photo_folder(tmp_path / "photos", 4)
     assert (tmp_path / "photos" / "metadata.csv").is_file()
     assert len(said) == 4
-    options = (
-        f"batch_size=1 max_epochs=None max_iters={STEPS} checkpoint_every={STEPS} log_every=1 num_workers=0"
-    )
+    options = f"batch_size=1 max_epochs=None max_iters={STEPS} checkpoint_every={STEPS} log_every=1 num_workers=0"
     output = run(
         f"diffengine train amused_512_pokemon_blip --data {tmp_path}/photos --pretrained {model} "
         f"--cfg-options {options} default_hooks.preview=None",

@@ -203,9 +203,7 @@ def _byte_alphabet() -> list[str]:
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Token -> id in CLIP's order: bytes, bytes that end a word, merges, start, end. The end is highest."""
     alphabet = _byte_alphabet()
-    tokens = (
-        alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [BOS, EOS]
-    )
+    tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [BOS, EOS]
     return {token: index for index, token in enumerate(tokens)}
 
 
@@ -284,9 +282,7 @@ def make_pipeline(size: Size = "tiny", *, resolution: int | None = None, seed: i
         )
 
 
-def make_model_folder(
-    path: str | Path, size: Size = "tiny", *, resolution: int | None = None, seed: int = 0
-) -> Path:
+def make_model_folder(path: str | Path, size: Size = "tiny", *, resolution: int | None = None, seed: int = 0) -> Path:
     """Writes a whole pipeline folder to path and gives it back.
 
     resolution: 512 (default) or 256 for tiny and full; 32 (default) or 64 for toy.

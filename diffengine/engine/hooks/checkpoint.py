@@ -36,13 +36,9 @@ class CheckpointHook(Hook):
     def before_run(self, runner: Any) -> None:
         """Refuse to start where the disk would fill up on the way, before anything is drawn."""
         most = kept_at_once(self.every, self.keep, runner.train_loop)
-        distributed.on_rank_0(
-            lambda: checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), most)
-        )
+        distributed.on_rank_0(lambda: checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), most))
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if runner.train_loop.due(self.every) or runner.train_loop.done == runner.train_loop.max_iters:
             self.on_interrupt(runner)
 

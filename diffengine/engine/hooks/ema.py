@@ -63,9 +63,7 @@ class EMAHook(Hook):
             self.weights = {name: item.detach().float().clone() for name, item in trained.items()}
 
     @torch.no_grad()
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         live = [parameter.detach().float() for parameter in trained_parameters(runner.trainable).values()]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - self.decay_at(self.updates))
         self.updates += 1

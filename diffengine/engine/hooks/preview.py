@@ -42,9 +42,7 @@ class PreviewHook(Hook):
         options: dict | None = None,
     ) -> None:
         if isinstance(prompts, int) and prompts < 1:
-            raise UserError(
-                f"preview prompts got {prompts}; expected captions, or how many to take from the data"
-            )
+            raise UserError(f"preview prompts got {prompts}; expected captions, or how many to take from the data")
         if every is not None and every < 1:
             raise UserError(f"preview `every` got {every}; expected at least 1, or None")
         self.prompts = prompts
@@ -56,9 +54,7 @@ class PreviewHook(Hook):
         if runner.train_loop.done == 0:
             self._draw(runner)
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if runner.train_loop.due(self.every):
             self._draw(runner)
 

@@ -39,9 +39,7 @@ class Components:
         self, pretrained: str | None, origins: Mapping[str, Origin], assets: Mapping[str, str], seed: int
     ) -> None:
         self.pretrained = pretrained
-        self.origins = {
-            name: pretrained if origin is None else _sizes(origin) for name, origin in origins.items()
-        }
+        self.origins = {name: pretrained if origin is None else _sizes(origin) for name, origin in origins.items()}
         self._assets = assets
         self._seed = seed
         missing = [f"`{name}`" for name, origin in self.origins.items() if origin is None]
@@ -56,11 +54,7 @@ class Components:
     def sources(self) -> dict[str, Path]:
         """The local folders that components are loaded from."""
         origins = {**self.origins, "scheduler": self.pretrained}
-        folders = {
-            name: component_folder(origin, name)
-            for name, origin in origins.items()
-            if isinstance(origin, str)
-        }
+        folders = {name: component_folder(origin, name) for name, origin in origins.items() if isinstance(origin, str)}
         return {name: folder for name, folder in folders.items() if folder is not None}
 
     def spell_origin(self, name: str) -> str:
@@ -178,9 +172,7 @@ class Components:
     def _config(self, name: str, kind: Any) -> dict[str, Any]:
         """A diffusers component's config, completed by its class's defaults."""
         options = inspect.signature(kind).parameters
-        defaults = {
-            key: option.default for key, option in options.items() if option.default is not option.empty
-        }
+        defaults = {key: option.default for key, option in options.items() if option.default is not option.empty}
         if self.from_sizes(name):
             return {**defaults, **self.origins[name]}  # type: ignore[dict-item]
         config = self._load(name, kind.load_config)
@@ -219,9 +211,7 @@ def _faults(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, sch
         ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
         ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
     ]  # fmt: skip
-    faults = [
-        f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected
-    ]
+    faults = [f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected]
     if transformer["vocab_size"] <= transformer["codebook_size"]:
         faults.append("transformer.vocab_size leaves no id for the mask above codebook_size")
     if tokenizer.model_max_length > text.max_position_embeddings:
@@ -257,6 +247,4 @@ def initialise(transformer: UVit2DModel) -> None:
 
 def _sizes(origin: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     """Sizes without the `type` that a config names for their check."""
-    return (
-        origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}
-    )
+    return origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}

@@ -49,11 +49,7 @@ class AmusedEncoder(Encoder):
 
     def encode_pictures(self, images: Tensor) -> dict[str, Tensor]:
         ids = self._preprocessor.encode(to_device(images, self._device)).cpu()
-        return {
-            "token_ids": smallest_integers(
-                ids, self._vqvae.on(self._device, ENCODING).config.num_vq_embeddings
-            )
-        }
+        return {"token_ids": smallest_integers(ids, self._vqvae.on(self._device, ENCODING).config.num_vq_embeddings)}
 
     def caption_key(self, embeddings: bool) -> dict[str, str]:
         ids = self._preprocessor.tokenizer

@@ -111,9 +111,7 @@ class AmusedModel(MaskedImageModel):
                 self.add_module(name, load())
             else:
                 self._frozen[name] = Frozen(load)
-        self.preprocessor = AmusedPreprocessor(
-            self._frozen["vqvae"], self.components.tokenizer, vq_batch_size
-        )
+        self.preprocessor = AmusedPreprocessor(self._frozen["vqvae"], self.components.tokenizer, vq_batch_size)
 
     def _load_vqvae(self) -> VQModel:
         """Its encoder's activations write over what they are given: a norm's output, read by nothing else."""
@@ -143,9 +141,7 @@ class AmusedModel(MaskedImageModel):
     ) -> list[str]:
         faults = []
         if any(name not in TRAINABLE for name in train) or not (list(train) or adapters):
-            faults.append(
-                f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters"
-            )
+            faults.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters")
         for name, adapter in adapters.items():
             if name not in TRAINABLE:
                 faults.append(f"adapters got '{name}'; expected one or both of {list(TRAINABLE)}")
@@ -169,17 +165,13 @@ class AmusedModel(MaskedImageModel):
     # ------------------------------------------------------------------------------------------ training
 
     @classmethod
-    def learn_assets(
-        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
-    ) -> dict[str, str]:
+    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
         sizes = options.get("tokenizer")
         if not isinstance(sizes, Mapping):
             return {}
         unknown = sizes.keys() - {"vocab_size", "max_length"}
         if unknown:
-            raise UserError(
-                f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length"
-            )
+            raise UserError(f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length")
         return learn_vocabulary(captions(), sizes.get("vocab_size", 1024), sizes.get("max_length", 77))
 
     @property

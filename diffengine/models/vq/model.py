@@ -75,9 +75,7 @@ class VQTokenizerModel(TrainableModel):
         self._window_begins = False
 
     @classmethod
-    def learn_assets(
-        cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]
-    ) -> dict[str, str]:
+    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
         return {}
 
     @property
@@ -148,9 +146,7 @@ class VQTokenizerModel(TrainableModel):
 
     def _count(self, ids_N: Tensor) -> None:
         """Add what this micro-batch chose, on all ranks, so that a checkpoint of rank 0 has it all."""
-        counts_V = torch.zeros_like(self.usage).index_add_(
-            0, ids_N, torch.ones_like(ids_N, dtype=torch.float)
-        )
+        counts_V = torch.zeros_like(self.usage).index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.float))
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts_V)
         self.usage += counts_V
@@ -208,9 +204,7 @@ class VQTokenizerModel(TrainableModel):
     def preview(self, request: PreviewRequest) -> list[Picture]:
         """Each picture beside its round trip through the codes."""
         if request.options:
-            raise UserError(
-                f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none"
-            )
+            raise UserError(f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none")
         return [
             Picture(label, beside(picture, self.round_trip(picture)))
             for label, picture in zip(request.prompts, request.pictures)
