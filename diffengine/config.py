@@ -276,6 +276,11 @@ def resolve(config: Plain) -> Plain:
     return resolved
 
 
+def substitute(config: Plain) -> Plain:
+    """As `resolve`, but settings may be unused, and a reference to no setting stays as it is."""
+    return _resolved(config)[0]
+
+
 def _resolved(config: Plain) -> tuple[Plain, list[str]]:
     """The resolved config, and what could not be resolved."""
     faults: list[str] = []

@@ -421,7 +421,7 @@ def trusted_config(state: Mapping[str, Any], given: Mapping[str, Any] | None, so
         UserError: `given` is of another model, or the checkpoint names a class that is not trusted.
     """
     own = config.resolve(json.loads(state["config"]))
-    theirs = config.resolve(dict(given)) if given is not None else None
+    theirs = config.substitute(dict(given)) if given is not None else None
     types = [item["model"].get("type") for item in (own, theirs) if item is not None]
     if len(set(types)) > 1:
         raise UserError(
