@@ -41,7 +41,7 @@ $(DEMO)/pipeline:
 demo-finetune: install | $(DEMO)/pipeline
 	$(BIN)/diffengine train amused_32_emoji_lora --overwrite
 	$(BIN)/diffengine convert work_dirs/amused_32_emoji_lora --pipeline
-	$(BIN)/python tools/emoji_finetune.py score amused_32_emoji_lora --picture $(DEMO)/finetune.png
+	$(BIN)/python tools/emoji_finetune.py score amused_32_emoji_lora --image $(DEMO)/finetune.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

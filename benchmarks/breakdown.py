@@ -2,7 +2,7 @@
 
     python -m benchmarks.breakdown --size tiny mid --resolution 256 512 --batch 1 8
 
-data: the wait for a batch (workers read it meanwhile). VQ: pictures to tokens. text: captions to ids and
+data: the wait for a batch (workers read it meanwhile). VQ: images to tokens. text: captions to ids and
 through the text encoder. forward: the transformer without its token head. head: the token head on masked
 positions, and the loss. optimizer: with the clipping of gradients. rest: all else, such as what is looked up
 in the cache of captions.
@@ -125,11 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--size", nargs="+", choices=common.SIZES, default=["tiny"])
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures per step")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images per step")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=10, help="steps that are")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="settings: precision=bf16 compile=True")
     options = parser.parse_args(arguments)
     count = options.warm_up + options.steps
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"milliseconds per step on {common.machine()}, medians of {options.steps} steps\n")
     table = common.Table("size", "px", "batch", "way", *PARTS, "all")
     with tempfile.TemporaryDirectory() as root:
-        data = common.write_pictures(Path(root) / "data", count * max(options.batch))
+        data = common.write_images(Path(root) / "data", count * max(options.batch))
         for size, resolution in itertools.product(options.size, options.resolution):
             model = common.make_model(Path(root) / f"{size}-{resolution}", size, resolution)
             for batch, way in itertools.product(options.batch, options.ways):

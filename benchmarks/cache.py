@@ -1,8 +1,8 @@
-"""The token cache: pictures per second while it is built, its size, and samples per second while it is read.
+"""The token cache: images per second while it is built, its size, and samples per second while it is read.
 
     python -m benchmarks.cache --size mid --resolution 256 512
 
-Building reads pictures by workers, encodes them, and writes; a form is one crop and flip of a picture.
+Building reads images by workers, encodes them, and writes; a form is one crop and flip of an image.
 Reading is what one worker does of a step, on one thread: samples of a batch with their masks drawn, collated.
 A caption's row holds the frozen text encoder's outputs, and is looked up by the main process.
 """
@@ -51,7 +51,7 @@ def read(parts: Parts, options: argparse.Namespace) -> list[float]:
 def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[str]:
     """The cells of one resolution."""
     model = common.make_model(root / "model", options.size, resolution)
-    data = common.write_pictures(root / "data", options.pictures)
+    data = common.write_images(root / "data", options.images)
     _, resolved = config.load(
         f"amused_{resolution}_own",
         [*common.STEPS_ONLY, f"image_variations={options.variations}", "cache=False",
@@ -60,12 +60,12 @@ def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[st
     )  # fmt: skip
     parts = prepare(resolved, root / "run", common.DEVICE)
     built, again = build(parts, resolved, root)
-    pictures, captions = (root / "cache" / f"{name}.arrow" for name in ("pictures", "captions"))
-    forms = options.pictures * options.variations
+    images, captions = (root / "cache" / f"{name}.arrow" for name in ("pictures", "captions"))
+    forms = options.images * options.variations
     return [
         f"{forms / built:.3g}",
-        f"{pictures.stat().st_size / forms:.0f}",
-        f"{captions.stat().st_size / (options.pictures + 1):,.0f}",  # one row is of no caption
+        f"{images.stat().st_size / forms:.0f}",
+        f"{captions.stat().st_size / (options.images + 1):,.0f}",  # one row is of no caption
         f"{options.batch / statistics.median(read(parts, options)):,.0f}",
         f"{again:.2f}",
     ]
@@ -75,13 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--size", choices=common.SIZES, default="tiny")
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--variations", type=int, default=4, help="forms of each picture")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--variations", type=int, default=4, help="forms of each image")
     parser.add_argument("--batch", type=int, default=64, help="samples that are read at once")
     parser.add_argument("--batches", type=int, default=200, help="that are read")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures while building")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images while building")
     options = parser.parse_args(arguments)
-    print(f"{options.pictures} pictures in {options.variations} forms each on {common.machine()}\n")
+    print(f"{options.images} images in {options.variations} forms each on {common.machine()}\n")
     table = common.Table(
         "size", "px", "forms/s built", "bytes/form", "bytes/caption", "samples/s read", "s at the next start"
     )

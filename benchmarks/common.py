@@ -1,6 +1,6 @@
-"""What the benchmarks share: models, pictures, runs that are timed from outside, and tables.
+"""What the benchmarks share: models, images, runs that are timed from outside, and tables.
 
-Models have random weights in the real layout, pictures are real photos, and nothing is downloaded.
+Models have random weights in the real layout, images are real photos, and nothing is downloaded.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from tests.support import models, pictures
+from tests.support import models, photos
 
 SIZES = ("tiny", "mid", "full")
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ MID_TEXT = {
 STEPS_ONLY = ("default_hooks.preview=None", "default_hooks.checkpoint=None", "default_hooks.export=None")
 
 
-# ------------------------------------------------------------------------------------- models and pictures
+# ------------------------------------------------------------------------------------- models and images
 
 
 def transformer_sizes(size: str, resolution: int) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def make_model(path: Path, size: str, resolution: int) -> Path:
     return path
 
 
-def write_pictures(path: Path, count: int) -> Path:
+def write_images(path: Path, count: int) -> Path:
     """A folder of `count` captioned photos with a metadata.csv, PHOTO_SIDE pixels square."""
-    said = pictures.write_photo_folder(path, min(count, DISTINCT_PHOTOS), PHOTO_SIDE)
+    said = photos.write_photo_folder(path, min(count, DISTINCT_PHOTOS), PHOTO_SIDE)
     rows = [f'"{file}","photo {number}"' for number, file in enumerate(said)]
     files = list(said)
     for number in range(len(files), count):

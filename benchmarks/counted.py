@@ -1,7 +1,7 @@
 """The peak memory of a step, counted without computing it: for a machine that has no GPU.
 
 A model is loaded as a run loads it. Then tensors that have shapes and no values take the place of its own, a
-step runs over them, and each storage is counted from when it is made to when it goes. Pictures and captions
+step runs over them, and each storage is counted from when it is made to when it goes. Images and captions
 come from the token cache, so no encoder is on the device. A GPU takes somewhat more: its autocast runs some
 norms in fp32 that a CPU's runs in bf16, and its libraries and its allocator take memory of their own.
 """
@@ -53,7 +53,7 @@ def peak_of(resolved: dict[str, Any], at_once: int) -> int:
 
     Args:
         resolved: of `config.load`: an AmusedModel, whose transformer learns.
-        at_once: pictures per forward.
+        at_once: images per forward.
     """
     model = build_model(resolved, {}, seed=0)
     assert isinstance(model, AmusedModel)
@@ -82,18 +82,16 @@ def empty_out(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def batch_of(model: AmusedModel, pictures: int) -> dict[str, Tensor]:
-    """What `prepare` gives of so many pictures from the token cache."""
+def batch_of(model: AmusedModel, images: int) -> dict[str, Tensor]:
+    """What `prepare` gives of so many images from the token cache."""
     sizes = model.components.transformer_config
     side = sizes["sample_size"]
     return {
-        "token_ids": torch.zeros(pictures, side, side, dtype=torch.long),
-        "masked_index": torch.zeros(round(pictures * side * side * MASKED), dtype=torch.long),
-        "micro_conds": torch.zeros(pictures, 5),
-        "hidden_states": torch.zeros(
-            pictures, model.components.tokenizer.model_max_length, sizes["encoder_hidden_size"]
-        ),
-        "pooled_text_emb": torch.zeros(pictures, sizes["cond_embed_dim"]),
+        "token_ids": torch.zeros(images, side, side, dtype=torch.long),
+        "masked_index": torch.zeros(round(images * side * side * MASKED), dtype=torch.long),
+        "micro_conds": torch.zeros(images, 5),
+        "hidden_states": torch.zeros(images, model.components.tokenizer.model_max_length, sizes["encoder_hidden_size"]),
+        "pooled_text_emb": torch.zeros(images, sizes["cond_embed_dim"]),
     }
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.memory --size tiny     # anywhere: the same rows over a tiny model
     python -m benchmarks.memory --size full --counted   # anywhere: counted, not measured
 
-Models have random weights in the real layout, pictures are real photos, and nothing is downloaded. The figure
+Models have random weights in the real layout, images are real photos, and nothing is downloaded. The figure
 is the most that torch had allocated, previews apart; on a CPU it is the process's resident memory.
 Published: the aMUSEd example of diffusers, fp16, one GPU.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import common, counted
 from diffengine import config as configs
 
-# (config, pictures per step, pictures at once, published GB)
+# (config, images per step, images at once, published GB)
 ROWS = [
     ("amused_256_own", 8, 8, 19.7),
     ("amused_256_own", 8, 4, 18.3),
@@ -71,10 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for row in ROWS if options.rows in row[0]][: options.first]
     how = f"{', cached' * options.cached}{', gradient checkpointing' * options.checkpointing}"
     print(f"{options.size} model on {common.machine()}{how}\n")
-    table = common.Table("config", "pictures per step", "at once", "GB", "published GB", "pictures/s")
+    table = common.Table("config", "images per step", "at once", "GB", "published GB", "images/s")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data = common.write_pictures(root / "photos", 64)
+        data = common.write_images(root / "photos", 64)
         for config, batch, at_once, published in rows:
             resolution = int(config.split("_")[1])
             model = root / str(resolution)

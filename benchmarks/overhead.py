@@ -34,7 +34,7 @@ from diffengine.engine.assemble import build_run
 from diffengine.engine.runner import Runner
 from diffengine.engine.workdir import claim, release
 from tests.engine.test_metrics import Close, CountReads
-from tests.support import models, pictures
+from tests.support import models, photos
 
 
 class Clock:
@@ -148,7 +148,7 @@ SMALLEST = {
 
 
 def build(root: Path, start: int, steps: int) -> Runner:
-    """A run of so many steps of one picture each that has taken `start` before."""
+    """A run of so many steps of one image each that has taken `start` before."""
     settings, resolved = config.load(
         "amused_512_own",
         [*common.STEPS_ONLY, *common.tokens("cached", root / "cache"), "resolution=32", "batch_size=1",
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models.make_model_folder(root / "model", "toy")
-        pictures.write_photo_folder(root / "data", 9, 32)
+        photos.write_photo_folder(root / "data", 9, 32)
         for start in options.start:
             with common.aside():
                 sides = [compare(root, start, options.warm_up + options.pairs, hollow) for hollow in (False, True)]

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         common.make_model(root / "model", "tiny", 512)
-        common.write_pictures(root / "data", 16)
+        common.write_images(root / "data", 16)
         for iteration in options.at:
             fault = common.python(*command(root, root / str(iteration), max_iters=1))
             if fault:

@@ -1,9 +1,9 @@
-"""Pictures per second and peak memory, beside the reference script of diffusers.
+"""Images per second and peak memory, beside the reference script of diffusers.
 
     python -m benchmarks.throughput PATH/train_amused.py --size full --resolution 512 --batch 1
     python -m benchmarks.throughput --size tiny mid --batch 1 8   # ours alone
 
-Both train all of the transformer on the same pictures and weights, with the same batch, precision, clipping
+Both train all of the transformer on the same images and weights, with the same batch, precision, clipping
 and workers, each as its own command line starts it. Runs take turns, and what is timed is the time from the
 end of one optimizer step to the end of the next.
 
@@ -30,7 +30,7 @@ WAYS = ("reference", "online", "cached")
 
 
 def arithmetic(size: str, resolution: int) -> float:
-    """Floating-point operations of the transformer, forward and backward, for one picture."""
+    """Floating-point operations of the transformer, forward and backward, for one image."""
     sizes = common.transformer_sizes(size, resolution)
     side = sizes["sample_size"]
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def matrix_rate(precision: str) -> float:
 def reference(script: Path, model: Path, data: Path, out: Path, options: argparse.Namespace) -> list[str]:
     """The reference's command line: what `ours` does, as far as it can.
 
-    It has no mirroring, and dies of caption dropout. Its pictures come from the same folder by `datasets`.
+    It has no mirroring, and dies of caption dropout. Its images come from the same folder by `datasets`.
     Of trackers it gets one that is not installed, so none: TensorBoard's dies of the script's options.
     """
     return [
@@ -135,13 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--python", default=sys.executable, help="that has what the script needs: torchvision")
     parser.add_argument("--size", nargs="+", choices=common.SIZES, default=["tiny"])
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures per step")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images per step")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each run that are not counted")
     parser.add_argument("--steps", type=int, default=10, help="steps of each run that are")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way, in turns")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="more settings of ours: compile=True")
     options = parser.parse_args(arguments)
     options.precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"workers, on {common.machine()}, {options.matrix_rate / 1e12:.3g} TFLOP/s in {options.precision}\n"
     )
     table = common.Table(
-        "size", "px", "batch", "precision", "way", "s/step", "pictures/s", "times", "peak GB", "matrix rate"
+        "size", "px", "batch", "precision", "way", "s/step", "images/s", "times", "peak GB", "matrix rate"
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as root:
         for size in options.size:
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                     count = batch * (options.warm_up + options.steps)  # no epoch ends while it is timed
                     with tempfile.TemporaryDirectory(dir=root) as scratch:
-                        data = common.write_pictures(Path(scratch) / "data", count)
+                        data = common.write_images(Path(scratch) / "data", count)
                         compare(table, model, data, Path(scratch), cell)
 
 

@@ -15,9 +15,9 @@ from diffengine.errors import Told, UserError, disk_for_user
 COMMANDS = {
     "train": "train a config",
     "check": "say what time, memory and disk a config takes",
-    "cache": "encode a config's pictures and captions ahead of training",
+    "cache": "encode a config's images and captions ahead of training",
     "convert": "write a checkpoint's trained components in diffusers' form",
-    "sample": "draw pictures with a pipeline folder or a work dir",
+    "sample": "draw images with a pipeline folder or a work dir",
     "list-cfg": "list the shipped configs",
     "copy-cfg": "write a config of your own that extends a shipped one",
 }

@@ -1,4 +1,4 @@
-"""Grids of captioned pictures, for people to look at."""
+"""Grids of captioned images, for people to look at."""
 
 import math
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ INK, PAPER = (20, 20, 20), (255, 255, 255)
 MORE = "…"
 
 
-def grid(pictures: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
-    """Captioned pictures in rows, as near to a square as they come.
+def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
+    """Captioned images in rows, as near to a square as they come.
 
     Args:
-        pictures: (caption, RGB picture); captions are wrapped to the picture's width.
+        images: (caption, RGB image); captions are wrapped to the image's width.
         columns: None for the square root of their number, rounded up.
-        smallest: pictures narrower than this, in pixels, are enlarged by a whole factor.
+        smallest: images narrower than this, in pixels, are enlarged by a whole factor.
     """
-    columns = columns or min(len(pictures), math.ceil(math.sqrt(len(pictures))))
-    shown = [(caption, enlarge(picture, smallest)) for caption, picture in pictures]
-    width, height = (max(picture.size[axis] for _, picture in shown) for axis in (0, 1))
+    columns = columns or min(len(images), math.ceil(math.sqrt(len(images))))
+    shown = [(caption, enlarge(image, smallest)) for caption, image in images]
+    width, height = (max(image.size[axis] for _, image in shown) for axis in (0, 1))
     font = ImageFont.load_default(size=max(11, min(width // 18, 20)))
     lines = [wrap(caption, font, width) for caption, _ in shown]
     line = math.ceil(sum(font.getmetrics()) * 1.1)  # type: ignore[union-attr]
@@ -31,24 +31,23 @@ def grid(pictures: Sequence[Captioned], columns: int | None = None, smallest: in
     rows = math.ceil(len(shown) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), PAPER)
     ink = ImageDraw.Draw(sheet)
-    for place, ((_, picture), words) in enumerate(zip(shown, lines)):
+    for place, ((_, image), words) in enumerate(zip(shown, lines)):
         left = gap + (place % columns) * (width + gap)
         top = gap + (place // columns) * (height + foot + gap)
-        sheet.paste(picture, (left, top))
+        sheet.paste(image, (left, top))
         for number, text in enumerate(words):
             ink.text((left, top + height + 2 + number * line), text, INK, font)
     return sheet
 
 
-def save_grid(pictures: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
+def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
     """Write a grid as PNG; captions that the font cannot draw become numbers, listed in `captions.txt`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = [
-        (caption if drawable(caption) else f"[{place + 1}]", picture)
-        for place, (caption, picture) in enumerate(pictures)
+        (caption if drawable(caption) else f"[{place + 1}]", image) for place, (caption, image) in enumerate(images)
     ]
-    if any(new != old for (new, _), (old, _) in zip(numbered, pictures)):
-        lines = [f"[{place + 1}] {caption}\n" for place, (caption, _) in enumerate(pictures)]
+    if any(new != old for (new, _), (old, _) in zip(numbered, images)):
+        lines = [f"[{place + 1}] {caption}\n" for place, (caption, _) in enumerate(images)]
         (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
     sheet = grid(numbered, columns)
     beside = path.with_name(f".{path.name}.part")
@@ -58,22 +57,22 @@ def save_grid(pictures: Sequence[Captioned], path: Path, columns: int | None = N
 
 
 def stack(parts: Sequence[Captioned]) -> Image.Image:
-    """Pictures one above the other, each under its title."""
+    """Images one above the other, each under its title."""
     font = ImageFont.load_default(size=16)
-    title, width = 26, max(picture.width for _, picture in parts)
-    sheet = Image.new("RGB", (width, sum(picture.height + title for _, picture in parts)), PAPER)
+    title, width = 26, max(image.width for _, image in parts)
+    sheet = Image.new("RGB", (width, sum(image.height + title for _, image in parts)), PAPER)
     ink, top = ImageDraw.Draw(sheet), 0
-    for caption, picture in parts:
+    for caption, image in parts:
         ink.text((8, top + 4), caption, INK, font)
-        sheet.paste(picture, (0, top + title))
-        top += picture.height + title
+        sheet.paste(image, (0, top + title))
+        top += image.height + title
     return sheet
 
 
-def enlarge(picture: Image.Image, smallest: int) -> Image.Image:
-    """A small picture, enlarged by a whole factor without smoothing, so that its own pixels are seen."""
-    factor = max(1, math.ceil(smallest / picture.width))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def enlarge(image: Image.Image, smallest: int) -> Image.Image:
+    """A small image, enlarged by a whole factor without smoothing, so that its own pixels are seen."""
+    factor = max(1, math.ceil(smallest / image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def drawable(caption: str) -> bool:

@@ -12,7 +12,7 @@ from diffengine import cli
 from diffengine.engine import checkpoint
 from tests.engine import runs
 from tests.engine.runs import Toy
-from tests.support import models, pictures
+from tests.support import models, photos
 
 MODEL = """
 from peft import LoKrConfig, LoraConfig
@@ -31,7 +31,7 @@ model = dict(
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     root = tmp_path_factory.mktemp("toy")
-    pictures.write_photo_folder(root / "photos", 6)
+    photos.write_photo_folder(root / "photos", 6)
     return Toy(models.make_model_folder(root / "model", "toy"), root / "photos", root)
 
 

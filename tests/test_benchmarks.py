@@ -19,7 +19,7 @@ from diffengine.engine.assemble import build_model
 from diffengine.engine.measure import memory_of
 from diffengine.engine.optim import build_optimizer, parameter_groups
 from tests.engine.runs import Toy, train
-from tests.support import models, pictures
+from tests.support import models, photos
 
 STEPPER = """
 import sys, torch
@@ -76,7 +76,7 @@ def test_breakdown(table) -> None:
 
 def test_cache(table) -> None:
     (row,) = table(
-        cache, "--resolution", "256", "--pictures", "2", "--variations", "2", "--batch", "2", "--batches",
+        cache, "--resolution", "256", "--images", "2", "--variations", "2", "--batch", "2", "--batches",
         "3", "--workers", "0",
     )  # fmt: skip
     columns = ("forms/s built", "bytes/form", "bytes/caption", "samples/s read", "s at the next start")
@@ -100,7 +100,7 @@ def test_throughput_of_a_script(table, tmp_path: Path, monkeypatch: pytest.Monke
     ]  # fmt: skip
     (run,) = runs
     assert len(run.seconds) == 1 + 4 - 1  # between so many steps
-    seconds, rate, memory = numbers(row, "s/step", "pictures/s", "peak GB")
+    seconds, rate, memory = numbers(row, "s/step", "images/s", "peak GB")
     assert seconds == pytest.approx(statistics.median(run.seconds), rel=0.01)
     assert rate == pytest.approx(2 / seconds, rel=0.02)  # of three digits each
     assert memory > 0
@@ -117,7 +117,7 @@ def test_a_program_that_ends_early_is_not_timed(tmp_path: Path) -> None:
 def test_a_moved_checkpoint_is_that_of_a_longer_run(tmp_path: Path) -> None:
     toy = Toy(tmp_path / "model", tmp_path / "data", tmp_path)
     models.make_model_folder(toy.model, "toy")
-    pictures.write_photo_folder(toy.data, 10, 40)
+    photos.write_photo_folder(toy.data, 10, 40)
     for count in (1, 3):
         path = toy.config(f"run{count}", max_iters=count, checkpoint_every=1, batch_size=resume.BATCH)
         assert train(path, tmp_path / str(count)) == 0
@@ -129,9 +129,9 @@ def test_a_moved_checkpoint_is_that_of_a_longer_run(tmp_path: Path) -> None:
         assert mine["step"].equal(theirs["step"])
 
 
-def test_pictures_are_captioned_and_distinct_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_captioned_and_distinct_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "DISTINCT_PHOTOS", 2)
-    common.write_pictures(tmp_path, 5)
+    common.write_images(tmp_path, 5)
     table = (tmp_path / "metadata.csv").read_text(encoding="utf-8").splitlines()
     names = [line.split(",")[0].strip('"') for line in table[1:]]
     assert len(set(names)) == 5
@@ -166,7 +166,7 @@ def test_throughput_of_ours(table) -> None:
     )  # fmt: skip
     assert [row["way"] for row in rows] == ["online", "cached"]
     for row in rows:
-        assert all(value > 0 for value in numbers(row, "s/step", "pictures/s", "peak GB"))
+        assert all(value > 0 for value in numbers(row, "s/step", "images/s", "peak GB"))
 
 
 @pytest.mark.soak
@@ -181,7 +181,7 @@ def test_resume(table) -> None:
 def test_memory(table) -> None:
     rows = table(memory, "--rows", "256_own_lora", "--first", "1", "--cached")
     assert [row["config"] for row in rows] == ["`amused_256_own_lora`"]
-    assert all(value > 0 for value in numbers(rows[0], "GB", "published GB", "pictures/s"))
+    assert all(value > 0 for value in numbers(rows[0], "GB", "published GB", "images/s"))
 
 
 def test_storages_count_while_they_live() -> None:

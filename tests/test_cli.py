@@ -15,7 +15,7 @@ from diffengine.commands import convert
 from diffengine.engine import launch
 from diffengine.errors import Told, UserError
 from tests.support.models import make_model_folder
-from tests.support.pictures import write_photo_folder
+from tests.support.photos import write_photo_folder
 
 TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -115,7 +115,7 @@ def test_list_cfg(capsys):
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
     assert cli.main(["list-cfg", "amused_512_own"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "amused_512_own       aMUSEd 512 on your own captioned pictures, 1,000 steps."
+    assert lines[0] == "amused_512_own       aMUSEd 512 on your own captioned images, 1,000 steps."
     assert [line.split()[0] for line in lines] == ["amused_512_own", "amused_512_own_lora"]
     assert cli.main(["list-cfg", "vq_*"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["vq_32_emoji"]

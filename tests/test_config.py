@@ -118,12 +118,12 @@ def test_imports_are_names(folder):
 def test_a_missing_package_is_a_fault_of_validation(folder):
     path = write(
         folder / "c.py",
-        "extends = 'amused_512_own'\nfrom no_such_package import Pictures\n"
-        "train_dataloader = dict(dataset=dict(type=Pictures))\n",
+        "extends = 'amused_512_own'\nfrom no_such_package import Images\n"
+        "train_dataloader = dict(dataset=dict(type=Images))\n",
     )
     config.read(path)
     message = refusal(config.load, path)
-    assert "train_dataloader.dataset: type 'no_such_package.Pictures' cannot be imported" in message
+    assert "train_dataloader.dataset: type 'no_such_package.Images' cannot be imported" in message
     assert "No module named 'no_such_package'" in message
 
 
@@ -238,12 +238,12 @@ def test_paths_that_do_not_exist(option, says):
 def test_references_keep_their_type():
     resolved = config.resolve(
         {
-            "sides": [1, 2], "root": "/data", "data": "${root}/pictures", "none": None,
+            "sides": [1, 2], "root": "/data", "data": "${root}/images", "none": None,
             "model": {"a": "${sides}", "b": ["${none}", "${data}"], "c": "x ${root} y"},
         }
     )  # fmt: skip
-    assert resolved["model"] == {"a": [1, 2], "b": [None, "/data/pictures"], "c": "x /data y"}
-    assert resolved["data"] == "/data/pictures"
+    assert resolved["model"] == {"a": [1, 2], "b": [None, "/data/images"], "c": "x /data y"}
+    assert resolved["data"] == "/data/images"
 
 
 def test_references_through_references():
@@ -265,7 +265,7 @@ def test_all_faults_of_references_in_one_error():
 def test_a_misspelt_setting_in_a_file_and_by_flag(folder):
     path = write(folder / "c.py", "extends = 'amused_512_own'\nresolutoin = 256\n")
     assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in refusal(config.load, path)
-    message = refusal(config.load, "vq_32_emoji", (), {"data": "pictures"})
+    message = refusal(config.load, "vq_32_emoji", (), {"data": "images"})
     assert "config 'vq_32_emoji' has no setting 'data'; it has " in message
 
 
@@ -280,7 +280,7 @@ def test_what_an_override_puts_out_of_use_is_dropped(folder):
     )
     settings, _ = config.load(path)
     assert "data" not in settings
-    assert "unknown setting 'data'" in refusal(config.load, path, (), {"data": "pictures"})
+    assert "unknown setting 'data'" in refusal(config.load, path, (), {"data": "images"})
     assert "unknown setting 'caption'" in refusal(config.load, path, ["caption=it"])
 
 

@@ -157,15 +157,15 @@ def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
         "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"
     ]  # fmt: skip
     live, loaded = model.build_pipeline(), AmusedPipeline.from_pretrained(out)
-    pictures = [
+    images = [
         pipeline("yoda pokemon", generator=torch.Generator().manual_seed(1), **DRAW).images[0]
         for pipeline in (live, loaded)
     ]
-    assert pictures[0].tobytes() == pictures[1].tobytes()
-    picture, mask = pictures[0], Image.new("L", (32, 32), 0)
+    assert images[0].tobytes() == images[1].tobytes()
+    image, mask = images[0], Image.new("L", (32, 32), 0)
     mask.paste(255, (0, 0, 16, 32))
-    edited = AmusedImg2ImgPipeline.from_pretrained(out)("a cat", picture, **DRAW).images[0]
-    filled = AmusedInpaintPipeline.from_pretrained(out)("a cat", picture, mask, **DRAW).images[0]
+    edited = AmusedImg2ImgPipeline.from_pretrained(out)("a cat", image, **DRAW).images[0]
+    filled = AmusedInpaintPipeline.from_pretrained(out)("a cat", image, mask, **DRAW).images[0]
     assert edited.size == filled.size == (32, 32)
     export_pipeline(model, out)  # again, over itself
     assert equal(UVit2DModel.from_pretrained(out / "transformer"), model.transformer)

@@ -230,7 +230,7 @@ def test_the_printed_lines_open_it(toy: Path, tmp_path: Path) -> None:
 def test_convert_and_sample(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A picture by the live adapter, by its folder, merged, and as a pipeline: the same."""
+    """An image by the live adapter, by its folder, merged, and as a pipeline: the same."""
     from diffengine.commands import convert
 
     model = trained(toy, adapters={"transformer": LORA})
@@ -246,7 +246,7 @@ def test_convert_and_sample(
         words = source.split()
         assert cli.main(["sample", words[0], "a cat", "--steps", "2", "--seed", "3", *words[1:]]) == 0
         drawn.append(Path("sample.png").read_bytes())
-    assert all(picture == drawn[0] for picture in drawn)
+    assert all(image == drawn[0] for image in drawn)
     assert cli.main(["sample", str(toy), "a cat", "--steps", "2", "--seed", "3"]) == 0
     assert Path("sample.png").read_bytes() != drawn[0]
     capsys.readouterr()

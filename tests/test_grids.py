@@ -1,4 +1,4 @@
-"""Grids of captioned pictures."""
+"""Grids of captioned images."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_layout(size: int, count: int, columns: int, shown: int) -> None:
     rows = -(-count // columns)
     assert sheet.shape[1] == columns * (shown + 8) + 8
     red = (sheet == (200, 0, 0)).all(axis=-1)
-    assert red.sum() == count * shown * shown  # every picture whole: no caption lies over one
+    assert red.sum() == count * shown * shown  # every image whole: no caption lies over one
     assert red[8 : 8 + shown, 8 : 8 + shown].all()
     height = (sheet.shape[0] - 8) // rows
     assert (sheet[8 + shown : 8 + height] < 100).any()  # ink under the first row
@@ -33,11 +33,11 @@ def test_columns() -> None:
     assert grid([("", plain(128))] * 6, columns=6).width == 6 * 136 + 8
 
 
-def test_small_pictures_are_enlarged_by_whole_factors() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
-    big = enlarge(picture, 128)
+def test_small_images_are_enlarged_by_whole_factors() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    big = enlarge(image, 128)
     assert big.size == (144, 144)
-    np.testing.assert_array_equal(np.asarray(big)[1::3, 1::3], np.asarray(picture))
+    np.testing.assert_array_equal(np.asarray(big)[1::3, 1::3], np.asarray(image))
 
 
 def test_lines_fit() -> None:

@@ -109,7 +109,7 @@ def check(said: dict[str, Any]) -> None:
 
 
 def test_the_mission(tmp_path: Path, env: dict[str, str]) -> None:
-    """With two epochs and one picture at either end; the soak test has all of it."""
+    """With two epochs and one image at either end; the soak test has all of it."""
     fewer = """max_epochs=2 preview_every=None 'prompts=["yoda pokemon"]'"""
     check(mission(tmp_path, env, 2, f" --cfg-options {fewer}"))
     assert sorted(path.name for path in (tmp_path / RUN).glob("*.pth")) == ["epoch_1.pth", "epoch_2.pth"]

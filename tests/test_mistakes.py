@@ -12,7 +12,7 @@ from PIL import Image
 from diffengine.cli import main
 from diffengine.engine.workdir import holds_run
 from tests.support.models import make_model_folder
-from tests.support.pictures import write_photo_folder
+from tests.support.photos import write_photo_folder
 
 CONFIG = """
 extends = "amused_512_own"
@@ -81,10 +81,10 @@ def folder_without_captions(here):
     return train("--data", "bare")
 
 
-def text_file_named_as_a_picture(here):
+def text_file_named_as_an_image(here):
     photos = own_folder(here, "photos")
     for file in photos.glob("*.[jp][pn]g"):
-        file.write_text("this is no picture")
+        file.write_text("this is no image")
     return train()
 
 
@@ -97,7 +97,7 @@ def captions_in_latin_1(here):
 def metadata_names_no_file(here):
     photos = own_folder(here, "photos")
     with (photos / "metadata.csv").open("a") as file:
-        file.write("lost.png,a lost picture\n")
+        file.write("lost.png,a lost image\n")
     return train()
 
 
@@ -239,17 +239,17 @@ MISTAKES = {
         lambda here: train("--data", "no-one/nothing"),
         "no-one/nothing.* cannot be loaded",
     ),
-    "empty folder": (empty_folder, "no pictures in empty; expected pictures, Parquet files"),
+    "empty folder": (empty_folder, "no images in empty; expected images, Parquet files"),
     "wrong column": (
         options("train_dataloader.dataset.caption_column=title"),
         "no column 'title'; it has file_name, text; set caption_column",
     ),
     "no captions": (folder_without_captions, "no captions in bare; expected metadata.csv .* NAME.txt"),
-    "text named as a picture": (text_file_named_as_a_picture, r"photos/\w+\.(jpg|png)'? .*skip_unreadable"),
+    "text named as an image": (text_file_named_as_an_image, r"photos/\w+\.(jpg|png)'? .*skip_unreadable"),
     "captions in latin-1": (captions_in_latin_1, "metadata.csv is not UTF-8 text .*; save it as UTF-8"),
     "metadata names no file": (
         metadata_names_no_file,
-        "line 6 names the picture 'lost.png', which is no file",
+        "line 6 names the image 'lost.png', which is no file",
     ),
     "missing model": (
         lambda here: train("--pretrained", "./no/model"),
@@ -318,7 +318,7 @@ MISTAKES = {
     "foreign class": (checkpoint_that_names_a_foreign_class, "names the class 'os.system', which is not run"),
     "loader of code": (
         checkpoint_that_names_a_loader_of_code,
-        "get_class_from_dynamic_module', which is no Train",
+        "get_class_from_dynamic_module', which is not run",
     ),
     "unknown component": (
         lambda here: ["convert", "toy.py", "run/iter_1.pth", "out", "--save-keys", "vqvae"],
@@ -411,26 +411,25 @@ def test_the_choice_of_precision_is_printed(world):
 
 def test_a_class_of_ones_own_serves(here, monkeypatch):
     """A data set is any importable class with a length and samples; a config names it."""
-    (here / "my_pictures.py").write_text(
+    (here / "my_images.py").write_text(
         "from PIL import Image\n\n\nclass Mine:\n    def __init__(self, count: int):\n"
         "        self.count = count\n\n    def __len__(self):\n        return self.count\n\n"
         "    def __getitem__(self, index):\n"
         "        return {'image': Image.new('RGB', (40, 40), (90 * index, 0, 0)), 'text': 'red'}\n"
     )
     (here / "mine.py").write_text(
-        "from my_pictures import Mine\n\nextends = 'toy.py'\n"
-        "train_dataloader = dict(dataset=dict(type=Mine, count=2))\n"
+        "from my_images import Mine\n\nextends = 'toy.py'\ntrain_dataloader = dict(dataset=dict(type=Mine, count=2))\n"
     )
     monkeypatch.syspath_prepend(here)
     assert main(["train", "mine.py", "--work-dir", "new"]) == 0
     assert (here / "new" / "iter_1.pth").exists()
 
 
-def test_a_damaged_picture_can_be_skipped(here, capfd):
-    """What the line on an unreadable picture says to do works."""
+def test_a_damaged_image_can_be_skipped(here, capfd):
+    """What the line on an unreadable image says to do works."""
     photos = own_folder(here, "photos")
     Image.new("RGB", (40, 40)).save(photos / "black.png")
-    (photos / "astronaut.jpg").write_text("this is no picture")
+    (photos / "astronaut.jpg").write_text("this is no image")
     with (photos / "metadata.csv").open("a") as file:
         file.write("black.png,black\n")
     assert main(train("--cfg-options", "train_dataloader.skip_unreadable=True")) == 0

@@ -19,7 +19,7 @@ from diffusers import AmusedImg2ImgPipeline, AmusedInpaintPipeline, AmusedPipeli
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from tests.support import hub, models, pictures
+from tests.support import hub, models, photos
 
 CAPTIONS = ["", "a cat", "a dog", "a photo of a cat", "yoda pokemon", "你好, pokémon!"]
 
@@ -35,9 +35,9 @@ def draw(pipeline: Any, *arguments: Any, **options: Any) -> Image.Image:
     return pipeline(*arguments, num_inference_steps=2, generator=generator, **options).images[0]
 
 
-def tokens(vqvae: Any, picture: Image.Image) -> torch.Tensor:
-    """(h * w,) ids of a picture, pixels in [0, 1]."""
-    pixels = torch.tensor(np.asarray(picture), dtype=torch.float32).permute(2, 0, 1)[None] / 255
+def tokens(vqvae: Any, image: Image.Image) -> torch.Tensor:
+    """(h * w,) ids of an image, pixels in [0, 1]."""
+    pixels = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         return vqvae.quantize(vqvae.encode(pixels).latents)[2][2]
 
@@ -80,7 +80,7 @@ def hub_child(hub_root: Path, tiny_folder: Path) -> Iterator[subprocess.Popen[st
         models={"amused/amused-512": tiny_folder},
         datasets={"reach-vb/pokemon-blip-captions": hub.photo_rows(12, size=64)},
     )
-    pictures.write_photo_folder(hub_root / "photos", n=4, size=48)
+    photos.write_photo_folder(hub_root / "photos", n=4, size=48)
     child = subprocess.Popen(
         [sys.executable, "-c", HUB_PROGRAM, str(hub_root / "photos")],
         env={**os.environ, **variables},
@@ -203,12 +203,12 @@ def test_captions_have_distinct_embeddings(size: models.Size) -> None:
 
 def test_pipelines_draw(tiny_folder: Path) -> None:
     pipeline = AmusedPipeline.from_pretrained(tiny_folder)
-    picture = draw(pipeline, "a cat")
-    assert picture.size == (512, 512)
-    assert (np.asarray(picture).std(axis=(0, 1)) > 5).all()
-    assert np.abs(np.asarray(picture, int) - np.asarray(draw(pipeline, "a rocket"), int)).mean() > 1
+    image = draw(pipeline, "a cat")
+    assert image.size == (512, 512)
+    assert (np.asarray(image).std(axis=(0, 1)) > 5).all()
+    assert np.abs(np.asarray(image, int) - np.asarray(draw(pipeline, "a rocket"), int)).mean() > 1
 
-    photo = pictures.photos()["astronaut"]
+    photo = photos.photos()["astronaut"]
     changed = draw(AmusedImg2ImgPipeline(**pipeline.components), "a cat", photo, strength=0.5)
     assert changed.size == (512, 512)
     mask = Image.new("L", photo.size)
@@ -218,52 +218,52 @@ def test_pipelines_draw(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resolution"), [("tiny", 256), ("toy", 32)])
-def test_small_models_draw_and_see_pictures(size: models.Size, resolution: int) -> None:
+def test_small_models_draw_and_see_images(size: models.Size, resolution: int) -> None:
     pipeline = models.make_pipeline(size, resolution=resolution)
     assert draw(pipeline, "a cat").size == (resolution, resolution)
-    photo = pictures.photos()["astronaut"].resize((resolution, resolution))
+    photo = photos.photos()["astronaut"].resize((resolution, resolution))
     assert len(tokens(pipeline.vqvae, photo).unique()) > 20  # of 64
 
 
-# --- pictures
+# --- images
 
 
 def test_photos_are_colour_photos() -> None:
-    photos = pictures.photos()
-    assert len(photos) == len(set(pictures.captions().values())) == 9
-    for picture in photos.values():
-        assert picture.mode == "RGB"
-        assert min(picture.size) >= 300
-        red, green, _ = np.asarray(picture, int).transpose(2, 0, 1)
+    originals = photos.photos()
+    assert len(originals) == len(set(photos.captions().values())) == 9
+    for image in originals.values():
+        assert image.mode == "RGB"
+        assert min(image.size) >= 300
+        red, green, _ = np.asarray(image, int).transpose(2, 0, 1)
         assert np.abs(red - green).mean() > 1
 
 
 def test_captioned_photos_are_distinct_and_repeat() -> None:
-    rows = pictures.captioned_photos(25, size=32)
+    rows = photos.captioned_photos(25, size=32)
     names, images, texts = zip(*rows)
     assert len(set(names)) == len(set(texts)) == len({image.tobytes() for image in images}) == 25
     assert {image.size for image in images} == {(32, 32)}
-    assert [image.tobytes() for _, image, _ in pictures.captioned_photos(25, size=32)] == [
+    assert [image.tobytes() for _, image, _ in photos.captioned_photos(25, size=32)] == [
         image.tobytes() for image in images
     ]
 
 
 def test_photo_folder_has_its_captions_in_each_form(tmp_path: Path) -> None:
-    said = pictures.write_photo_folder(tmp_path / "csv", n=3)
+    said = photos.write_photo_folder(tmp_path / "csv", n=3)
     assert list(said) == ["astronaut.jpg", "cat.png", "coffee.jpg"]
-    with Image.open(tmp_path / "csv" / "cat.png") as picture:
-        assert picture.size == (451, 300)
+    with Image.open(tmp_path / "csv" / "cat.png") as image:
+        assert image.size == (451, 300)
     with open(tmp_path / "csv" / "metadata.csv", newline="", encoding="utf-8") as table:
         assert {row["file_name"]: row["text"] for row in csv.DictReader(table)} == said
 
-    assert pictures.write_photo_folder(tmp_path / "jsonl", n=3, size=48, captions="jsonl") == said
+    assert photos.write_photo_folder(tmp_path / "jsonl", n=3, size=48, captions="jsonl") == said
     lines = (tmp_path / "jsonl" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert {row["file_name"]: row["text"] for row in map(json.loads, lines)} == said
 
-    assert pictures.write_photo_folder(tmp_path / "txt", n=3, size=48, captions="txt") == said
+    assert photos.write_photo_folder(tmp_path / "txt", n=3, size=48, captions="txt") == said
     assert (tmp_path / "txt" / "cat.txt").read_text(encoding="utf-8") == said["cat.png"] + "\n"
-    with Image.open(tmp_path / "txt" / "cat.png") as picture:
-        assert picture.size == (48, 48)
+    with Image.open(tmp_path / "txt" / "cat.png") as image:
+        assert image.size == (48, 48)
 
 
 # --- hub, the answer

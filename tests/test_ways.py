@@ -19,7 +19,7 @@ from diffengine.export import model_of
 from diffengine.models.base import MaskedImageModel
 from diffengine.models.drawing import draw
 from tests.engine.runs import assert_equal_checkpoints, in_child, signal_at
-from tests.support import models, pictures
+from tests.support import models, photos
 
 LORA = "type=LoraConfig, r=4, lora_alpha=8, target_modules=['to_q', 'to_k', 'to_v']"
 
@@ -96,7 +96,7 @@ log_every = 1
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ways")
     models.make_model_folder(root / "model", "toy")
-    pictures.write_photo_folder(root / "photos", n=6, size=48)
+    photos.write_photo_folder(root / "photos", n=6, size=48)
     return root
 
 

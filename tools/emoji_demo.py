@@ -2,8 +2,8 @@
 
     python tools/emoji_demo.py PIPELINE_FOLDER OUT_FOLDER
 
-retrieval@1: a drawn picture counts when, of all originals, its own caption's is nearest in L2 over pixels.
-The numbers come from the pictures that the exported pipeline drew, nothing else.
+retrieval@1: a drawn image counts when, of all originals, its own caption's is nearest in L2 over pixels.
+The numbers come from the images that the exported pipeline drew, nothing else.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     drawn = draw_all(pipeline, captions, options.guidance, options.seed)
     tokens = round_trips(pipeline, originals)
-    save_pictures(pipeline, captions, originals, drawn, held_out, options)
+    save_images(pipeline, captions, originals, drawn, held_out, options)
 
     print(f"chance {1 / len(captions):.4f}")
     ceiling = nearest_is_own(tokens, originals)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, seed: int) -> list[Image.Image]:
-    """One picture per caption, in batches of 64."""
+    """One image per caption, in batches of 64."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Image.Image] = []
     started = time.perf_counter()
@@ -70,9 +70,9 @@ def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, see
 
 
 @torch.no_grad()
-def round_trips(pipeline: AmusedPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Every picture through the VQ model's tokens and back: the best that any drawing could do."""
-    pixels = pipeline.image_processor.preprocess(pictures)
+def round_trips(pipeline: AmusedPipeline, images: list[Image.Image]) -> list[Image.Image]:
+    """Every image through the VQ model's tokens and back: the best that any drawing could do."""
+    pixels = pipeline.image_processor.preprocess(images)
     decoded = torch.cat(
         [pipeline.vqvae.decode(pipeline.vqvae.encode(chunk).latents).sample for chunk in pixels.split(64)]
     )
@@ -80,7 +80,7 @@ def round_trips(pipeline: AmusedPipeline, pictures: list[Image.Image]) -> list[I
 
 
 def nearest_is_own(drawn: list[Image.Image], originals: list[Image.Image]) -> np.ndarray:
-    """(N,) bool: whether each picture's nearest original, in L2 over pixels, is its own."""
+    """(N,) bool: whether each image's nearest original, in L2 over pixels, is its own."""
     return distances(drawn, originals).argmin(axis=1) == np.arange(len(originals))
 
 
@@ -93,7 +93,7 @@ def distances(some: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
     return torch.cdist(a, b).numpy()
 
 
-def save_pictures(
+def save_images(
     pipeline: AmusedPipeline,
     captions: list[str],
     originals: list[Image.Image],
@@ -103,7 +103,7 @@ def save_pictures(
 ) -> None:
     """`grid.png`: twelve emoji on four backgrounds, original left, drawn right; never trained ones framed.
 
-    And `strip.png`, one picture after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
+    And `strip.png`, one image after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
     """
     chosen = [emoji * 4 + background for emoji in range(0, len(captions) // 4, 11) for background in range(4)]
     cells = [(("UNSEEN " if held_out[place] else "") + captions[place],
@@ -128,7 +128,7 @@ def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image
 
 
 def inpaint(pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace) -> Image.Image:
-    """The right half of a picture drawn anew from its caption: original, what was kept, result."""
+    """The right half of an image drawn anew from its caption: original, what was kept, result."""
     mask = Image.new("L", original.size, 0)
     mask.paste(255, (original.width // 2, 0, original.width, original.height))
     parts = {**pipeline.components, "scheduler": AmusedScheduler.from_config(pipeline.scheduler.config)}

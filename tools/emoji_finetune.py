@@ -1,13 +1,13 @@
-"""The fine-tunes of the emoji base: what one learnt and what it forgot; and the pictures of a subject.
+"""The fine-tunes of the emoji base: what one learnt and what it forgot; and the images of a subject.
 
-    python tools/emoji_finetune.py score CONFIG [--base PIPELINE] [--tuned PIPELINE] [--picture FILE.png]
+    python tools/emoji_finetune.py score CONFIG [--base PIPELINE] [--tuned PIPELINE] [--image FILE.png]
     python tools/emoji_finetune.py subject FOLDER
 
-retrieval@1: a drawn picture counts when, of all originals, new and old, its own caption's is nearest in L2
+retrieval@1: a drawn image counts when, of all originals, new and old, its own caption's is nearest in L2
 over pixels. Seen prompts are the captions that were trained; unseen ones put their words together as no
 trained one did; old ones are 64 of the base's. Where a second artist is learnt, the right hand: of the two
 artists' originals of the same concept on the same background, the one that was asked for is nearer.
-The numbers come from the pictures that the two pipelines drew, nothing else.
+The numbers come from the images that the two pipelines drew, nothing else.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from diffengine.grids import enlarge, grid
 from diffengine.models.loading import quiet_libraries
 
 Originals = dict[str, Image.Image]  # by caption
-FEWEST = 16  # pictures to draw of a group with fewer prompts
+FEWEST = 16  # images to draw of a group with fewer prompts
 
 
 def main() -> None:
@@ -37,10 +37,10 @@ def main() -> None:
     scoring.add_argument("config")
     scoring.add_argument("--base", type=Path, default=Path("work_dirs/emoji_demo/pipeline"))
     scoring.add_argument("--tuned", type=Path, help="default work_dirs/CONFIG")
-    scoring.add_argument("--picture", type=Path, help="draw some prompts: original, before, after")
+    scoring.add_argument("--image", type=Path, help="draw some prompts: original, before, after")
     scoring.add_argument("--guidance", type=float, default=1.0)
     scoring.add_argument("--seed", type=int, default=0)
-    writing = commands.add_parser("subject", help="write the pictures of amused_32_emoji_dreambooth")
+    writing = commands.add_parser("subject", help="write the images of amused_32_emoji_dreambooth")
     writing.add_argument("folder", type=Path)
     options = parser.parse_args()
     if options.command == "score":
@@ -61,17 +61,17 @@ def score(options: argparse.Namespace) -> None:
     for name, group in {"new seen": seen, "new unseen": unseen, "old": old}.items():
         captions = [caption for caption in group for _ in range(max(1, FEWEST // len(group)))]
         drawn = [draw_all(pipeline, captions, options.guidance, options.seed) for pipeline in pipelines]
-        before, after = (retrieval(pictures, captions, gallery) for pictures in drawn)
+        before, after = (retrieval(images, captions, gallery) for images in drawn)
         print(f"{name} retrieval@1 {before:.3f} before, {after:.3f} after, over {len(captions)} drawings")
         if words and group is not old:
-            before, after = (in_hand(pictures, captions, group, base, words) for pictures in drawn)
+            before, after = (in_hand(images, captions, group, base, words) for images in drawn)
             print(f"{name} in the right hand {before:.3f} before, {after:.3f} after")
         for place in np.linspace(0, len(captions) - 1, min(8, len(captions))).astype(int):
             both = pair(drawn[0][place], drawn[1][place], group is unseen)
             cells.append((f"{name}: {captions[place]}", beside(group[captions[place]], both)))
-    if options.picture:
-        options.picture.parent.mkdir(parents=True, exist_ok=True)
-        grid(cells, columns=4).save(options.picture)
+    if options.image:
+        options.image.parent.mkdir(parents=True, exist_ok=True)
+        grid(cells, columns=4).save(options.image)
 
 
 def asked(name: str, base: Originals) -> tuple[Originals, Originals, str]:
@@ -85,14 +85,14 @@ def asked(name: str, base: Originals) -> tuple[Originals, Originals, str]:
     data = {key: value for key, value in data.items() if key != "type"}
     words = data.get("artists", {}).get("openmoji", "")
     seen, unseen = (
-        {caption: image for caption, image in pictures(EmojiDataset(**some)).items() if caption not in base}
+        {caption: image for caption, image in images(EmojiDataset(**some)).items() if caption not in base}
         for some in (data, {**data, "split": "unseen"})
     )
     if not words:
         return seen, unseen, ""
     taught = {concept(caption) for caption in seen}
     every = originals(artists={"openmoji": words}, count=126)
-    unseen = {caption: picture for caption, picture in every.items() if concept(caption) not in taught}
+    unseen = {caption: image for caption, image in every.items() if concept(caption) not in taught}
     return seen, unseen, words
 
 
@@ -100,10 +100,10 @@ def originals(**options: Any) -> Originals:
     """The base's emoji on all its backgrounds."""
     data = config.resolve(config.read("amused_32_emoji"))["train_dataloader"]["dataset"]
     data = {key: value for key, value in data.items() if key != "type"}
-    return pictures(EmojiDataset(**{**data, "split": "all", **options}))
+    return images(EmojiDataset(**{**data, "split": "all", **options}))
 
 
-def pictures(dataset: EmojiDataset) -> Originals:
+def images(dataset: EmojiDataset) -> Originals:
     samples = (dataset[place] for place in range(len(dataset)))
     return {sample["text"]: sample["image"] for sample in samples}
 
@@ -124,14 +124,14 @@ def load(folder: Path) -> AmusedPipeline:
 
 
 def retrieval(drawn: list[Image.Image], captions: list[str], gallery: Originals) -> float:
-    """The share of pictures whose nearest original is their own."""
+    """The share of images whose nearest original is their own."""
     places = {caption: place for place, caption in enumerate(gallery)}
     nearest = distances(drawn, list(gallery.values())).argmin(axis=1)
     return float(np.mean(nearest == [places[caption] for caption in captions]))
 
 
 def in_hand(drawn: list[Image.Image], captions: list[str], group: Originals, base: Originals, words: str) -> float:
-    """The share of pictures that are nearer to the second artist's original than to the first's."""
+    """The share of images that are nearer to the second artist's original than to the first's."""
     second, first = (
         np.diagonal(distances(drawn, [artist[caption] for caption in named]))
         for artist, named in (

@@ -7,11 +7,11 @@ from diffengine.models.amused import AmusedModel
 
 extends = "default_runtime"
 
-data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of pictures, or a parquet file
+data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of images, or a parquet file
 pretrained = "amused/amused-512"  # a hub name, or a folder with the five components
-resolution = 512  # side of the square pictures, in pixels
-batch_size = 8  # pictures per optimizer step, of all GPUs together
-micro_batch_size = None  # pictures per forward on one GPU; None: a GPU's whole share
+resolution = 512  # side of the square images, in pixels
+batch_size = 8  # images per optimizer step, of all GPUs together
+micro_batch_size = None  # images per forward on one GPU; None: a GPU's whole share
 max_epochs = None  # one of the two counts, and intervals count in its unit
 max_iters = None
 learning_rate = 1e-4
@@ -23,7 +23,7 @@ compile = "auto"  # the blocks by torch.compile: where it pays within the run
 caption_dropout = 0.1  # share of samples trained without caption, for guidance
 flip = 0.5  # share of samples mirrored
 random_crop = True
-image_variations = 8  # crops and flips of a picture, taken in turn; None: a new one each time, and no cache
+image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
 cache = "auto"  # encode each of them once, where the run sees it more than once
 cache_path = None  # where; None: cache/ beside the work dir
 num_workers = 4

@@ -1,4 +1,4 @@
-"""The emoji that the emoji configs share: pictures that come with the packages of `diffengine[emoji]`.
+"""The emoji that the emoji configs share: images that come with the packages of `diffengine[emoji]`.
 
 A config that extends this sets batch_size.
 """
@@ -9,7 +9,7 @@ emoji = 128
 backgrounds = dict(white=[255, 255, 255], pink=[255, 195, 210], green=[195, 240, 200], blue=[190, 215, 255])
 min_transparent = 0.35  # an emoji that covers more of its background is left out
 resolution = 32
-num_workers = 0  # the pictures are in memory
+num_workers = 0  # the images are in memory
 
 train_dataloader = dict(
     dataset=dict(

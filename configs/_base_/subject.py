@@ -1,4 +1,4 @@
-"""A subject beside pictures of its class, so that the class is not forgotten (DreamBooth).
+"""A subject beside images of its class, so that the class is not forgotten (DreamBooth).
 
 A config that extends this sets data, instance_prompt, class_data and class_prompt.
 """
@@ -6,7 +6,7 @@ A config that extends this sets data, instance_prompt, class_data and class_prom
 from diffengine.datasets import SubjectDataset
 
 num_class_images = 100  # those that class_data lacks are drawn by the base before training
-prior_loss_weight = 1.0  # of a class picture beside one of the subject
+prior_loss_weight = 1.0  # of a class image beside one of the subject
 
 train_dataloader = dict(
     dataset=dict(

@@ -3,7 +3,7 @@
     pip install diffengine[8bit]
     diffengine train amused_256_nouns_8bit --cfg-options micro_batch_size=4
 
-The published run: batch 16, learning rate 2e-5, 20.1 GB at 16 pictures at once, 10.7 GB at 1; decent
+The published run: batch 16, learning rate 2e-5, 20.1 GB at 16 images at once, 10.7 GB at 1; decent
 after 750 steps.
 """
 

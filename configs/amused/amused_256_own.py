@@ -1,4 +1,4 @@
-"""aMUSEd 256 on your own captioned pictures, 1,000 steps, with a quarter of the pixels to encode.
+"""aMUSEd 256 on your own captioned images, 1,000 steps, with a quarter of the pixels to encode.
 
     diffengine train amused_256_own --data FOLDER
 

@@ -1,8 +1,8 @@
-"""A style from one picture (StyleDrop, arXiv 2306.00983), aMUSEd 256 with LoRA.
+"""A style from one image (StyleDrop, arXiv 2306.00983), aMUSEd 256 with LoRA.
 
-    diffengine train amused_256_styledrop --data picture.png
+    diffengine train amused_256_styledrop --data image.png
 
-The caption names the picture's content and, in one new word, its style; ask for other things in that
+The caption names the image's content and, in one new word, its style; ask for other things in that
 word. The published run: batch 1, learning rate 4e-4, 6.5 GB, 1,500 to 2,000 steps.
 """
 

@@ -1,9 +1,9 @@
-"""A subject from a few pictures (DreamBooth, arXiv 2208.12242), aMUSEd 512 with LoRA.
+"""A subject from a few images (DreamBooth, arXiv 2208.12242), aMUSEd 512 with LoRA.
 
     diffengine train amused_512_dreambooth_lora --data FOLDER --cfg-options class_data=work_dirs/dogs
 
-FOLDER holds three to ten pictures of the subject. So that its class is not forgotten, half of every step
-is of the class; class pictures that `class_data` lacks are drawn by the base model before training, and
+FOLDER holds three to ten images of the subject. So that its class is not forgotten, half of every step
+is of the class; class images that `class_data` lacks are drawn by the base model before training, and
 stay there for the next run.
 """
 

@@ -1,4 +1,4 @@
-"""aMUSEd 512 on 1,022 Minecraft pictures: full fine-tuning, for a card of 24 GB.
+"""aMUSEd 512 on 1,022 Minecraft images: full fine-tuning, for a card of 24 GB.
 
     diffengine train amused_512_minecraft
 

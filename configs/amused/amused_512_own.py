@@ -1,16 +1,16 @@
-"""aMUSEd 512 on your own captioned pictures, 1,000 steps.
+"""aMUSEd 512 on your own captioned images, 1,000 steps.
 
     diffengine train amused_512_own --data FOLDER
 
-FOLDER holds pictures with a metadata.csv (file_name,text), or NAME.txt beside each picture. One caption
-for all: --cfg-options caption="a photo of sks dog". Pictures are not mirrored: lettering and faces should
+FOLDER holds images with a metadata.csv (file_name,text), or NAME.txt beside each image. One caption
+for all: --cfg-options caption="a photo of sks dog". Images are not mirrored: lettering and faces should
 not be.
 """
 
 extends = "amused"
 
 data = "pictures"
-caption = None  # one caption for all pictures
+caption = None  # one caption for all images
 prefix = ""  # put before every caption
 pretrained = "amused/amused-512"
 resolution = 512

@@ -1,4 +1,4 @@
-"""aMUSEd 512 on your own captioned pictures with LoRA: for a card of 8 GB, and for a few dozen pictures.
+"""aMUSEd 512 on your own captioned images with LoRA: for a card of 8 GB, and for a few dozen images.
 
     diffengine train amused_512_own_lora --data FOLDER
 

@@ -2,7 +2,7 @@
 
     diffengine train amused_512_pokemon_blip_lora --cfg-options micro_batch_size=1
 
-As the reference recipe, with the learning rate of the published 512 LoRA runs (12.7 GB at 8 pictures at
+As the reference recipe, with the learning rate of the published 512 LoRA runs (12.7 GB at 8 images at
 once).
 """
 

@@ -1,6 +1,6 @@
-"""A style from one picture (StyleDrop, arXiv 2306.00983), aMUSEd 512 with LoRA.
+"""A style from one image (StyleDrop, arXiv 2306.00983), aMUSEd 512 with LoRA.
 
-    diffengine train amused_512_styledrop --data picture.png
+    diffengine train amused_512_styledrop --data image.png
 
 As `amused_256_styledrop`. The published run: batch 1, learning rate 1e-3 with alpha 1, 5.6 GB, 1,500 to
 2,000 steps.

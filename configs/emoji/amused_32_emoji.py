@@ -27,7 +27,7 @@ keep_checkpoints = 2
 learning_rate = 2e-3
 caption_dropout = 0.05
 dropout = 0.1  # in the transformer: what makes it compose what it has not seen
-cache = "auto"  # encode each picture once
+cache = "auto"  # encode each image once
 cache_path = None
 log_every = 25
 

@@ -5,7 +5,7 @@
     diffengine convert work_dirs/amused_32_emoji_dreambooth --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_dreambooth
 
-The base draws the class pictures before training.
+The base draws the class images before training.
 """
 
 extends = ["amused_emoji", "subject"]

@@ -4,7 +4,7 @@
     diffengine convert work_dirs/amused_32_emoji_style --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_style
 
-It is then asked for the other 62 in that hand, of which it saw Twemoji's only. Twemoji's pictures of the 64
+It is then asked for the other 62 in that hand, of which it saw Twemoji's only. Twemoji's images of the 64
 are shown as well, so that the hand hangs on the words and is not drawn unasked.
 """
 
@@ -13,7 +13,7 @@ extends = "amused_32_emoji_lora"
 first = 64
 emoji = 64
 artists = dict(twemoji="", openmoji="in ink")
-transformer_rank = 8  # a hand is learnt where pictures are
+transformer_rank = 8  # a hand is learnt where images are
 transformer_alpha = 16
 text_rank = 8
 text_alpha = 16

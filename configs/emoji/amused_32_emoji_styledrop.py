@@ -1,10 +1,10 @@
-"""One picture and one new word (StyleDrop): the emoji base sees one concept as another artist draws it.
+"""One image and one new word (StyleDrop): the emoji base sees one concept as another artist draws it.
 
     diffengine train amused_32_emoji_styledrop
     diffengine convert work_dirs/amused_32_emoji_styledrop --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_styledrop
 
-It is then asked for other concepts in that hand. One picture teaches itself, and little of the hand.
+It is then asked for other concepts in that hand. One image teaches itself, and little of the hand.
 """
 
 extends = "amused_32_emoji_lora"

@@ -3,7 +3,7 @@
     diffengine train vq_32_emoji
 
 128 emoji on four backgrounds; one background per emoji is never shown, to this model or to `amused_32_emoji`.
-8x8 tokens of 256 codes. Pictures come with the packages of `pip install diffengine[emoji]`: no download.
+8x8 tokens of 256 codes. Images come with the packages of `pip install diffengine[emoji]`: no download.
 """
 
 from diffusers import VQModel
@@ -18,7 +18,7 @@ batch_size = 32
 max_iters = 600
 quantize_after = 100  # steps before the codebook comes between encoder and decoder
 reseed_until = 450
-prompts = 16  # pictures to preview
+prompts = 16  # images to preview
 preview_every = 300
 checkpoint_every = 300
 keep_checkpoints = 2

@@ -1,4 +1,4 @@
-"""Encode a config's pictures and captions ahead of training, into its token cache."""
+"""Encode a config's images and captions ahead of training, into its token cache."""
 
 import argparse
 

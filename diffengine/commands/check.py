@@ -52,15 +52,15 @@ def table(figures: "Figures") -> list[str]:
     end = datetime.now() + timedelta(seconds=building + figures.training)
     awaited = f", {figures.awaited} of them to be drawn before training" if figures.awaited else ""
     rows = [
-        ("pictures", f"{figures.pictures:,}{awaited}"),
-        ("steps", f"{figures.steps:,} of {figures.batch_size} pictures: {figures.epochs:.4g} epochs"),
-        ("pictures at once", f"{figures.at_once}"),
+        ("images", f"{figures.images:,}{awaited}"),
+        ("steps", f"{figures.steps:,} of {figures.batch_size} images: {figures.epochs:.4g} epochs"),
+        ("images at once", f"{figures.at_once}"),
         ("trained", f"{figures.parameters:,} parameters"),
         ("runs in", figures.how),
         ("", ""),
-        ("a step", f"{seconds.step:.3g} s, {figures.batch_size / seconds.step:.3g} pictures/s"),
+        ("a step", f"{seconds.step:.3g} s, {figures.batch_size / seconds.step:.3g} images/s"),
         ("  data", f"{seconds.data:.3g} s"),
-        ("  prepare", f"{seconds.prepare:.3g} s" + ("" if cache else ": pictures and captions to tokens")),
+        ("  prepare", f"{seconds.prepare:.3g} s" + ("" if cache else ": images and captions to tokens")),
         ("  forward, backward", f"{seconds.passes:.3g} s"),
         ("  optimizer", f"{seconds.optimizer:.3g} s"),
         ("  the first step", f"{seconds.first:.3g} s"),
@@ -81,7 +81,7 @@ def table(figures: "Figures") -> list[str]:
     else:
         rows += [
             ("token cache", f"{spell_size(cache.size)} in {cache.folder}{', there already' * cache.there}"),
-            ("  holds", f"{cache.rows:,} forms of pictures, {cache.captions:,} captions"),
+            ("  holds", f"{cache.rows:,} forms of images, {cache.captions:,} captions"),
         ]
     rows.append(("free on disk", spell_size(figures.free)))
     if figures.free_for_cache is not None:
@@ -104,7 +104,7 @@ def warnings(figures: "Figures") -> list[str]:
     lines = []
     if figures.halved:
         lines.append(
-            f"memory ran out with more than {figures.at_once} pictures at once: training will split its "
+            f"memory ran out with more than {figures.at_once} images at once: training will split its "
             f"steps alike; set micro_batch_size={figures.at_once} to start with it"
         )
     if figures.peak > figures.available:

@@ -1,4 +1,4 @@
-"""Draw pictures: a captioned PNG grid from prompts.
+"""Draw images: a captioned PNG grid from prompts.
 
 By a pipeline folder, a hub name, a run's work dir or checkpoint, or what `convert` wrote on the base that it
 was trained from.
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--base", help="the pipeline to put what convert wrote on; an adapter names its own")
-    parser.add_argument("--seed", type=int, default=0, help="picture i draws from SEED + i (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image i draws from SEED + i (default 0)")
     parser.add_argument("--guidance", type=float, default=10.0, help="guidance scale (default 10)")
     parser.add_argument("--steps", type=int, default=12, help="drawing steps (default 12)")
     parser.add_argument("--resolution", type=int, help="side in pixels; default the model's own")
@@ -37,15 +37,15 @@ def run(options: argparse.Namespace) -> int:
     path = _checked(options)
     pipeline = _pipeline(options.source, options.base).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for place, prompt in enumerate(options.prompts):
-        picture = draw(
+        image = draw(
             pipeline, prompt, options.seed + place, options.resolution,
             guidance_scale=options.guidance, num_inference_steps=options.steps,
         )  # fmt: skip
-        pictures.append((prompt, picture))
+        images.append((prompt, image))
         print(f"drew {place + 1}/{len(options.prompts)}: {prompt}", flush=True)
-    save_grid(pictures, path)
+    save_grid(images, path)
     print(f"wrote {path}")
     return 0
 

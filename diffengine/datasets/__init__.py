@@ -1,9 +1,9 @@
-"""Pictures and captions in, batches out.
+"""Images and captions in, batches out.
 
 A data set of your own is a class with `__len__` and `__getitem__(index) -> {"image": PIL RGB, "text": str}`;
 give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey,
-`missing_pictures()` if the model is to draw some of its pictures before training, and, so that a cache can
-tell what changed without reading pictures, `files()`, the files that hold their bytes, and `texts()`, the
+`missing_images()` if the model is to draw some of its images before training, and, so that a cache can
+tell what changed without reading images, `files()`, the files that hold their bytes, and `texts()`, the
 caption or the list of captions of each. A sample may carry a `weight`, what each of its targets counts in the
 loss: a float above 0, default 1.
 """
@@ -11,7 +11,7 @@ loss: a float above 0, default 1.
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.folder import lies_in
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.pictures import Sample, UnreadablePicture
+from diffengine.datasets.images import Sample, UnreadableImage
 from diffengine.datasets.stream import (
     Batch,
     Domain,
@@ -23,7 +23,7 @@ from diffengine.datasets.stream import (
     make_loader,
     steps_for_epochs,
 )
-from diffengine.datasets.subject import MissingPictures, SubjectDataset
+from diffengine.datasets.subject import MissingImages, SubjectDataset
 from diffengine.datasets.survey import survey, survey_captions
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform
 
@@ -35,7 +35,7 @@ __all__ = [
     "EmojiDataset",
     "Flip",
     "ImageTextDataset",
-    "MissingPictures",
+    "MissingImages",
     "PositionSampler",
     "Resize",
     "Sample",
@@ -43,7 +43,7 @@ __all__ = [
     "SubjectDataset",
     "ToTensor",
     "Transform",
-    "UnreadablePicture",
+    "UnreadableImage",
     "collate",
     "form_loader",
     "generator",

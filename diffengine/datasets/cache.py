@@ -1,4 +1,4 @@
-"""What is computed once of pictures and captions, and kept on disk.
+"""What is computed once of images and captions, and kept on disk.
 
 A table is one Arrow file of rows of one size, memory-mapped, which `datasets.Dataset.from_file` opens too.
 Beside it lies a JSON file that says what it was made of, written last: a table is complete, or is not used.
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from diffengine.datasets.pictures import Sample, UnreadablePicture, texts_in
+from diffengine.datasets.images import Sample, UnreadableImage, texts_in
 from diffengine.errors import UserError
 
 Row = dict[str, np.ndarray | list[str]]
@@ -198,14 +198,14 @@ def write_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-# ----------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------- images
 
 
 @final
 class CachedForms:
-    """Every form of every picture, as the stream has it after the image transforms: its `forms`.
+    """Every form of every image, as the stream has it after the image transforms: its `forms`.
 
-    table: row `index * count + variation`. count: forms of a picture.
+    table: row `index * count + variation`. count: forms of an image.
     """
 
     def __init__(self, table: Table, count: int) -> None:
@@ -215,11 +215,11 @@ class CachedForms:
     def sample(self, index: int, epoch: int) -> Sample:
         """Its form in an epoch: forms take turns. Tensors of their own memory, `text` a list, and numbers.
 
-        Raises UnreadablePicture for a picture that could not be read when the table was built.
+        Raises UnreadableImage for an image that could not be read when the table was built.
         """
         row = self.table[index * self.count + epoch % self.count]
         if not row.pop("readable"):
-            raise UnreadablePicture(f"picture {index} could not be read when the cache was built")
+            raise UnreadableImage(f"image {index} could not be read when the cache was built")
         text = row.pop("text")
         if math.isnan(row["weight"]):  # type: ignore[arg-type]
             del row["weight"]
@@ -260,15 +260,15 @@ def what_no_table_keeps(sample: Sample) -> str | None:
 
 
 @final
-class PicturelessDataset:
-    """The captions of a cache whose pictures are elsewhere: what training from it needs of a data set."""
+class CachedDataset:
+    """The captions of a cache whose images are elsewhere: what training from it needs of a data set."""
 
     def __init__(self, forms: CachedForms) -> None:
         self._forms = forms
 
     @property
     def forms(self) -> int:
-        """Of each picture."""
+        """Of each image."""
         return self._forms.count
 
     def __len__(self) -> int:
@@ -302,7 +302,7 @@ def digest_of_texts(texts: Iterable[str | list[str]]) -> str:
 
 
 def texts_of(dataset: Any) -> Iterator[str | list[str]]:
-    """The caption of each picture, or its captions.
+    """The caption of each image, or its captions.
 
     Of a data set without `texts()`, `captions()` has one for each; one without both is read through.
     """
@@ -318,11 +318,11 @@ def captions_of(dataset: Any) -> Iterator[str]:
     return (text for item in texts_of(dataset) for text in texts_in(item))
 
 
-def digest_of_pictures(dataset: Any, notes: Path) -> str:
-    """Of the bytes of a data set's pictures, in their order.
+def digest_of_images(dataset: Any, notes: Path) -> str:
+    """Of the bytes of a data set's images, in their order.
 
     Files that have the path, size and time noted in `notes` by an earlier call are not read again. A data set
-    without `files()` is read through, picture by picture.
+    without `files()` is read through, image by image.
     """
     files = dataset.files() if hasattr(dataset, "files") else None
     if files is None:
@@ -338,7 +338,7 @@ def digest_of_pictures(dataset: Any, notes: Path) -> str:
 def _pixels(dataset: Any, index: int) -> str:
     try:
         pixels = np.asarray(dataset[index]["image"])
-    except UnreadablePicture:  # the stream says what becomes of it
+    except UnreadableImage:  # the stream says what becomes of it
         return "unreadable"
     return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
 

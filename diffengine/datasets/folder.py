@@ -1,4 +1,4 @@
-"""A folder of pictures with captions beside them, as a list of (picture file, caption)."""
+"""A folder of images with captions beside them, as a list of (image file, caption)."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from diffengine.errors import UserError
 
-PICTURE_ENDINGS = frozenset(
+IMAGE_ENDINGS = frozenset(
     "." + ending
     for ending in (
         *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpeg"),
@@ -48,8 +48,8 @@ def lies_in(path: str | Path, folder: str | Path) -> bool:
     return inner.is_relative_to(outer)
 
 
-def is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURE_ENDINGS
+def is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_ENDINGS
 
 
 def read_folder(
@@ -61,16 +61,16 @@ def read_folder(
     caption: str | None = None,
     captions_from_file_names: bool = False,
 ) -> list[Row]:
-    """The pictures among `files` (all files of `root`) with their captions, sorted by path.
+    """The images among `files` (all files of `root`) with their captions, sorted by path.
 
     Captions are, in this order: the one `caption`; the file names, if asked; the metadata files, if there are
-    any; else NAME.txt beside each picture. A picture with several metadata rows appears once for each.
-    Raises UserError, among others where a picture has no caption.
+    any; else NAME.txt beside each image. An image with several metadata rows appears once for each.
+    Raises UserError, among others where an image has no caption.
     """
-    pictures = [file for file in files if is_picture(file)]
+    images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
-    if not pictures:
-        raise UserError(f"no pictures in {root}; expected files that end in {', '.join(sorted(PICTURE_ENDINGS))}")
+    if not images:
+        raise UserError(f"no images in {root}; expected files that end in {', '.join(sorted(IMAGE_ENDINGS))}")
     by_metadata = bool(metadata) and caption is None and not captions_from_file_names
     if (image_column or caption_column) and not by_metadata:
         raise UserError(
@@ -78,18 +78,18 @@ def read_folder(
             "metadata.csv or metadata.jsonl; leave image_column and caption_column unset, or write one"
         )
     if caption is not None:
-        return [(str(file), caption) for file in pictures]
+        return [(str(file), caption) for file in images]
     if captions_from_file_names:
-        return [(str(file), caption_of_name(file)) for file in pictures]
+        return [(str(file), caption_of_name(file)) for file in images]
     if by_metadata:
         rows = _from_metadata(metadata, image_column or "file_name", caption_column)
     else:
-        rows = _from_text_files(root, pictures)
+        rows = _from_text_files(root, images)
     captioned = {os.path.normpath(name) for name, _ in rows}
-    missing = [file for file in pictures if os.path.normpath(file) not in captioned]
+    missing = [file for file in images if os.path.normpath(file) not in captioned]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(pictures)} pictures in {root} have no caption, the first is "
+            f"{len(missing)} of {len(images)} images in {root} have no caption, the first is "
             f"{missing[0]}; give each {'a row in the metadata' if by_metadata else 'a NAME.txt'}, "
             "or remove it"
         )
@@ -118,13 +118,13 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from error
 
 
-def _from_text_files(root: Path, pictures: list[Path]) -> list[Row]:
-    texts = {file: file.with_suffix(".txt") for file in pictures}
+def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
+    texts = {file: file.with_suffix(".txt") for file in images}
     rows: list[Row] = [(str(file), read_text(text).strip()) for file, text in texts.items() if text.is_file()]
     if not rows:
         raise UserError(
             f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) "
-            "or NAME.txt beside each picture, or set caption= or captions_from_file_names=True"
+            "or NAME.txt beside each image, or set caption= or captions_from_file_names=True"
         )
     return rows
 
@@ -182,7 +182,7 @@ def _row(file: Path, line: int, record: dict[str, Any], image_column: str, capti
     name, caption = record.get(image_column), record.get(caption_column)
     if not isinstance(name, str) or not (file.parent / name).is_file():
         raise UserError(
-            f"{file}, line {line} names the picture {name!r}, which is no file; "
+            f"{file}, line {line} names the image {name!r}, which is no file; "
             "expected a path relative to the metadata file"
         )
     texts: list[Any] = caption if isinstance(caption, list) else [caption]

@@ -1,4 +1,4 @@
-"""Pictures with captions from the hub, Arrow or Parquet files, or a folder of pictures."""
+"""Images with captions from the hub, Arrow or Parquet files, or a folder of images."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from diffengine.datasets.folder import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
     Caption,
-    is_picture,
+    is_image,
     list_files,
     read_folder,
 )
-from diffengine.datasets.pictures import Sample, UnreadablePicture, read_picture, read_size, texts_in
+from diffengine.datasets.images import Sample, UnreadableImage, read_image, read_size, texts_in
 from diffengine.errors import UserError
 
 # What `datasets` raises for what the user can mend: no network, no such data, split or configuration,
@@ -33,20 +33,20 @@ class ImageTextDataset:
     path: an existing file or folder, else a name on the Hugging Face hub. Locally one of
         - data written by `save_to_disk`,
         - a Parquet file, or a folder of them,
-        - a picture, or a folder of pictures with subfolders. Captions come from metadata.csv or
+        - an image, or a folder of images with subfolders. Captions come from metadata.csv or
           metadata.jsonl (column file_name, relative to that file, which may lie in any subfolder), or from
-          NAME.txt beside each picture, in UTF-8. Order is by path.
-    split: default "train". A folder of pictures has only that one.
-    image_column: default `image`, or else the only column of pictures; in metadata files `file_name`.
+          NAME.txt beside each image, in UTF-8. Order is by path.
+    split: default "train". A folder of images has only that one.
+    image_column: default `image`, or else the only column of images; in metadata files `file_name`.
     caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which
         the stream draws one each time.
-    caption: one caption for all pictures, in place of a column.
+    caption: one caption for all images, in place of a column.
     prefix: put before every caption, also before empty ones. Default "".
-    captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for pictures.
+    captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for images.
     revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
     max_samples: keep only the first so many. Default all.
 
-    Raises UserError for data that is not there or not usable, and UnreadablePicture on reading a damaged one.
+    Raises UserError for data that is not there or not usable, and UnreadableImage on reading a damaged one.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class ImageTextDataset:
         self.path = path
         self.prefix = prefix
         self._caption = caption
-        pictures = _find_pictures(path)
-        if pictures is None:
+        images = _find_images(path)
+        if images is None:
             if captions_from_file_names:
-                raise UserError(f"captions_from_file_names needs a folder of pictures; {path} is none, so leave it out")
+                raise UserError(f"captions_from_file_names needs a folder of images; {path} is none, so leave it out")
             rows = _load(path, split, revision)
             rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
         else:
             _refuse_hub_options(path, split, revision)
             rows = _rows_of(
                 read_folder(
-                    *pictures,
+                    *images,
                     image_column=image_column,
                     caption_column=caption_column,
                     caption=caption,
@@ -102,24 +102,24 @@ class ImageTextDataset:
         return self._sample(index, self._rows[index])
 
     def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
-        """The samples of many indices: rows are read at once, each picture is decoded when it is taken."""
+        """The samples of many indices: rows are read at once, each image is decoded when it is taken."""
         rows = self._rows.__getitems__(list(indices))
         return (self._sample(index, row) for index, row in zip(indices, rows))
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of the upright picture in pixels, from its header alone."""
+        """(width, height) of the upright image in pixels, from its header alone."""
         return read_size(*self._source(index, self._rows[index]))
 
     def captions(self) -> Iterator[str]:
-        """Every caption in order, prefixed, lists flattened; no picture is read."""
+        """Every caption in order, prefixed, lists flattened; no image is read."""
         return chain.from_iterable(map(texts_in, self.texts()))
 
     def texts(self) -> Iterator[Caption]:
-        """The caption of each picture in order, or its list of them, prefixed; no picture is read."""
+        """The caption of each image in order, or its list of them, prefixed; no image is read."""
         return map(self._text, self._caption_cells())
 
     def files(self) -> list[Path]:
-        """The files that hold the pictures' bytes, in order: Arrow files, or each picture's own."""
+        """The files that hold the images' bytes, in order: Arrow files, or each image's own."""
         arrow = [Path(file["filename"]) for file in self._rows.cache_files]
         cells = self._rows.data.column("image")
         if not pa.types.is_struct(cells.type):
@@ -129,22 +129,20 @@ class ImageTextDataset:
         return arrow + [Path(path) for path in paths.to_pylist()]
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
-        picture = read_picture(*self._source(index, row))
-        return {"image": picture, "text": self._text(row["text"] if self._caption is None else self._caption)}
+        image = read_image(*self._source(index, row))
+        return {"image": image, "text": self._text(row["text"] if self._caption is None else self._caption)}
 
     def _text(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
 
     def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
-        """The bytes or the path of a row's picture, and what errors call it."""
+        """The bytes or the path of a row's image, and what errors call it."""
         cell = row["image"]
         encoded, file = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
-            raise UnreadablePicture(
-                f"row {index} of {self.path} has no picture; remove it, or set skip_unreadable=True"
-            )
+            raise UnreadableImage(f"row {index} of {self.path} has no image; remove it, or set skip_unreadable=True")
         return file, file
 
     def _caption_cells(self) -> list[Caption]:
@@ -158,7 +156,7 @@ class ImageTextDataset:
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row "
-                f'{missing[0]}; give each picture a text ("" for none)'
+                f'{missing[0]}; give each image a text ("" for none)'
             )
 
 
@@ -166,17 +164,17 @@ def _is_missing(cell: Any) -> bool:
     return cell is None or (not isinstance(cell, str) and (len(cell) == 0 or None in cell))
 
 
-def _find_pictures(path: str) -> tuple[Path, list[Path]] | None:
-    """(folder, its files) where `path` is a picture or a folder of pictures, else None."""
+def _find_images(path: str) -> tuple[Path, list[Path]] | None:
+    """(folder, its files) where `path` is an image or a folder of images, else None."""
     local = Path(path).expanduser()
     if not path or not local.exists() or _is_saved(local):
         return None
     if local.is_file():
-        return (local.parent, [local]) if is_picture(local) else None
+        return (local.parent, [local]) if is_image(local) else None
     files = list_files(local)
-    wanted = any(is_picture(file) or file.name in METADATA_NAMES for file in files)
+    wanted = any(is_image(file) or file.name in METADATA_NAMES for file in files)
     if not wanted and not any(file.suffix == ".parquet" for file in files):
-        raise UserError(f"no pictures in {path}; expected pictures, Parquet files, or what save_to_disk writes")
+        raise UserError(f"no images in {path}; expected images, Parquet files, or what save_to_disk writes")
     return (local, files) if wanted else None
 
 
@@ -185,9 +183,9 @@ def _is_saved(local: Path) -> bool:
     return (local / "state.json").exists() or (local / "dataset_dict.json").exists()
 
 
-def _rows_of(pictures: Sequence[tuple[str, Caption]]) -> hf.Dataset:
-    """Pictures from a folder as an Arrow table, which workers share without copying."""
-    files, captions = (list(column) for column in zip(*pictures))
+def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
+    """Images from a folder as an Arrow table, which workers share without copying."""
+    files, captions = (list(column) for column in zip(*images))
     text: Any = hf.Value("string")
     if any(isinstance(caption, list) for caption in captions):
         captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
@@ -199,7 +197,7 @@ def _rows_of(pictures: Sequence[tuple[str, Caption]]) -> hf.Dataset:
 
 def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
     if split != "train":
-        raise UserError(f"split got '{split}', but a folder of pictures has no splits; give the path of a subfolder")
+        raise UserError(f"split got '{split}', but a folder of images has no splits; give the path of a subfolder")
     if revision is not None:
         raise UserError(f"revision got '{revision}', but {path} is here and has no revisions; leave it out")
 
@@ -235,7 +233,7 @@ def _load_local(local: Path, split: str) -> hf.Dataset:
         return hf.load_dataset("parquet", data_dir=str(local), split=split)
     if local.suffix == ".parquet":
         return hf.load_dataset("parquet", data_files=str(local), split=split)
-    raise UserError(f"{local} is neither a picture nor a Parquet file; expected one of them, or a folder")
+    raise UserError(f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
 
 
 def _check_revision(rows: hf.Dataset, path: str, revision: str | None) -> None:
@@ -252,9 +250,9 @@ def _two_columns(
     rows: hf.Dataset, path: str, image_column: str | None, caption_column: str | None, *, needs_captions: bool
 ) -> hf.Dataset:
     """Only the columns `image` (undecoded) and, unless one caption serves all, `text`."""
-    pictures = [name for name, feature in rows.features.items() if isinstance(feature, hf.Image)]
-    only = pictures[0] if len(pictures) == 1 and "image" not in rows.features else "image"
-    chosen = {"image": _column(rows, path, "image_column", image_column or only, _holds_pictures)}
+    images = [name for name, feature in rows.features.items() if isinstance(feature, hf.Image)]
+    only = images[0] if len(images) == 1 and "image" not in rows.features else "image"
+    chosen = {"image": _column(rows, path, "image_column", image_column or only, _holds_images)}
     if needs_captions:
         known = next((name for name in CAPTION_COLUMNS if name in rows.features), CAPTION_COLUMNS[0])
         chosen["text"] = _column(rows, path, "caption_column", caption_column or known, _holds_text)
@@ -269,7 +267,7 @@ def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[
     if name not in rows.features:
         raise UserError(f"{path} has no column '{name}'; it has {', '.join(rows.features)}; set {option}")
     if not fits(rows.features[name]):
-        expected = "pictures" if option == "image_column" else "text, or lists of texts"
+        expected = "images" if option == "image_column" else "text, or lists of texts"
         columns = ", ".join(rows.features)
         raise UserError(
             f"column '{name}' of {path} holds {rows.features[name]}; expected {expected}; "
@@ -278,8 +276,8 @@ def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[
     return name
 
 
-def _holds_pictures(feature: Any) -> bool:
-    """Pictures as `datasets` keeps them, or encoded bytes, bare or as a struct of bytes and path."""
+def _holds_images(feature: Any) -> bool:
+    """Images as `datasets` keeps them, or encoded bytes, bare or as a struct of bytes and path."""
     if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, hf.Image) or (isinstance(feature, hf.Value) and feature.dtype.endswith("binary"))

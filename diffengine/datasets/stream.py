@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diffengine.datasets.pictures import Sample, UnreadablePicture
+from diffengine.datasets.images import Sample, UnreadableImage
 from diffengine.datasets.transforms import Transform, draws_matter
 from diffengine.errors import UserError
 
@@ -33,11 +33,11 @@ class Domain(IntEnum):
     """What a generator's draws are for. Equal counters in two domains give unrelated draws."""
 
     ORDER = 0
-    PICTURE = 1
+    IMAGE = 1
     SAMPLE = 2
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """What a data set offers. With `__getitems__(indices) -> samples` as well, batches are read at once."""
 
     def __len__(self) -> int: ...
@@ -45,7 +45,7 @@ class Pictures(Protocol):
 
 
 class Forms(Protocol):
-    """Every form of every picture, made before: what a stream has after its image transforms."""
+    """Every form of every image, made before: what a stream has after its image transforms."""
 
     def sample(self, index: int, epoch: int, /) -> Sample: ...
 
@@ -80,20 +80,20 @@ class Stream(Dataset):
     """The samples of a data set by running position, without end; `stream[position]` is a pure function.
 
     dataset: gives {"image": PIL RGB, "text": str or list of str}; of a list one caption is drawn.
-    image_transforms: change the picture. They draw from (seed, position), or, with image_variations=V, from
-        (seed, index, epoch modulo V): then a picture has only V forms, which a cache can hold.
+    image_transforms: change the image. They draw from (seed, position), or, with image_variations=V, from
+        (seed, index, epoch modulo V): then an image has only V forms, which a cache can hold.
     transforms: run after them, and after the caption is drawn, from (seed, position).
     seed: default 0.
-    cache: where the pictures' forms come from instead, once it is set; they are equal.
-    skip_unreadable: put the next readable picture in the place of one that cannot be decoded, and count the
+    cache: where the images' forms come from instead, once it is set; they are equal.
+    skip_unreadable: put the next readable image in the place of one that cannot be decoded, and count the
         steps taken in `skipped` (int, else 0). By default it is an error.
 
-    Raises UnreadablePicture, and UserError where no picture can be read at all.
+    Raises UnreadableImage, and UserError where no image can be read at all.
     """
 
     def __init__(
         self,
-        dataset: Pictures,
+        dataset: Images,
         image_transforms: Sequence[Transform],
         transforms: Sequence[Transform],
         *,
@@ -102,7 +102,7 @@ class Stream(Dataset):
         skip_unreadable: bool = False,
     ) -> None:
         if len(dataset) == 0:
-            raise UserError("the data set is empty; expected at least one picture")
+            raise UserError("the data set is empty; expected at least one image")
         if image_variations is not None and image_variations < 1:
             raise UserError(f"image_variations got {image_variations}; expected at least 1, or None for no repeats")
         self.dataset = dataset
@@ -113,15 +113,15 @@ class Stream(Dataset):
         self.skip_unreadable = skip_unreadable
         self.cache: Forms | None = None
         self._orders: dict[int, np.ndarray] = {}
-        self._of_pictures = Generators(seed, Domain.PICTURE)
+        self._of_images = Generators(seed, Domain.IMAGE)
         self._of_samples = Generators(seed, Domain.SAMPLE)
 
     @cached_property
     def forms(self) -> int | None:
-        """How many forms a picture has: `image_variations`, one where no draw changes any, or no end (None).
+        """How many forms an image has: `image_variations`, one where no draw changes any, or no end (None).
 
-        A random crop changes nothing of pictures that are square already. So sizes are looked at, up to the
-        first picture that varies, where the data set has `size(index)`; one whose pictures are elsewhere says
+        A random crop changes nothing of images that are square already. So sizes are looked at, up to the
+        first image that varies, where the data set has `size(index)`; one whose images are elsewhere says
         its `forms`.
         """
         if hasattr(self.dataset, "forms"):
@@ -135,7 +135,7 @@ class Stream(Dataset):
         if not callable(size_of):
             return True
         for index in range(len(self.dataset)):
-            with suppress(UnreadablePicture):
+            with suppress(UnreadableImage):
                 if draws_matter(self.image_transforms, size_of(index)):
                     return True
         return False
@@ -158,38 +158,38 @@ class Stream(Dataset):
         while len(samples) < len(positions):
             rest = positions[len(samples) :]
             try:
-                for position, picture in zip(rest, self._pictures(rest)):
-                    samples.append(self._finish(position, picture, skipped=0))
-            except UnreadablePicture:
+                for position, image in zip(rest, self._images(rest)):
+                    samples.append(self._finish(position, image, skipped=0))
+            except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
                 position = positions[len(samples)]
                 samples.append(self._finish(position, *self._next_readable(position)))
         return samples
 
-    def picture_forms(self, rows: Sequence[int]) -> list[Sample | None]:
-        """For a cache: row `index * forms + variation` after the image transforms, each picture read once.
+    def image_forms(self, rows: Sequence[int]) -> list[Sample | None]:
+        """For a cache: row `index * forms + variation` after the image transforms, each image read once.
 
-        None for a picture that cannot be read, where those are skipped.
+        None for an image that cannot be read, where those are skipped.
         """
         assert self.forms is not None
         raw: dict[int, Sample | None] = {}
         for index in dict.fromkeys(row // self.forms for row in rows):
             try:
                 raw[index] = self.dataset[index]
-            except UnreadablePicture:
+            except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
                 raw[index] = None
         samples = []
         for row in rows:
             index, variation = divmod(row, self.forms)
-            picture, rng = raw[index], self._of_pictures.at(index, variation)
-            samples.append(None if picture is None else _run(self.image_transforms, picture, rng))
+            image, rng = raw[index], self._of_images.at(index, variation)
+            samples.append(None if image is None else _run(self.image_transforms, image, rng))
         return samples
 
-    def _pictures(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """What the positions' pictures are after the image transforms."""
+    def _images(self, positions: Sequence[int]) -> Iterator[Sample]:
+        """What the positions' images are after the image transforms."""
         places = [self.locate(position) for position in positions]
         if self.cache is not None:
             for epoch, index in places:
@@ -203,18 +203,18 @@ class Stream(Dataset):
 
     def _transform(self, position: int, epoch: int, index: int, raw: Sample) -> Sample:
         counter = (position,) if self.image_variations is None else (index, epoch % self.image_variations)
-        return _run(self.image_transforms, raw, self._of_pictures.at(*counter))
+        return _run(self.image_transforms, raw, self._of_images.at(*counter))
 
-    def _finish(self, position: int, picture: Sample, skipped: int) -> Sample:
+    def _finish(self, position: int, image: Sample, skipped: int) -> Sample:
         rng = self._of_samples.at(position)
         share = rng.random()  # drawn for a single caption too, so that the draws after it stay the same
-        text = picture["text"]
+        text = image["text"]
         if not isinstance(text, str):
-            picture = {**picture, "text": text[int(share * len(text))]}
-        return {**_run(self.transforms, picture, rng), "skipped": skipped}
+            image = {**image, "text": text[int(share * len(text))]}
+        return {**_run(self.transforms, image, rng), "skipped": skipped}
 
     def _next_readable(self, position: int) -> tuple[Sample, int]:
-        """(picture, steps taken) of the first readable one from this position's index on."""
+        """(image, steps taken) of the first readable one from this position's index on."""
         epoch, first = self.locate(position)
         for skipped in range(len(self.dataset)):
             index = (first + skipped) % len(self.dataset)
@@ -222,9 +222,9 @@ class Stream(Dataset):
                 if self.cache is not None:
                     return self.cache.sample(index, epoch), skipped
                 return self._transform(position, epoch, index, self.dataset[index]), skipped
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 last = error
-        raise UserError(f"none of the {len(self.dataset)} pictures can be read; the last: {last}")
+        raise UserError(f"none of the {len(self.dataset)} images can be read; the last: {last}")
 
 
 def _run(transforms: Sequence[Transform], sample: Sample, rng: np.random.Generator) -> Sample:
@@ -369,13 +369,13 @@ class _FormsByRow(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> list[Sample | None] | UserError:
         try:
-            return self.stream.picture_forms(rows)
+            return self.stream.image_forms(rows)
         except UserError as error:
             return error
 
 
 def form_loader(stream: Stream, chunks: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
-    """`stream.picture_forms` of each chunk of rows, in order."""
+    """`stream.image_forms` of each chunk of rows, in order."""
     return _loader(_FormsByRow(stream), chunks, num_workers)
 
 

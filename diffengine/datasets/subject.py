@@ -1,4 +1,4 @@
-"""A subject's few pictures, beside pictures of its class, so that the class is not forgotten (DreamBooth)."""
+"""A subject's few images, beside images of its class, so that the class is not forgotten (DreamBooth)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,22 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffengine.datasets.folder import is_picture, lies_in, list_files
+from diffengine.datasets.folder import is_image, lies_in, list_files
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.pictures import Sample
+from diffengine.datasets.images import Sample
 from diffengine.errors import UserError
 
-RECORD = "drawn.json"  # beside class pictures: those that a run drew, and what it drew them from
+RECORD = "drawn.json"  # beside class images: those that a run drew, and what it drew them from
 
 
 @dataclass
-class MissingPictures:
-    """Pictures that a data set waits for: the run draws them with the model, before it trains.
+class MissingImages:
+    """Images that a data set waits for: the run draws them with the model, before it trains.
 
     Attributes:
         folder: where they go; it need not exist.
         prompt: what to draw.
-        numbers: one a picture: the seed of its noise, and its file `NNNNNN.png`, which is not there yet.
+        numbers: one an image: the seed of its noise, and its file `NNNNNN.png`, which is not there yet.
         options: the model's own drawing options, by name.
     """
 
@@ -32,12 +32,12 @@ class MissingPictures:
     options: dict[str, Any] = field(default_factory=dict)
 
     def claim(self, base: str) -> None:
-        """Note in the folder's `drawn.json` that its missing pictures are drawn by the model `base`.
+        """Note in the folder's `drawn.json` that its missing images are drawn by the model `base`.
 
-        Pictures that are not listed there are somebody's own, and taken as they are.
+        Images that are not listed there are somebody's own, and taken as they are.
 
         Raises:
-            UserError: pictures are there that were drawn by another prompt, base or options; or the folder
+            UserError: images are there that were drawn by another prompt, base or options; or the folder
                 cannot be written.
         """
         record = self.folder / RECORD
@@ -49,7 +49,7 @@ class MissingPictures:
                        if before.get(key) != now[key]]  # fmt: skip
             if drawn and changed:
                 raise UserError(
-                    f"'{self.folder}' holds {len(drawn)} class pictures that were drawn otherwise: "
+                    f"'{self.folder}' holds {len(drawn)} class images that were drawn otherwise: "
                     f"{'; '.join(changed)}; choose another class_data, delete them to have them drawn anew, "
                     f"or delete {RECORD} to keep them"
                 )
@@ -60,27 +60,27 @@ class MissingPictures:
                 beside.write_text(json.dumps({**now, "pictures": names}, indent=1), encoding="utf-8")
                 beside.replace(record)
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot keep class pictures in '{self.folder}': {error}") from error
+            raise UserError(f"cannot keep class images in '{self.folder}': {error}") from error
 
 
 class SubjectDataset:
-    """Pictures of one subject under `instance_prompt` and of its class under `class_prompt`, in turn.
+    """Images of one subject under `instance_prompt` and of its class under `class_prompt`, in turn.
 
     DreamBooth's prior preservation (arXiv 2208.12242): half of the samples are of the class, with the weight
     `prior_loss_weight` in the loss, sum_i w_i sum_j ce_ij / sum_i w_i n_i over samples i and their n_i masked
     tokens j. The shorter half repeats.
 
-    data: the subject's pictures, anything ImageTextDataset reads; their captions are not.
+    data: the subject's images, anything ImageTextDataset reads; their captions are not.
     instance_prompt: "a photo of sks dog".
-    class_data: a folder of class pictures, or None to train on the subject alone. Where it holds fewer than
+    class_data: a folder of class images, or None to train on the subject alone. Where it holds fewer than
         `num_class_images`, the run draws the missing ones with the base model before training, and notes in
         its `drawn.json` what they were drawn by: they serve no other prompt and no other base.
     class_prompt: "a photo of a dog". num_class_images: how many to use, default 100: the first by path.
     class_drawing: options of that drawing, as of previews: `dict(guidance_scale=4.0)`.
     prior_loss_weight: above 0, default 1.0.
 
-    Class pictures are looked at when the first of them is read, so that they may be drawn before.
-    Raises UserError for class pictures without a prompt, for numbers that make no sense, and for folders one
+    Class images are looked at when the first of them is read, so that they may be drawn before.
+    Raises UserError for class images without a prompt, for numbers that make no sense, and for folders one
     inside the other.
     """
 
@@ -98,7 +98,7 @@ class SubjectDataset:
         if (class_data is None) != (class_prompt is None):
             raise UserError(
                 f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected "
-                "both, or neither to train without class pictures"
+                "both, or neither to train without class images"
             )
         if num_class_images < 1:
             raise UserError(
@@ -107,7 +107,7 @@ class SubjectDataset:
         if prior_loss_weight <= 0:
             raise UserError(
                 f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None "
-                "to train without class pictures"
+                "to train without class images"
             )
         if class_data is not None and (lies_in(data, class_data) or lies_in(class_data, data)):
             raise UserError(
@@ -123,29 +123,29 @@ class SubjectDataset:
 
     @cached_property
     def of_class(self) -> ImageTextDataset:
-        """The class pictures in use, `num_class_images` of them."""
-        missing = self.missing_pictures()
+        """The class images in use, `num_class_images` of them."""
+        missing = self.missing_images()
         if missing and missing.numbers:
             raise UserError(
-                f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class pictures; "
+                f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class images; "
                 "train with a model that draws them, add them, or lower num_class_images"
             )
         assert self.class_data is not None
         return ImageTextDataset(self.class_data, caption=self.class_prompt, max_samples=self.num_class_images)
 
-    def missing_pictures(self) -> MissingPictures | None:
-        """The class pictures to draw, perhaps none, by the first free numbers; None without a class."""
+    def missing_images(self) -> MissingImages | None:
+        """The class images to draw, perhaps none, by the first free numbers; None without a class."""
         if self.class_data is None or self.class_prompt is None:
             return None
         folder = Path(self.class_data).expanduser()
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"class_data got '{folder}', which is no folder; expected one of class pictures")
+            raise UserError(f"class_data got '{folder}', which is no folder; expected one of class images")
         files = list_files(folder) if folder.is_dir() else []
-        missing = self.num_class_images - sum(map(is_picture, files))
+        missing = self.num_class_images - sum(map(is_image, files))
         taken = {file.name for file in files if file.parent == folder}
         free = (number for number in range(10**6) if f"{number:06}.png" not in taken)
         numbers = [number for number, _ in zip(free, range(missing))]
-        return MissingPictures(folder, self.class_prompt, numbers, dict(self.class_drawing))
+        return MissingImages(folder, self.class_prompt, numbers, dict(self.class_drawing))
 
     def __len__(self) -> int:
         if self.class_data is None:
@@ -163,11 +163,11 @@ class SubjectDataset:
         return dataset.size(place)
 
     def files(self) -> list[Path]:
-        """The files that hold the pictures' bytes, of the subject and then of the class."""
+        """The files that hold the images' bytes, of the subject and then of the class."""
         return self.subject.files() + (self.of_class.files() if self.class_data is not None else [])
 
     def captions(self) -> Iterator[str]:
-        """Every caption, of the subject and then of the class; no picture is read."""
+        """Every caption, of the subject and then of the class; no image is read."""
         yield from self.subject.captions()
         if self.class_prompt is not None:
             yield from [self.class_prompt] * self.num_class_images

@@ -5,22 +5,22 @@ from typing import Protocol
 
 import numpy as np
 
-from diffengine.datasets.pictures import UnreadablePicture
+from diffengine.datasets.images import UnreadableImage
 from diffengine.errors import UserError
 
 
 class Sized(Protocol):
-    """A data set that knows the size of its pictures without decoding them."""
+    """A data set that knows the size of its images without decoding them."""
 
     def __len__(self) -> int: ...
     def size(self, index: int, /) -> tuple[int, int]: ...
 
 
 def survey(dataset: Sized, resolution: int, limit: int = 2000) -> str:
-    """One line: how many pictures, how much of them the square crop cuts off, how many are enlarged.
+    """One line: how many images, how much of them the square crop cuts off, how many are enlarged.
 
-    resolution: the side of the square in pixels. limit: of more pictures than this, evenly spaced ones are
-    looked at, by their headers. Pictures that cannot be read are counted, not raised.
+    resolution: the side of the square in pixels. limit: of more images than this, evenly spaced ones are
+    looked at, by their headers. Images that cannot be read are counted, not raised.
     """
     if limit < 1:
         raise UserError(f"survey got limit {limit}; expected at least 1")
@@ -29,9 +29,9 @@ def survey(dataset: Sized, resolution: int, limit: int = 2000) -> str:
     for place in places:
         try:
             sizes.append(dataset.size(place))
-        except UnreadablePicture:
+        except UnreadableImage:
             unreadable += 1
-    line = _looked_at(places, len(dataset), "pictures")
+    line = _looked_at(places, len(dataset), "images")
     if sizes:
         sides = np.sort(np.array(sizes), axis=1)
         cut = 1 - (sides[:, 0] / sides[:, 1]).mean()

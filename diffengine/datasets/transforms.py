@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffengine.datasets.pictures import Sample
+from diffengine.datasets.images import Sample
 from diffengine.errors import UserError
 
 
 class Transform(Protocol):
     """sample, generator -> sample.
 
-    It may have a method `effect(size)`: of a picture of this (width, height), or of any size where that is
+    It may have a method `effect(size)`: of an image of this (width, height), or of any size where that is
     None, the size afterwards, and whether what becomes of it depends on what is drawn. Without one it does.
     """
 
@@ -31,7 +31,7 @@ LONGEST = 64  # times the short side of what is resized
 
 
 def draws_matter(transforms: Sequence[Transform], size: Size | None) -> bool:
-    """Whether a picture of this size, or of any, becomes another from draw to draw."""
+    """Whether an image of this size, or of any, becomes another from draw to draw."""
     for transform in transforms:
         if not hasattr(transform, "effect"):
             return True
@@ -44,7 +44,7 @@ def draws_matter(transforms: Sequence[Transform], size: Size | None) -> bool:
 class Resize:
     """The short side to `size` pixels, aspect kept, bilinear and antialiased.
 
-    Records `original_size`, (width, height) before, if no transform has yet. Of a picture that is more than
+    Records `original_size`, (width, height) before, if no transform has yet. Of an image that is more than
     `LONGEST` times as long as it is wide only the middle is taken: a line would become gigabytes.
     """
 
@@ -73,8 +73,8 @@ class Resize:
 class Crop:
     """A square of `size` pixels, at a random place, or from the centre with random=False.
 
-    Records `crop_top_left`, (top, left) in pixels of the picture as it comes in, `crop_from`, its
-    (width, height), and `original_size`, if no transform has yet. Raises UserError for a picture that is
+    Records `crop_top_left`, (top, left) in pixels of the image as it comes in, `crop_from`, its
+    (width, height), and `original_size`, if no transform has yet. Raises UserError for an image that is
     smaller than the square.
     """
 
@@ -91,7 +91,7 @@ class Crop:
         width, height = image.size
         if min(width, height) < self.size:
             raise UserError(
-                f"Crop got a picture of {width}x{height}; expected at least {self.size}x{self.size}; "
+                f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}; "
                 f"put Resize({self.size}) before it"
             )
         room = (height - self.size, width - self.size)
@@ -106,9 +106,9 @@ class Crop:
 
 
 class Flip:
-    """Mirrors the picture left to right with probability `p`, default 0.5.
+    """Mirrors the image left to right with probability `p`, default 0.5.
 
-    After a crop, its left is counted anew in the mirrored picture, which is the one that the model is shown.
+    After a crop, its left is counted anew in the mirrored image, which is the one that the model is shown.
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -129,7 +129,7 @@ class Flip:
 
 
 class ToTensor:
-    """The picture and what is known of it, as tensors.
+    """The image and what is known of it, as tensors.
 
     `image`: (3, H, W) float32 in [0, 1]. `micro_conds`: (5,) float32 of original width, original height, crop
     top, crop left, in pixels, and the aesthetic score, default 6.0. The records of the other transforms go.

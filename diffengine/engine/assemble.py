@@ -13,7 +13,7 @@ from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
 from diffengine.datasets import (
-    MissingPictures,
+    MissingImages,
     PositionSampler,
     Stream,
     lies_in,
@@ -21,7 +21,7 @@ from diffengine.datasets import (
     survey,
     survey_captions,
 )
-from diffengine.datasets.cache import PicturelessDataset
+from diffengine.datasets.cache import CachedDataset
 from diffengine.engine import checkpoint, distributed
 from diffengine.engine.caching import PLACES, TokenCache, attach
 from diffengine.engine.compiling import compile_model
@@ -60,13 +60,13 @@ def build_dataloader(
 
     Args:
         dataset: `dict(type=ImageTextDataset, ...)`, or any class with `__len__` and `__getitem__`.
-        image_transforms: change the picture.
+        image_transforms: change the image.
         batch_size: samples per optimizer step, of all GPUs together: what is learnt from does not depend on
             how many there are.
         transforms: run after them.
         num_workers: processes per GPU that read and transform, one per core at most.
-        image_variations: forms of crop and flip per picture; None for a new one each time.
-        skip_unreadable: replace and count pictures that cannot be read, rather than stop.
+        image_variations: forms of crop and flip per image; None for a new one each time.
+        skip_unreadable: replace and count images that cannot be read, rather than stop.
         model, seed, start_iter: given by the run.
     """
     draw = model.sample_draw
@@ -99,7 +99,7 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
 
 
 def build_dataset(resolved: Mapping[str, Any], cache: TokenCache) -> Any:
-    """The data set; or, where its pictures are not here, what the cache at a named path holds of it."""
+    """The data set; or, where its images are not here, what the cache at a named path holds of it."""
     options = resolved["train_dataloader"]["dataset"]
     try:
         return build(options)
@@ -128,7 +128,7 @@ def check_apart(place: Path, dataset: Mapping[str, Any], what: str, option: str)
         if isinstance(folder, str) and Path(folder).expanduser().is_dir() and lies_in(place, folder):
             raise UserError(
                 f"{what} '{place}' lies inside the data '{folder}', and what is written there would become "
-                f"pictures to learn; choose a {option} outside of it"
+                f"images to learn; choose a {option} outside of it"
             )
 
 
@@ -180,7 +180,7 @@ def prepare(
     start_iter: int = 0,
     assets: Mapping[str, str] | None = None,
 ) -> "Parts":
-    """Every part of a run, and its data complete: class pictures drawn, tokens cached.
+    """Every part of a run, and its data complete: class images drawn, tokens cached.
 
     Args:
         start_iter: the step to go on from.
@@ -264,14 +264,14 @@ def attach_cache(parts: Parts, resolved: Mapping[str, Any], work_dir: Path, star
     A fault in the data or its shape shows here, before the run writes anything of its own.
     """
     loop = parts.loop
-    if not isinstance(loop.stream.dataset, PicturelessDataset):
+    if not isinstance(loop.stream.dataset, CachedDataset):
         distributed.on_all_ranks(lambda: loop.stream[start_iter * loop.batch_size])
     positions = loop.max_iters * loop.batch_size
     attach(parts.cache, loop.stream, parts.model.encoder, parts.optim, resolved, work_dir, positions)
 
 
 def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -> None:
-    """Draw the pictures that a data set waits for, with the model as it is before training.
+    """Draw the images that a data set waits for, with the model as it is before training.
 
     Rank 0 draws. Each is written beside and renamed, so a run that is killed goes on with the next one.
 
@@ -279,15 +279,15 @@ def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -
         UserError: on every rank, if the model cannot draw them, they cannot be written, or those that are
             there were drawn otherwise.
     """
-    if not hasattr(dataset, "missing_pictures"):
+    if not hasattr(dataset, "missing_images"):
         return
-    missing = distributed.on_rank_0(lambda: _to_draw(dataset.missing_pictures(), model))
+    missing = distributed.on_rank_0(lambda: _to_draw(dataset.missing_images(), model))
     if missing:
-        for number in missing.numbers:  # so no rank waits for longer than one picture takes
+        for number in missing.numbers:  # so no rank waits for longer than one image takes
             distributed.on_rank_0(partial(_draw_one, missing, number, model, optim))
 
 
-def _to_draw(missing: MissingPictures | None, model: TrainableModel) -> MissingPictures | None:
+def _to_draw(missing: MissingImages | None, model: TrainableModel) -> MissingImages | None:
     """What is missing, if this model can draw it, and has drawn what a run has drawn before."""
     if missing is None:
         return None
@@ -300,8 +300,8 @@ def _to_draw(missing: MissingPictures | None, model: TrainableModel) -> MissingP
     return missing
 
 
-def check_can_draw(missing: MissingPictures, model: TrainableModel) -> None:
-    """Raises UserError where pictures are missing and this model draws none from text."""
+def check_can_draw(missing: MissingImages, model: TrainableModel) -> None:
+    """Raises UserError where images are missing and this model draws none from text."""
     if missing.numbers and (not isinstance(model, MaskedImageModel) or model.assets):
         why = "is built from nothing" if model.assets else "draws nothing from text"
         raise UserError(
@@ -309,39 +309,39 @@ def check_can_draw(missing: MissingPictures, model: TrainableModel) -> None:
         )
 
 
-def _lack(missing: MissingPictures) -> str:
-    return f"'{missing.folder}' lacks {len(missing.numbers)} class pictures"
+def _lack(missing: MissingImages) -> str:
+    return f"'{missing.folder}' lacks {len(missing.numbers)} class images"
 
 
-def _draw_one(missing: MissingPictures, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
+def _draw_one(missing: MissingImages, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
     """Write `NNNNNN.png`, unless it has come by itself."""
     path = missing.folder / f"{number:06}.png"
     beside = path.with_name(f".{path.name}.part")
     request = PreviewRequest([missing.prompt], seed=number, options=missing.options)
     with optim.autocast():
-        (picture,) = model.preview(request)
+        (image,) = model.preview(request)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.image.save(beside, "PNG")
+        image.image.save(beside, "PNG")
         if not path.exists():
             beside.rename(path)
         done = missing.numbers.index(number) + 1
         if done % 10 == 0 or done == len(missing.numbers):
-            print(f"drew {done}/{len(missing.numbers)} class pictures", flush=True)
+            print(f"drew {done}/{len(missing.numbers)} class images", flush=True)
     except OSError as error:
-        raise UserError(f"cannot write class picture '{path}': {error}") from error
+        raise UserError(f"cannot write class image '{path}': {error}") from error
     finally:
         with suppress(OSError):
             beside.unlink()
 
 
 def announce(runner: Runner, resolved: Mapping[str, Any], device: torch.device) -> None:
-    """What will be trained: its sizes, and what of pictures and captions is cut off."""
+    """What will be trained: its sizes, and what of images and captions is cut off."""
     loop = runner.train_loop
     precision, why = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
     trained = sum(parameter.numel() for parameter in runner.trainable.parameters() if parameter.requires_grad)
     runner.logger.info(
-        f"{runner.name}: {loop.num_samples} pictures, {loop.max_iters} steps of {loop.batch_size}, "
+        f"{runner.name}: {loop.num_samples} images, {loop.max_iters} steps of {loop.batch_size}, "
         f"{trained:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x {device.type}, "
         f"in {runner.work_dir}"
     )

@@ -1,4 +1,4 @@
-"""The token cache of a run: decided on, built by all processes, checked, and put in the pictures' place."""
+"""The token cache of a run: decided on, built by all processes, checked, and put in the images' place."""
 
 import errno
 import fcntl
@@ -15,14 +15,14 @@ import numpy as np
 
 from diffengine.datasets import Sample, Stream, collate, form_loader
 from diffengine.datasets.cache import (
+    CachedDataset,
     CachedForms,
-    PicturelessDataset,
     Table,
     TableBuilder,
     captions_of,
     columns_of,
     digest_of,
-    digest_of_pictures,
+    digest_of_images,
     digest_of_texts,
     texts_of,
     what_no_table_keeps,
@@ -34,29 +34,29 @@ from diffengine.engine.optim import StepOptimWrapper
 from diffengine.errors import UserError
 from diffengine.models.base import Encoder
 
-CHECKED = 8  # pictures encoded anew at each start
+CHECKED = 8  # images encoded anew at each start
 TOLERATED = 0.01  # of their tokens may differ: another device rounds otherwise, and a tie falls otherwise
 EMBEDDINGS = 4e9  # bytes that text_embeddings="auto" may take on disk
 CAPTIONS_AT_ONCE = 32
 PLACES = ("path", "data", "class_data")  # options of a data set that say where it is, not what it gives
 LOCK = ".lock"  # in a cache's folder, before anything else is
-NOTES = "files.json"  # of the pictures' files
+NOTES = "files.json"  # of the images' files
 Choice = bool | Literal["auto"]
 Part = tuple[int, int]  # the first of a table's rows, and the one after its last
 
 
 @final
 class TokenCache:
-    """The `token_cache` section: what the frozen encoders make of pictures and captions, computed once.
+    """The `token_cache` section: what the frozen encoders make of images and captions, computed once.
 
     It changes nothing that is learnt: ids equal those computed at each step, id for id, on the same device.
 
     Args:
-        use: "auto" where the run sees each form of a picture more than once (a form: one draw of crop and
+        use: "auto" where the run sees each form of an image more than once (a form: one draw of crop and
             flip, `image_variations` of them, or one where nothing varies); True builds it in any case, or
             says why it cannot be; False encodes at each step.
         path: its folder. None: one named by what is encoded, in `cache/` beside the work dir. One that was
-            built elsewhere is used without the pictures.
+            built elsewhere is used without the images.
         text_embeddings: keep the frozen text encoder's outputs as well, in fp32; "auto" up to 4 GB of them.
     """
 
@@ -65,12 +65,12 @@ class TokenCache:
         self.path = None if path is None else Path(path).expanduser()
         self.text_embeddings = text_embeddings
 
-    def stand_in(self) -> PicturelessDataset | None:
-        """A data set of what the cache at `path` holds, for a machine without the pictures."""
+    def stand_in(self) -> CachedDataset | None:
+        """A data set of what the cache at `path` holds, for a machine without the images."""
         if self.path is None or not self.use:
             return None
-        table = Table(_pictures(self.path))
-        return None if table.made_of is None else PicturelessDataset(CachedForms(table, table.made_of["forms"]))
+        table = Table(_images(self.path))
+        return None if table.made_of is None else CachedDataset(CachedForms(table, table.made_of["forms"]))
 
 
 @dataclass
@@ -79,21 +79,21 @@ class Plan:
 
     Attributes:
         folder: where it is, or will be.
-        key: what its table of pictures depends on, but for the pictures and captions themselves.
-        forms: of each picture.
+        key: what its table of images depends on, but for the images and captions themselves.
+        forms: of each image.
         encoder: the model's.
-        pictureless: the pictures are not here, and it is all that there is of them.
+        imageless: the images are not here, and it is all that there is of them.
     """
 
     folder: Path
     key: dict[str, Any]
     forms: int
     encoder: Encoder
-    pictureless: bool
+    imageless: bool
 
     @property
-    def pictures(self) -> Table:
-        return Table(_pictures(self.folder))
+    def images(self) -> Table:
+        return Table(_images(self.folder))
 
 
 def plan(
@@ -110,11 +110,11 @@ def plan(
         positions: samples that the whole run takes.
 
     Raises:
-        UserError: it is asked for and cannot be; or the pictures are not here, and something else changed.
+        UserError: it is asked for and cannot be; or the images are not here, and something else changed.
     """
-    pictureless = isinstance(stream.dataset, PicturelessDataset)
+    imageless = isinstance(stream.dataset, CachedDataset)
     reason = "as configured" if not cache.use else _why_not(cache, stream, encoder, positions)
-    if reason and (cache.use is True or pictureless):
+    if reason and (cache.use is True or imageless):
         raise UserError(f"the cache cannot be used: {reason}")
     if reason or encoder is None or stream.forms is None:
         return reason or ""
@@ -126,14 +126,14 @@ def plan(
             "image_variations": stream.image_variations,
             "forms": forms,
             "seed": stream.seed if forms > 1 else None,
-            **encoder.picture_key(),
+            **encoder.image_key(),
         }
     )
     folder = cache.path or work_dir.parent / "cache" / digest_of([section["dataset"], key])[:12]
     distributed.on_rank_0(lambda: _check_place(folder))
-    found = Plan(folder, key, forms, encoder, pictureless)
-    if pictureless:
-        distributed.on_rank_0(lambda: _check_without_pictures(found))
+    found = Plan(folder, key, forms, encoder, imageless)
+    if imageless:
+        distributed.on_rank_0(lambda: _check_without_images(found))
     return found
 
 
@@ -157,14 +157,14 @@ def attach(
         return
     workers = resolved["train_dataloader"].get("num_workers", 0)
     with _locked(found.folder):
-        table = found.pictures if found.pictureless else _picture_table(found, stream, workers)
+        table = found.images if found.imageless else _image_table(found, stream, workers)
         captions = _caption_table(found, cache, stream, optim)
     found.encoder.rest()
     stream.cache = CachedForms(table, found.forms)
     found.encoder.use_captions(CaptionLookup(captions))
     seen = positions / len(table)
     _say(
-        f"token cache: {len(stream.dataset)} pictures in {spell_forms(found.forms)}, each form is taken "
+        f"token cache: {len(stream.dataset)} images in {spell_forms(found.forms)}, each form is taken "
         f"{seen:.3g} times; {spell_size(table.nbytes + captions.nbytes)} in {found.folder}"
     )
 
@@ -174,18 +174,18 @@ def _why_not(cache: TokenCache, stream: Stream, encoder: Encoder | None, positio
     if encoder is None:
         return "this model learns from pixels; set cache=False"
     if stream.forms is None:
-        return "crop and flip are drawn anew each time; set image_variations to how many to keep of a picture"
-    pictureless = isinstance(stream.dataset, PicturelessDataset)
-    if cache.use == "auto" and not pictureless and positions <= len(stream.dataset) * stream.forms:
+        return "crop and flip are drawn anew each time; set image_variations to how many to keep of an image"
+    imageless = isinstance(stream.dataset, CachedDataset)
+    if cache.use == "auto" and not imageless and positions <= len(stream.dataset) * stream.forms:
         return "the run takes each form at most once; set cache=True to build it all the same"
-    if not pictureless:
-        (sample,) = stream.picture_forms([0])
+    if not imageless:
+        (sample,) = stream.image_forms([0])
         if sample is not None and (other := what_no_table_keeps(sample)):
             return f"it keeps tensors and numbers, but a sample has {other}; leave that out, or set cache=False"
     return None
 
 
-def _pictures(folder: Path) -> Path:
+def _images(folder: Path) -> Path:
     return folder / "pictures.arrow"
 
 
@@ -198,7 +198,7 @@ def _check_place(folder: Path) -> None:
     blocking = [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]
     if blocking:
         raise UserError(f"the cache '{folder}' cannot be there: '{blocking[0]}' is no folder; set cache_path")
-    tables = [_pictures(folder), _captions(folder)]
+    tables = [_images(folder), _captions(folder)]
     if (folder / LOCK).exists() or any(Table(file).made_of is not None for file in tables):
         return
     own = [*tables, *(file.with_suffix(".json") for file in tables), folder / NOTES]
@@ -209,26 +209,26 @@ def _check_place(folder: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
-def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
-    """The table of this data, whose bytes and a few of whose pictures were looked at; built if need be."""
-    table, encoder, forms = found.pictures, found.encoder, found.forms
+def _image_table(found: Plan, stream: Stream, workers: int) -> Table:
+    """The table of this data, whose bytes and a few of whose images were looked at; built if need be."""
+    table, encoder, forms = found.images, found.encoder, found.forms
 
     def changed() -> tuple[dict[str, Any], str | None]:
         made_of = {
-            "pictures": digest_of_pictures(stream.dataset, found.folder / NOTES),
+            "pictures": digest_of_images(stream.dataset, found.folder / NOTES),
             "captions": digest_of_texts(texts_of(stream.dataset)),
             **found.key,
         }
-        return made_of, difference(table, made_of) or _check_pictures(table, stream, found)
+        return made_of, difference(table, made_of) or _check_images(table, stream, found)
 
     made_of, reason = distributed.on_rank_0(changed)
     if reason is None:
         distributed.on_rank_0(TableBuilder(table.file, made_of, 0).sweep)
         return table
-    _say(f"token cache: {reason}; encoding {len(stream.dataset)} pictures in {spell_forms(forms)}")
+    _say(f"token cache: {reason}; encoding {len(stream.dataset)} images in {spell_forms(forms)}")
     template = distributed.on_all_ranks(lambda: first_readable(stream, encoder))
     builder = TableBuilder(table.file, made_of, len(stream.dataset) * forms)
     distributed.on_rank_0(lambda: _check_room(builder, template))
@@ -239,7 +239,7 @@ def _picture_table(found: Plan, stream: Stream, workers: int) -> Table:
             list(range(start, min(start + size, end))) for first, end in parts for start in range(first, end, size)
         ]
         read = iter(form_loader(stream, chunks, workers))
-        progress = Progress(sum(end - first for first, end in parts), "forms" if forms > 1 else "pictures")
+        progress = Progress(sum(end - first for first, end in parts), "forms" if forms > 1 else "images")
         for first, end in parts:
             samples: list[Sample | None] = []
             while len(samples) < end - first:
@@ -256,7 +256,7 @@ def encode(samples: list[Sample | None], encoder: Encoder) -> list[Sample | None
     images = [{"image": sample["image"]} for sample in samples if sample is not None]
     if not images:
         return samples
-    columns = encoder.encode_pictures(collate(images)["image"])
+    columns = encoder.encode_images(collate(images)["image"])
     rows = ({name: column[place] for name, column in columns.items()} for place in range(len(images)))
     return [
         None if sample is None else {**{key: value for key, value in sample.items() if key != "image"}, **next(rows)}
@@ -268,10 +268,10 @@ def first_readable(stream: Stream, encoder: Encoder) -> Sample:
     """A sample as the table keeps it, whatever it is of."""
     assert stream.forms is not None
     for index in range(len(stream.dataset)):
-        (sample,) = encode(stream.picture_forms([index * stream.forms]), encoder)
+        (sample,) = encode(stream.image_forms([index * stream.forms]), encoder)
         if sample is not None:
             return sample
-    raise UserError(f"none of the {len(stream.dataset)} pictures can be read")
+    raise UserError(f"none of the {len(stream.dataset)} images can be read")
 
 
 def _check_room(builder: TableBuilder, template: Sample) -> None:
@@ -302,11 +302,11 @@ def difference(table: Table, made_of: Mapping[str, Any]) -> str | None:
     return f"changed since it was built: {', '.join(names)}" if names else None
 
 
-def _check_pictures(table: Table, stream: Stream, found: Plan) -> str | None:
-    """Encode a few pictures anew; what differs from the table, if it is more than rounding."""
+def _check_images(table: Table, stream: Stream, found: Plan) -> str | None:
+    """Encode a few images anew; what differs from the table, if it is more than rounding."""
     rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
     size = found.encoder.batch_size
-    pieces = [stream.picture_forms(rows[start : start + size]) for start in range(0, len(rows), size)]
+    pieces = [stream.image_forms(rows[start : start + size]) for start in range(0, len(rows), size)]
     fresh = [pair for piece in pieces for pair in zip(piece, encode(piece, found.encoder))]
     same = total = 0
     for row, (read, sample) in zip(rows, fresh):
@@ -321,18 +321,17 @@ def _check_pictures(table: Table, stream: Stream, found: Plan) -> str | None:
                 same += int((np.asarray(kept[name]) == value[0]).sum())
                 total += value[0].size
             elif not np.array_equal(kept[name], value[0], equal_nan=name == "weight"):
-                return f"{name} of picture {row // found.forms} is another now"
+                return f"{name} of image {row // found.forms} is another now"
     return None if same >= (1 - TOLERATED) * total else f"{total - same} of {total} tokens come out otherwise now"
 
 
-def _check_without_pictures(found: Plan) -> None:
-    table = found.pictures
+def _check_without_images(found: Plan) -> None:
+    table = found.images
     known = table.made_of or {}
     same = {name: known.get(name) for name in ("pictures", "captions")}  # of what is not here
     if reason := difference(table, {**same, **found.key}):
         raise UserError(
-            f"the cache '{found.folder}' does not fit this run, and the pictures to build it anew are not "
-            f"here: {reason}"
+            f"the cache '{found.folder}' does not fit this run, and the images to build it anew are not here: {reason}"
         )
 
 

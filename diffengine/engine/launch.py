@@ -21,7 +21,7 @@ LAUNCHED = "DIFFENGINE_LAUNCHED"  # set for the processes that `launch` starts: 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What names a config, changes it, and says how processes are started."""
     parser.add_argument("config", help="a shipped name (see list-cfg) or the path of a config file")
-    parser.add_argument("--data", help="pictures: a folder, a parquet file or a hub name (sets `data`)")
+    parser.add_argument("--data", help="images: a folder, a parquet file or a hub name (sets `data`)")
     parser.add_argument("--pretrained", help="a model folder or hub name (sets `pretrained`)")
     parser.add_argument("--work-dir", help="where the run goes; default work_dirs/<config name>")
     parser.add_argument(

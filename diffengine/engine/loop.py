@@ -51,7 +51,7 @@ class Step:
         samples: the global batch's samples.
         learning_rate: that this step took.
         grad_norm: before clipping, or None.
-        skipped: unreadable pictures replaced on this rank.
+        skipped: unreadable images replaced on this rank.
         data_wait: seconds waited for the batch.
         seconds: of the whole iteration on the host, hooks after it apart.
     """
@@ -265,7 +265,7 @@ class StepLoop(BaseLoop):
                 fault = None if reason is None else self.micro.too_large(reason)
                 distributed.share_fault(fault)
             runner.logger.info(
-                f"out of memory with {before_size} pictures at a time: step {self.done + 1} is taken again "
+                f"out of memory with {before_size} images at a time: step {self.done + 1} is taken again "
                 f"with {self.micro.size}, and so are all after it (micro_batch_size)"
             )
 

@@ -48,7 +48,7 @@ class MicroBatches:
         """Not even the smallest part fits."""
         one = self.size == 1
         return too_large(
-            "even one picture at a time does" if one else f"{self.size} pictures, the fewest at a time, do",
+            "even one image at a time does" if one else f"{self.size} images, the fewest at a time, do",
             reason,
         )
 
@@ -116,7 +116,7 @@ def out_of_step(rank: int, step: int, micro: MicroBatches, reason: str) -> UserE
     """Memory ran out on one of several ranks in the middle of an exchange, which cannot be repeated."""
     return UserError(
         f"process {rank} ran out of memory in step {step} ({_first_sentences(reason)}), after {micro.size} "
-        "pictures at a time had fitted; go on with --resume --cfg-options "
+        "images at a time had fitted; go on with --resume --cfg-options "
         f"micro_batch_size={max(1, micro.size // 2)}"
     )
 

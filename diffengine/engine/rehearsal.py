@@ -42,7 +42,7 @@ class Seconds:
 
     Attributes:
         data: the wait for a batch, as it settles: workers read while a step is taken.
-        prepare: the model's `prepare`: pictures to tokens, where they come from no cache.
+        prepare: the model's `prepare`: images to tokens, where they come from no cache.
         passes: forward and backward.
         optimizer: the optimizer, with clipping and an average of the weights.
         first: the whole first step, which compiles and allocates.
@@ -64,9 +64,9 @@ class Figures:
     """What a run takes; of one process where it says nothing else.
 
     Attributes:
-        pictures: in the data set. awaited: of them, still to be drawn before training.
+        images: in the data set. awaited: of them, still to be drawn before training.
         steps, epochs, batch_size: of the whole run.
-        at_once: pictures per forward. halved: whether memory had run out with more.
+        at_once: images per forward. halved: whether memory had run out with more.
         parameters: trained ones.
         how: precision, and whether blocks are compiled, in words.
         seconds: of a step.
@@ -78,7 +78,7 @@ class Figures:
         free: bytes on the disk of the work dir. free_for_cache: on that of the cache, None if it is the same.
     """
 
-    pictures: int
+    images: int
     awaited: int
     steps: int
     epochs: float
@@ -110,7 +110,7 @@ def rehearse(
 ) -> Figures:
     """Take the first steps of a run through its own loop, and measure the last of them.
 
-    Class pictures that are missing are not drawn, and a cache is not built: samples of a few pictures stand
+    Class images that are missing are not drawn, and a cache is not built: samples of a few images stand
     in for theirs. Arguments as of `assemble.build_run`; the work dir is only looked at.
 
     Raises:
@@ -137,7 +137,7 @@ def rehearse(
     on_gpu = device.type == "cuda"
     free, other = _free(work_dir, cache)
     return Figures(
-        pictures=len(stream.dataset),
+        images=len(stream.dataset),
         awaited=awaited,
         steps=steps,
         epochs=steps * parts.loop.batch_size / len(stream.dataset),

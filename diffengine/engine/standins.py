@@ -1,4 +1,4 @@
-"""What stands in, in a rehearsal, for what a run would first have to make: class pictures, a token cache."""
+"""What stands in, in a rehearsal, for what a run would first have to make: class images, a token cache."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from diffengine.datasets import Sample, Stream, UnreadablePicture
+from diffengine.datasets import Sample, Stream, UnreadableImage
 from diffengine.datasets.cache import (
     PART,
     CachedForms,
@@ -18,7 +18,7 @@ from diffengine.datasets.cache import (
     digest_of_texts,
     texts_of,
 )
-from diffengine.datasets.pictures import texts_in
+from diffengine.datasets.images import texts_in
 from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, check_can_draw
 from diffengine.engine.caching import (
@@ -43,9 +43,9 @@ class CacheFigures:
 
     Attributes:
         folder: its folder.
-        rows, captions: forms of pictures, and distinct captions, in it.
+        rows, captions: forms of images, and distinct captions, in it.
         size: bytes of both tables.
-        there: whether it is there; a run still looks whether its pictures changed.
+        there: whether it is there; a run still looks whether its images changed.
         seconds: to build it, by all processes together.
     """
 
@@ -58,9 +58,9 @@ class CacheFigures:
 
 
 def stand_in_for_missing(parts: Parts) -> int:
-    """How many pictures the data set waits for, once something stands in for them."""
+    """How many images the data set waits for, once something stands in for them."""
     dataset: Any = parts.loop.stream.dataset
-    missing = dataset.missing_pictures() if hasattr(dataset, "missing_pictures") else None
+    missing = dataset.missing_images() if hasattr(dataset, "missing_images") else None
     if missing is None or not missing.numbers:
         return 0
     check_can_draw(missing, parts.model)
@@ -70,7 +70,7 @@ def stand_in_for_missing(parts: Parts) -> int:
 
 @final
 class Incomplete:
-    """A data set that waits for pictures, with its first one in the place of those."""
+    """A data set that waits for images, with its first one in the place of those."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -81,7 +81,7 @@ class Incomplete:
     def __getitem__(self, index: int) -> Sample:
         try:
             return self._dataset[index]
-        except UnreadablePicture:
+        except UnreadableImage:
             raise
         except UserError:
             return self._dataset[0]
@@ -91,7 +91,7 @@ class Incomplete:
         return self[index]["image"].size
 
     def texts(self) -> Iterator[str | list[str]]:
-        """Every picture's caption or captions, also those of what is missing."""
+        """Every image's caption or captions, also those of what is missing."""
         return texts_of(self._dataset)
 
 
@@ -114,10 +114,10 @@ def stand_in_for_cache(
     found = plan(parts.cache, stream, parts.model.encoder, resolved, work_dir, positions)
     if isinstance(found, str):
         return None, found
-    table = found.pictures
-    pictures = (table.made_of or {}).get("pictures")  # whose bytes only a run looks at
+    table = found.images
+    images = (table.made_of or {}).get("pictures")  # whose bytes only a run looks at
     captions = distinct_captions(stream)
-    made_of = {"pictures": pictures, "captions": digest_of_texts(texts_of(stream.dataset)), **found.key}
+    made_of = {"pictures": images, "captions": digest_of_texts(texts_of(stream.dataset)), **found.key}
     there = difference(table, made_of) is None
     workers = parts.loop.dataloader.num_workers
 
@@ -143,15 +143,15 @@ def stand_in_for_cache(
 
 
 def _some_samples(stream: Stream, found: Plan, workers: int) -> tuple[list[Sample], float]:
-    """Encoded forms of pictures spread over the data, or of its cache's; and the seconds that one takes."""
+    """Encoded forms of images spread over the data, or of its cache's; and the seconds that one takes."""
     encoder, count = found.encoder, len(stream.dataset) * found.forms
     rows = np.unique(np.linspace(0, count - 1, encoder.batch_size).round().astype(int)).tolist()
-    if found.pictureless:
-        kept = CachedForms(found.pictures, found.forms)
+    if found.imageless:
+        kept = CachedForms(found.images, found.forms)
         return [kept.sample(*divmod(row, found.forms)) for row in rows], 0.0
-    samples = [sample for sample in encode(stream.picture_forms(rows), encoder) if sample is not None]
+    samples = [sample for sample in encode(stream.image_forms(rows), encoder) if sample is not None]
     began = time.perf_counter()  # the first time loads and warms up
-    together = stream.picture_forms(list(range(min(count, encoder.batch_size))))  # as a build reads them
+    together = stream.image_forms(list(range(min(count, encoder.batch_size))))  # as a build reads them
     read = time.perf_counter() - began
     encode(together, encoder)
     encoded = time.perf_counter() - began - read

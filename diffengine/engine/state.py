@@ -221,11 +221,11 @@ def restore(runner: Any, state: dict[str, Any], path: Path) -> None:
     """Put a checkpoint back into a run whose parts are built.
 
     Raises:
-        UserError: the data has another size, so positions would be of other pictures.
+        UserError: the data has another size, so positions would be of other images.
     """
     if state["num_samples"] != runner.train_loop.num_samples:
         raise UserError(
-            f"cannot resume '{path}': the data had {state['num_samples']} pictures and has "
+            f"cannot resume '{path}': the data had {state['num_samples']} images and has "
             f"{runner.train_loop.num_samples}; restore it, or start a run of its own with --work-dir"
         )
     runner.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")

@@ -105,49 +105,49 @@ class PreviewRequest:
 
     Attributes:
         prompts: captions to draw.
-        pictures: the data's own pictures for these captions, RGB; empty where the prompts are free text.
-        seed: picture i draws its noise from a generator of its own, seeded with `seed + i`.
+        images: the data's own images for these captions, RGB; empty where the prompts are free text.
+        seed: image i draws its noise from a generator of its own, seeded with `seed + i`.
         resolution: side in pixels; None: the model's own.
         options: the model's own drawing options, by name.
     """
 
     prompts: list[str]
-    pictures: list[Image.Image] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     seed: int = 0
     resolution: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class Picture:
-    """A picture with the words that go under it."""
+class LabelledImage:
+    """An image with the words that go under it."""
 
     label: str
     image: Image.Image
 
 
 class Encoder(ABC):
-    """What of pictures and captions does not change while a model trains, and so can be computed once.
+    """What of images and captions does not change while a model trains, and so can be computed once.
 
-    What it gives is what `prepare` and `forward` would compute of the same pictures and captions.
+    What it gives is what `prepare` and `forward` would compute of the same images and captions.
 
     Attributes:
-        batch_size: pictures encoded at once; their outputs may depend on it, in the last bits.
+        batch_size: images encoded at once; their outputs may depend on it, in the last bits.
     """
 
     batch_size: int
 
     @abstractmethod
-    def picture_key(self) -> dict[str, str]:
-        """Digests of all that `encode_pictures` depends on, by what to call it: {"VQ model": ...}."""
+    def image_key(self) -> dict[str, str]:
+        """Digests of all that `encode_images` depends on, by what to call it: {"VQ model": ...}."""
 
     @abstractmethod
-    def encode_pictures(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures (B,3,H,W) in [0,1] as what takes the place of a sample's `image`: on the host, (B,...)."""
+    def encode_images(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B,3,H,W) in [0,1] as what takes the place of a sample's `image`: on the host, (B,...)."""
 
     @abstractmethod
     def caption_key(self, embeddings: bool) -> dict[str, str]:
-        """As `picture_key`, of `encode_captions`."""
+        """As `image_key`, of `encode_captions`."""
 
     @abstractmethod
     def encode_captions(self, captions: list[str], embeddings: bool) -> dict[str, Tensor]:
@@ -266,8 +266,8 @@ class TrainableModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def preview(self, request: PreviewRequest) -> list[Picture]:
-        """Labelled pictures of what the model can do now. Touches no global random state.
+    def preview(self, request: PreviewRequest) -> list[LabelledImage]:
+        """Labelled images of what the model can do now. Touches no global random state.
 
         Raises:
             NotFinite: there is nothing to show.

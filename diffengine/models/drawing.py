@@ -1,4 +1,4 @@
-"""Drawing with an AmusedPipeline, one picture at a time and from generators of its own.
+"""Drawing with an AmusedPipeline, one image at a time and from generators of its own.
 
 Legend: h w token grid, f pixels per token.
 """
@@ -17,9 +17,9 @@ from diffengine.models.masking import CheckSides
 def draw(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
 ) -> Image.Image:
-    """One picture for a prompt, as `pipeline(prompt, ...)` draws it.
+    """One image for a prompt, as `pipeline(prompt, ...)` draws it.
 
-    Noise comes from a CPU generator with this seed, so the global random state is not touched. One picture is
+    Noise comes from a CPU generator with this seed, so the global random state is not touched. One image is
     decoded at a time, which bounds the memory of the VQ decoder, and in the decoder's own precision whatever
     the autocast around it: in fp16 it makes NaN.
 
@@ -36,7 +36,7 @@ def draw(
 def draw_strip(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
 ) -> list[Image.Image]:
-    """The picture of `draw` after each of its steps; what is still masked is grey."""
+    """The image of `draw` after each of its steps; what is still masked is grey."""
     steps: list[Tensor] = []
 
     def keep(step: int, timestep: int, token_ids: Tensor) -> None:
@@ -47,7 +47,7 @@ def draw_strip(
 
 
 def sides_of(vqvae_config: Any, transformer_config: Any) -> CheckSides:
-    """What a model asks of a picture's sides, by the configs of its VQ model and transformer."""
+    """What a model asks of an image's sides, by the configs of its VQ model and transformer."""
     factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
     return CheckSides(factor, 2 if transformer_config["downsample"] else 1)
 
@@ -79,7 +79,7 @@ def _refuse_broken(module: nn.Module, arguments: Any, logits: Tensor) -> None:
 
 @torch.no_grad()
 def _decode(pipeline: AmusedPipeline, token_ids: Tensor) -> Image.Image:
-    """Token ids (1,h,w), some of them perhaps masked, as a picture."""
+    """Token ids (1,h,w), some of them perhaps masked, as an image."""
     masked = token_ids == pipeline.scheduler.config.mask_token_id
     vqvae = pipeline.vqvae
     shape = (*token_ids.shape, vqvae.config.latent_channels)

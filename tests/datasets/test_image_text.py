@@ -17,7 +17,7 @@ from diffengine.datasets import (
     Resize,
     Stream,
     ToTensor,
-    UnreadablePicture,
+    UnreadableImage,
     make_loader,
 )
 from diffengine.errors import UserError
@@ -40,10 +40,10 @@ def png(shade, size=(3, 2)):
 
 
 def rows(count=4, image="image", **columns):
-    """A table like those on the hub: a column of pictures and one of texts."""
+    """A table like those on the hub: a column of images and one of texts."""
     columns = columns or {"text": [f"caption {number}" for number in range(count)]}
-    pictures = {image: [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]}
-    return hf.Dataset.from_dict(pictures | columns).cast_column(image, hf.Image())
+    images = {image: [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]}
+    return hf.Dataset.from_dict(images | columns).cast_column(image, hf.Image())
 
 
 def shades(samples):
@@ -99,7 +99,7 @@ def test_workers_read_the_same_table(hub):
     assert torch.equal(copied[3]["image"], stream[3]["image"])
 
 
-@pytest.mark.parametrize("path", ["", "./gone", "/gone", "~/gone-for-good", "data/my/pictures"])
+@pytest.mark.parametrize("path", ["", "./gone", "/gone", "~/gone-for-good", "data/my/images"])
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(path):
     refused("no file or folder .*expected one that exists, or a hub name as owner/name", path)
 
@@ -139,21 +139,21 @@ def test_parquet_file_and_folder(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"junk")
     refused("broken.parquet cannot be loaded: Parquet file size is 4 bytes", str(tmp_path / "broken.parquet"))
     (tmp_path / "notes.txt").write_text("x")
-    refused("notes.txt is neither a picture nor a Parquet file", str(tmp_path / "notes.txt"))
+    refused("notes.txt is neither an image nor a Parquet file", str(tmp_path / "notes.txt"))
 
 
-def test_bare_bytes_serve_as_pictures(tmp_path):
+def test_bare_bytes_serve_as_images(tmp_path):
     hf.Dataset.from_dict({"image": [png(7)], "text": ["x"]}).save_to_disk(tmp_path / "bytes")
     assert shades([ImageTextDataset(str(tmp_path / "bytes"))[0]]) == [7]
 
 
 def test_columns_are_found_or_named(tmp_path):
     path = str(tmp_path / "it")
-    rows(2, "picture", prompt=["p0", "p1"], caption=["c0", "c1"], label=[0, 1]).save_to_disk(path)
+    rows(2, "photo", prompt=["p0", "p1"], caption=["c0", "c1"], label=[0, 1]).save_to_disk(path)
     dataset = ImageTextDataset(path)
     assert (shades([dataset[1]]), dataset[1]["text"]) == ([1], "c1")
     assert ImageTextDataset(path, caption_column="prompt")[0]["text"] == "p0"
-    everything = "picture, prompt, caption, label"
+    everything = "photo, prompt, caption, label"
     refused(f"has no column 'image'; it has {everything}; set image_column", path, image_column="image")
     refused(f"has no column 'txt'; it has {everything}; set caption_column", path, caption_column="txt")
     refused(
@@ -161,8 +161,8 @@ def test_columns_are_found_or_named(tmp_path):
         path,
         caption_column="label",
     )
-    refused("column 'prompt' of .* expected pictures; set image_column", path, image_column="prompt")
-    refused("captions_from_file_names needs a folder of pictures", path, captions_from_file_names=True)
+    refused("column 'prompt' of .* expected images; set image_column", path, image_column="prompt")
+    refused("captions_from_file_names needs a folder of images", path, captions_from_file_names=True)
     refused("got caption and caption_column", path, caption="x", caption_column="prompt")
 
 
@@ -190,14 +190,14 @@ def test_missing_captions_are_counted(tmp_path, texts):
     refused("2 of 3 captions of .* are missing, the first in row 1", str(tmp_path / "it"))
 
 
-def test_a_damaged_or_missing_picture_is_named_by_its_row(tmp_path):
+def test_a_damaged_or_missing_image_is_named_by_its_row(tmp_path):
     cells = [{"bytes": png(0), "path": None}, {"bytes": png(0)[:44], "path": "x.png"}, None]
     table = hf.Dataset.from_dict({"image": cells, "text": ["a", "b", "c"]}).cast_column("image", hf.Image())
     table.save_to_disk(tmp_path / "it")
     dataset = ImageTextDataset(str(tmp_path / "it"))
-    with pytest.raises(UnreadablePicture, match=r"^row 1 of .*it \(x.png\) cannot be read as a picture"):
+    with pytest.raises(UnreadableImage, match=r"^row 1 of .*it \(x.png\) cannot be read as an image"):
         dataset[1]
-    with pytest.raises(UnreadablePicture, match=r"^row 2 of .*it has no picture"):
+    with pytest.raises(UnreadableImage, match=r"^row 2 of .*it has no image"):
         dataset.size(2)
     samples = dataset.__getitems__([0, 1])
     assert next(iter(samples))["text"] == "a"  # decoded one by one: the good one comes before the error
@@ -224,7 +224,7 @@ def test_no_rows(tmp_path):
     )
 
 
-def test_pictures_on_disk_named_by_a_table(tmp_path):
+def test_images_on_disk_named_by_a_table(tmp_path):
     Image.fromarray(np.full((2, 2, 3), 8, np.uint8)).save(tmp_path / "a.png")
     table = hf.Dataset.from_dict({"image": [str(tmp_path / "a.png")], "text": ["x"]})
     table.cast_column("image", hf.Image()).save_to_disk(tmp_path / "it")

@@ -14,7 +14,7 @@ from diffengine.datasets import (
     Resize,
     Stream,
     ToTensor,
-    UnreadablePicture,
+    UnreadableImage,
     collate,
     generator,
     make_loader,
@@ -24,7 +24,7 @@ from diffengine.errors import UserError
 
 
 class Photos:
-    """Pictures of noise that tell their index in the caption; some cannot be read."""
+    """Images of noise that tell their index in the caption; some cannot be read."""
 
     def __init__(self, count, broken=(), size=(14, 11), captions=1):
         self.count, self.broken, self.size, self.captions = count, set(broken), size, captions
@@ -34,7 +34,7 @@ class Photos:
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise UnreadablePicture(f"picture {index} cannot be read")
+            raise UnreadableImage(f"image {index} cannot be read")
         pixels = np.random.default_rng(index).integers(0, 256, (*self.size[::-1], 3), dtype=np.uint8)
         texts = [f"{index}.{number}" for number in range(self.captions)]
         return {"image": Image.fromarray(pixels), "text": texts if self.captions > 1 else str(index)}
@@ -172,7 +172,7 @@ def test_fewer_samples_than_processes():
         PositionSampler(2, world_size=3)
 
 
-def test_image_variations_repeat_the_picture_but_not_the_rest():
+def test_image_variations_repeat_the_image_but_not_the_rest():
     ours = stream(Photos(6, size=(90, 20)), seed=1, image_variations=2)
     forms, rest = {}, {}
     for position in range(6 * 8):
@@ -180,10 +180,10 @@ def test_image_variations_repeat_the_picture_but_not_the_rest():
         sample = ours[position]
         forms.setdefault((index, epoch % 2), set()).add(sample["image"].numpy().tobytes())
         rest.setdefault(index, set()).add((sample["t"], sample["num_targets"]))
-        cached = ours.picture_forms([2 * index + epoch % 2])[0]
+        cached = ours.image_forms([2 * index + epoch % 2])[0]
         assert torch.equal(cached["image"], sample["image"])
         assert torch.equal(cached["micro_conds"], sample["micro_conds"])
-    assert all(len(pictures) == 1 for pictures in forms.values())
+    assert all(len(images) == 1 for images in forms.values())
     assert len(set().union(*forms.values())) == 12
     assert all(len(draws) == 8 for draws in rest.values())
     free = stream(Photos(6, size=(90, 20)))
@@ -207,9 +207,9 @@ def test_one_of_several_captions_is_drawn_and_the_draw_shifts_nothing():
 
 
 @pytest.mark.parametrize("kind", [Photos, Batched, Lazy])
-def test_unreadable_pictures_are_an_error_or_replaced_and_counted(kind):
+def test_unreadable_images_are_an_error_or_replaced_and_counted(kind):
     broken = {1, 2, 5}
-    with pytest.raises(UnreadablePicture, match=r"picture [125] cannot be read"):
+    with pytest.raises(UnreadableImage, match=r"image [125] cannot be read"):
         Stream(kind(6, broken), [], []).__getitems__(range(6))
     ours = Stream(kind(6, broken), [], [], skip_unreadable=True)
     replacement = {0: (0, 0), 1: (3, 2), 2: (3, 1), 3: (3, 0), 4: (4, 0), 5: (0, 1)}
@@ -220,7 +220,7 @@ def test_unreadable_pictures_are_an_error_or_replaced_and_counted(kind):
 
 
 class Measured:
-    """Knows the sizes of its pictures: those with an index in `long` are no squares."""
+    """Knows the sizes of its images: those with an index in `long` are no squares."""
 
     def __init__(self, count, long=(), broken=()):
         self.sizes = [(14, 11) if index in long else (20, 20) for index in range(count)]
@@ -231,7 +231,7 @@ class Measured:
 
     def size(self, index):
         if index in self.broken:
-            raise UnreadablePicture(f"picture {index} cannot be read")
+            raise UnreadableImage(f"image {index} cannot be read")
         return self.sizes[index]
 
 
@@ -249,7 +249,7 @@ class Measured:
         (Photos(3), [Resize(8), ToTensor()], 1),
     ],
 )
-def test_a_picture_has_one_form_where_no_draw_changes_any(dataset, image_transforms, forms):
+def test_an_image_has_one_form_where_no_draw_changes_any(dataset, image_transforms, forms):
     assert Stream(dataset, image_transforms, [], image_variations=4).forms == forms
     assert Stream(dataset, image_transforms, []).forms == (1 if forms == 1 else None)
 
@@ -263,15 +263,15 @@ def test_the_size_that_a_transform_foretells(size):
         assert sample["image"].size == size
 
 
-def test_a_replaced_picture_takes_the_forms_of_its_own_index():
+def test_a_replaced_image_takes_the_forms_of_its_own_index():
     ours = stream(Photos(3, broken=[0]), image_variations=1, skip_unreadable=True)
     for position in range(6):
         _, index = ours.locate(position)
-        assert torch.equal(ours[position]["image"], ours.picture_forms([index or 1])[0]["image"])
+        assert torch.equal(ours[position]["image"], ours.image_forms([index or 1])[0]["image"])
 
 
-def test_no_picture_can_be_read():
-    with pytest.raises(UserError, match=r"none of the 3 pictures can be read; the last: picture . cannot be read"):
+def test_no_image_can_be_read():
+    with pytest.raises(UserError, match=r"none of the 3 images can be read; the last: image . cannot be read"):
         Stream(Photos(3, broken=range(3)), [], [], skip_unreadable=True)[0]
 
 
@@ -290,9 +290,9 @@ def test_an_error_in_a_worker_comes_out_as_the_same_line(workers):
     loader = iter(make_loader(ours, PositionSampler(1, num_steps=4), workers))
     good = [ours.locate(position)[1] for position in range(4)].index(2)
     assert [int(next(loader)["text"][0]) for _ in range(good)] == [ours.locate(place)[1] for place in range(good)]
-    with pytest.raises(UnreadablePicture) as caught:
+    with pytest.raises(UnreadableImage) as caught:
         next(loader)
-    assert str(caught.value) == "picture 2 cannot be read"
+    assert str(caught.value) == "image 2 cannot be read"
 
 
 class Threads:

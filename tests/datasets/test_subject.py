@@ -9,7 +9,7 @@ from diffengine.errors import UserError
 
 
 def write(folder, names, size=(8, 6)):
-    """A plain picture for each name; its red tells its place."""
+    """A plain image for each name; its red tells its place."""
     folder.mkdir(parents=True, exist_ok=True)
     for place, name in enumerate(names):
         Image.new("RGB", size, (10 * place, 0, 0)).save(folder / name)
@@ -18,7 +18,7 @@ def write(folder, names, size=(8, 6)):
 
 @pytest.fixture
 def dogs(tmp_path):
-    """Three pictures of the subject, captioned otherwise, and five of its class."""
+    """Three images of the subject, captioned otherwise, and five of its class."""
     data = write(tmp_path / "mine", ["a.png", "b.png", "c.png"])
     (tmp_path / "mine" / "a.txt").write_text("not this caption")
     return data, write(tmp_path / "class", [f"{place}.png" for place in range(5)], (4, 4))
@@ -57,35 +57,35 @@ def test_an_epoch_is_half_of_the_class(dogs):
     assert batch["weight"] == [1.0] * 8
 
 
-def test_without_class_pictures(dogs):
+def test_without_class_images(dogs):
     dataset = SubjectDataset(dogs[0], "sks")
     assert len(dataset) == 3
     assert reds(dataset[place] for place in range(3)) == [0, 1, 2]
     assert list(dataset.captions()) == ["sks"] * 3
-    assert dataset.missing_pictures() is None
+    assert dataset.missing_images() is None
 
 
-def test_missing_pictures_have_the_first_free_numbers(dogs, tmp_path):
-    assert subject(dogs, num_class_images=5).missing_pictures().numbers == []
+def test_missing_images_have_the_first_free_numbers(dogs, tmp_path):
+    assert subject(dogs, num_class_images=5).missing_images().numbers == []
     folder = Path(dogs[1])
     Image.new("RGB", (4, 4)).save(folder / "000001.png")
     (folder / ".000000.png.part").write_bytes(b"half of one")
-    (folder / "note.txt").write_text("no picture")
+    (folder / "note.txt").write_text("no image")
     options = {"guidance_scale": 4.0}
-    missing = subject(dogs, num_class_images=9, class_drawing=options).missing_pictures()
+    missing = subject(dogs, num_class_images=9, class_drawing=options).missing_images()
     assert (missing.folder, missing.prompt, missing.options) == (folder, "a photo of a dog", options)
     assert missing.numbers == [0, 2, 3]  # five, and 000001.png, are there
     absent = subject((dogs[0], str(tmp_path / "new" / "class")), num_class_images=2)
-    assert absent.missing_pictures().numbers == [0, 1]
+    assert absent.missing_images().numbers == [0, 1]
     assert len(absent) == 6
     assert len(list(absent.captions())) == 5
 
 
-def test_class_pictures_are_looked_for_when_they_are_read(dogs, tmp_path):
+def test_class_images_are_looked_for_when_they_are_read(dogs, tmp_path):
     folder = tmp_path / "later"
     dataset = subject((dogs[0], str(folder)), num_class_images=2)
     assert dataset[0]["text"] == "a photo of sks dog"
-    with pytest.raises(UserError, match=r"later lacks 2 of 2 class pictures; .* or lower num_class_images"):
+    with pytest.raises(UserError, match=r"later lacks 2 of 2 class images; .* or lower num_class_images"):
         dataset[1]
     write(folder, ["000000.png", "000001.png"])
     assert dataset[1]["text"] == "a photo of a dog"
@@ -111,36 +111,36 @@ def test_folders_that_are_none_or_hold_one_another(dogs, tmp_path):
             subject(folders)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file', which is no folder"):
-        subject((dogs[0], str(tmp_path / "file"))).missing_pictures()
+        subject((dogs[0], str(tmp_path / "file"))).missing_images()
 
 
-def test_drawn_pictures_are_kept_for_what_drew_them_alone(dogs):
+def test_drawn_images_are_kept_for_what_drew_them_alone(dogs):
     folder = Path(dogs[1])
     record = folder / "drawn.json"
-    subject(dogs, num_class_images=5).missing_pictures().claim("base")  # somebody's own, none missing
+    subject(dogs, num_class_images=5).missing_images().claim("base")  # somebody's own, none missing
     assert not record.exists()
-    missing = subject(dogs, num_class_images=7).missing_pictures()
+    missing = subject(dogs, num_class_images=7).missing_images()
     missing.claim("base")
     told = {"prompt": "a photo of a dog", "base": "base", "options": {}}
     assert json.loads(record.read_text()) == {**told, "pictures": ["000000.png", "000001.png"]}
-    other = subject(dogs, class_prompt="a cat").missing_pictures()
+    other = subject(dogs, class_prompt="a cat").missing_images()
     other.claim("base")  # none of them has been drawn yet
     write(folder, ["000000.png", "000001.png"])
-    missing = subject(dogs, num_class_images=8).missing_pictures()
+    missing = subject(dogs, num_class_images=8).missing_images()
     missing.claim("base")
     assert json.loads(record.read_text())["pictures"] == ["000000.png", "000001.png", "000002.png"]
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    drawing = subject(dogs, class_drawing={"strip": True}).missing_pictures()
+    drawing = subject(dogs, class_drawing={"strip": True}).missing_images()
     for wrong, base, text in [
         (other, "base", "prompt was 'a photo of a dog' and is 'a cat'; choose another class_data, delete"),
-        (missing, "new", "2 class pictures that were drawn otherwise: base was 'base' and is 'new'; choose"),
+        (missing, "new", "2 class images that were drawn otherwise: base was 'base' and is 'new'; choose"),
         (drawing, "base", r"options was \{\} and is \{'strip': True\}; .* or delete drawn.json to keep them"),
     ]:
         with pytest.raises(UserError, match=text):
             wrong.claim(base)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     record.write_text("[")
-    with pytest.raises(UserError, match=r"cannot keep class pictures in .*class'"):
+    with pytest.raises(UserError, match=r"cannot keep class images in .*class'"):
         other.claim("base")
     record.unlink()
     other.claim("base")

@@ -1,6 +1,6 @@
 import pytest
 
-from diffengine.datasets import UnreadablePicture, survey, survey_captions
+from diffengine.datasets import UnreadableImage, survey, survey_captions
 from diffengine.errors import UserError
 
 
@@ -15,27 +15,27 @@ class Sizes:
     def size(self, index):
         self.asked.append(index)
         if self.sizes[index] is None:
-            raise UnreadablePicture("broken")
+            raise UnreadableImage("broken")
         return self.sizes[index]
 
 
 def test_area_cut_off_and_share_enlarged():
     # cut off: 0, 1/2, 3/4, 0; short sides 100, 50, 25, 10
     line = survey(Sizes([(100, 100), (100, 50), (25, 100), (10, 10)]), 50)
-    assert line == "4 pictures; the 50 px square cuts off 31.2% of the area and 50.0% are enlarged"
+    assert line == "4 images; the 50 px square cuts off 31.2% of the area and 50.0% are enlarged"
 
 
-def test_many_pictures_are_sampled_evenly():
+def test_many_images_are_sampled_evenly():
     sizes = Sizes([(10, 10)] * 1001)
-    assert survey(sizes, 8, limit=11).startswith("1001 pictures, 11 of them looked at; the 8 px square cuts off 0.0%")
+    assert survey(sizes, 8, limit=11).startswith("1001 images, 11 of them looked at; the 8 px square cuts off 0.0%")
     assert sizes.asked == list(range(0, 1001, 100))
 
 
-def test_unreadable_pictures_are_counted():
+def test_unreadable_images_are_counted():
     assert survey(Sizes([None, (4, 2)]), 1).endswith(
         "cuts off 50.0% of the area and 0.0% are enlarged; 1 cannot be read"
     )
-    assert survey(Sizes([None]), 1) == "1 pictures; 1 cannot be read"
+    assert survey(Sizes([None]), 1) == "1 images; 1 cannot be read"
     with pytest.raises(UserError, match="limit 0"):
         survey(Sizes([None]), 1, limit=0)
 

@@ -14,7 +14,7 @@ def rng(seed=0):
 
 
 def coordinates(width, height):
-    """A picture whose red is x and whose green is y."""
+    """An image whose red is x and whose green is y."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
 
@@ -27,7 +27,7 @@ def run(transforms, sample, generator):
 
 @pytest.mark.parametrize("order", ["flip, crop", "crop, flip"])
 def test_micro_conditions_tell_where_the_shown_square_lies(order):
-    """Recomputed from the pixels: in the whole flipped picture, where is the square that is shown?"""
+    """Recomputed from the pixels: in the whole flipped image, where is the square that is shown?"""
     generator, flips, places = rng(), 0, set()
     for _ in range(60):
         steps = [Flip(0.5), Crop(16)] if order == "flip, crop" else [Crop(16), Flip(0.5)]
@@ -158,7 +158,7 @@ def test_a_sample_is_not_changed_in_place():
         (lambda: DropCaption(float("nan")), "DropCaption got p=nan"),
         (
             lambda: Crop(8)({"image": coordinates(9, 7)}, rng()),
-            r"picture of 9x7; expected at least 8x8; put Resize\(8\)",
+            r"image of 9x7; expected at least 8x8; put Resize\(8\)",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.runs import Toy, train
-from tests.support import models, pictures
+from tests.support import models, photos
 
 LAST = 12  # steps of the reference run
 
@@ -14,7 +14,7 @@ LAST = 12  # steps of the reference run
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     root = tmp_path_factory.mktemp("toy")
     models.make_model_folder(root / "model", "toy")
-    pictures.write_photo_folder(root / "data", 10, 40)
+    photos.write_photo_folder(root / "data", 10, 40)
     return Toy(root / "model", root / "data", root)
 
 

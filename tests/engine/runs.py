@@ -30,7 +30,7 @@ TEXT_TOO = "model.train=['transformer', 'text_encoder']"
 
 @dataclass
 class Toy:
-    """A model folder, a picture folder, and configs over them."""
+    """A model folder, an image folder, and configs over them."""
 
     model: Path
     data: Path

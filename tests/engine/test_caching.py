@@ -22,7 +22,7 @@ from diffengine.models.amused.encoder import AmusedEncoder
 from tests.engine import runs
 from tests.engine.runs import assert_equal_checkpoints, build, first_step, in_child, metrics, on_ranks, train
 
-V = 3  # forms of each picture
+V = 3  # forms of each image
 CACHED = {"image_variations": V, "batch_size": 4, "max_iters": 30, "caption_dropout": 0.3}
 
 
@@ -47,7 +47,7 @@ def test_samples_from_the_cache_are_those_encoded_at_each_step(toy, tmp_path):
         positions = range(position, position + 4)
         plain = online.__getitems__(positions)
         (kept,) = [cached.__getitems__(positions)]
-        fresh = encoder.encode_pictures(torch.stack([sample["image"] for sample in plain]))["token_ids"]
+        fresh = encoder.encode_images(torch.stack([sample["image"] for sample in plain]))["token_ids"]
         for row, (one, other) in enumerate(zip(plain, kept)):
             assert torch.equal(other["token_ids"], fresh[row])
             assert other["token_ids"].dtype == torch.uint8  # 64 codes
@@ -56,7 +56,7 @@ def test_samples_from_the_cache_are_those_encoded_at_each_step(toy, tmp_path):
             assert (one["text"], one["num_targets"]) == (other["text"], other["num_targets"])
             assert "image" not in other
             ids.add(other["token_ids"].numpy().tobytes())
-    assert len(ids) > 15  # 10 pictures, most in several forms
+    assert len(ids) > 15  # 10 images, most in several forms
 
 
 @pytest.mark.parametrize("train_text", [True, False])
@@ -95,11 +95,11 @@ def test_a_cached_run_that_is_killed_and_resumed_equals_one_that_was_not(toy, tm
 
 def test_the_table_opens_as_a_data_set_and_holds_the_smallest_types(toy, tmp_path):
     pieces(toy, tmp_path / "run", cache=True)
-    pictures, captions = tables(tmp_path / "run")
-    rows = hf.Dataset.from_file(str(pictures.file))
-    assert len(rows) == len(pictures) == 10 * V
+    images, captions = tables(tmp_path / "run")
+    rows = hf.Dataset.from_file(str(images.file))
+    assert len(rows) == len(images) == 10 * V
     assert rows.features["token_ids"].feature.dtype == "uint8"
-    assert np.array_equal(np.array(rows[7]["token_ids"]).reshape(8, 8), pictures[7]["token_ids"])
+    assert np.array_equal(np.array(rows[7]["token_ids"]).reshape(8, 8), images[7]["token_ids"])
     texts = hf.Dataset.from_file(str(captions.file))["text"]
     assert [""] in list(texts)
     assert len(texts) == len({text for (text,) in texts})
@@ -114,7 +114,7 @@ FIXED = {"image_variations": None, "flip": 0.0, "random_crop": False}  # nothing
 @pytest.mark.parametrize(
     ("settings", "on"),
     [
-        ({"max_iters": 8}, True),  # 32 samples of 10 pictures in 3 forms
+        ({"max_iters": 8}, True),  # 32 samples of 10 images in 3 forms
         ({"max_iters": 7}, False),
         ({"max_iters": 8, "image_variations": None}, False),
         (
@@ -127,7 +127,7 @@ FIXED = {"image_variations": None, "flip": 0.0, "random_crop": False}  # nothing
 def test_auto_is_on_where_a_form_is_taken_more_than_once(toy, tmp_path, capsys, settings, on):
     runner = pieces(toy, tmp_path / "run", **settings)
     assert (runner.train_loop.stream.cache is not None) == on
-    assert ("token cache: 10 pictures in" in capsys.readouterr().out) == on
+    assert ("token cache: 10 images in" in capsys.readouterr().out) == on
     assert (tmp_path / "cache").exists() == on
 
 
@@ -150,7 +150,7 @@ class Named:
         return len(self.inner)
 
     def __getitem__(self, index):
-        return {**self.inner[index], "name": f"picture {index}"}
+        return {**self.inner[index], "name": f"image {index}"}
 
 
 def test_samples_that_no_table_keeps_are_encoded_at_each_step(toy, tmp_path):
@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_before_the_build(toy, tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(toy, tmp_path):
-    """A toy whose pictures and model may be changed."""
+    """A toy whose images and model may be changed."""
     for name in ("model", "data"):
         shutil.copytree(getattr(toy, name), tmp_path / name)
     return runs.Toy(tmp_path / "model", tmp_path / "data", tmp_path)
@@ -180,41 +180,41 @@ def own(toy, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many pictures and captions were encoded, by what."""
-    counts = {"pictures": 0, "captions": 0}
-    pictures, captions = AmusedEncoder.encode_pictures, AmusedEncoder.encode_captions
+    """How many images and captions were encoded, by what."""
+    counts = {"images": 0, "captions": 0}
+    encode_images, encode_captions = AmusedEncoder.encode_images, AmusedEncoder.encode_captions
 
-    def count_pictures(self, images):
-        counts["pictures"] += len(images)
-        return pictures(self, images)
+    def count_images(self, images):
+        counts["images"] += len(images)
+        return encode_images(self, images)
 
     def count_captions(self, texts, embeddings):
         counts["captions"] += len(texts)
-        return captions(self, texts, embeddings)
+        return encode_captions(self, texts, embeddings)
 
-    monkeypatch.setattr(AmusedEncoder, "encode_pictures", count_pictures)
+    monkeypatch.setattr(AmusedEncoder, "encode_images", count_images)
     monkeypatch.setattr(AmusedEncoder, "encode_captions", count_captions)
     return counts
 
 
 def start(own, encoded, *options, **settings):
-    """(pictures, captions) encoded by a start of the run."""
-    encoded.update(pictures=0, captions=0)
+    """(images, captions) encoded by a start of the run."""
+    encoded.update(images=0, captions=0)
     shutil.rmtree(own.root / "run", ignore_errors=True)
     pieces(own, own.root / "run", *options, **{"cache": True, "cache_path": str(own.root / "kept"), **settings})
-    return encoded["pictures"], encoded["captions"]
+    return encoded["images"], encoded["captions"]
 
 
 CHECK = 8
 BUILD = 1 + 10 * V  # one to know a row's size
 
 
-def a_picture(own):
+def an_image(own):
     return sorted(own.data.glob("*.*g"))[4]
 
 
 def other_bytes(own):
-    Image.new("RGB", (40, 40), "red").save(a_picture(own))
+    Image.new("RGB", (40, 40), "red").save(an_image(own))
 
 
 def other_weights(component, part):
@@ -235,7 +235,7 @@ def other_caption(own):
 
 
 def touched(own):
-    os.utime(a_picture(own), ns=(1, 1))
+    os.utime(an_image(own), ns=(1, 1))
 
 
 def other_tokenizer(own):
@@ -244,7 +244,7 @@ def other_tokenizer(own):
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "pictures", "captions"),
+    ("change", "settings", "images", "captions"),
     [
         (None, {}, CHECK, 0),
         (None, {"learning_rate": 1e-2, "caption_dropout": 0.0, "batch_size": 2, "max_iters": 90}, CHECK, 0),
@@ -265,17 +265,17 @@ def other_tokenizer(own):
         (None, {"train": "text"}, CHECK, 11),  # ids in place of embeddings
     ],
 )  # fmt: skip
-def test_what_changes_the_tokens_and_only_that_builds_them_anew(own, encoded, change, settings, pictures, captions):
+def test_what_changes_the_tokens_and_only_that_builds_them_anew(own, encoded, change, settings, images, captions):
     assert start(own, encoded) == (BUILD, 11)
     if change:
         change(own)
     text = [runs.TEXT_TOO] if settings.pop("train", None) else []
-    assert start(own, encoded, *text, **settings) == (pictures, captions)
+    assert start(own, encoded, *text, **settings) == (images, captions)
     assert start(own, encoded, *text, **settings) == (CHECK, 0)
 
 
 def test_a_table_that_holds_other_tokens_is_found_out(own, encoded, capsys):
-    """A transform's code may change where no config does: eight pictures are encoded anew at each start."""
+    """A transform's code may change where no config does: eight images are encoded anew at each start."""
     start(own, encoded)
     file = own.root / "kept" / "pictures.arrow"
     rows = Table(file)
@@ -284,7 +284,7 @@ def test_a_table_that_holds_other_tokens_is_found_out(own, encoded, capsys):
     assert bad.tobytes() in content
     file.write_bytes(content.replace(bad.tobytes(), (63 - bad).astype(np.uint8).tobytes()))
     assert start(own, encoded) == (CHECK + BUILD, 0)
-    assert "tokens come out otherwise now; encoding 10 pictures in 3 forms each" in capsys.readouterr().out
+    assert "tokens come out otherwise now; encoding 10 images in 3 forms each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["pictures", "captions"])
@@ -297,14 +297,14 @@ def test_a_table_that_broke_off_is_built_anew(own, encoded, table):
     assert start(own, encoded) == (CHECK, 0)
 
 
-def test_a_caption_that_moved_to_the_next_picture_is_found_out(own, encoded):
-    """Of no picture that is encoded anew, and the flat list of captions is the same."""
-    pictures = sorted(file.name for file in own.data.glob("*.*g"))
+def test_a_caption_that_moved_to_the_next_image_is_found_out(own, encoded):
+    """Of no image that is encoded anew, and the flat list of captions is the same."""
+    images = sorted(file.name for file in own.data.glob("*.*g"))
     said = [[f"{k} a", f"{k} b"] for k in range(10)]
     (own.data / "metadata.csv").unlink()
 
     def write():
-        rows = [json.dumps({"file_name": name, "text": texts}) for name, texts in zip(pictures, said)]
+        rows = [json.dumps({"file_name": name, "text": texts}) for name, texts in zip(images, said)]
         (own.data / "metadata.jsonl").write_text("\n".join(rows))
 
     write()
@@ -320,7 +320,7 @@ def test_a_caption_that_moved_to_the_next_picture_is_found_out(own, encoded):
 
 
 class Weighted:
-    """A weight for every other picture: for the even ones, or for the odd ones."""
+    """A weight for every other image: for the even ones, or for the odd ones."""
 
     weight = 0.25
 
@@ -358,8 +358,8 @@ def test_another_weight_builds_the_table_anew(own, encoded, capsys, monkeypatch)
     assert [table[V * index]["weight"].item() for index in (3, 9)] == [0.5, 0.5]
 
 
-def test_an_unreadable_picture_is_replaced_as_without_a_cache(own):
-    a_picture(own).write_bytes(b"no picture")
+def test_an_unreadable_image_is_replaced_as_without_a_cache(own):
+    an_image(own).write_bytes(b"no image")
     skip = {"train_dataloader": {"skip_unreadable": True}}
     online = pieces(own, own.root / "online", cache=False, **skip).train_loop.stream
     cached = pieces(own, own.root / "cached", cache=True, **skip).train_loop.stream
@@ -370,27 +370,25 @@ def test_an_unreadable_picture_is_replaced_as_without_a_cache(own):
     assert sum(cached[position]["skipped"] for position in range(10)) == 1
 
 
-# ------------------------------------------------------------------------------------- without the pictures
+# ------------------------------------------------------------------------------------- without the images
 
 
-def test_a_copied_cache_serves_where_the_pictures_are_not(own, encoded, capsys):
+def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
     kept = {"cache_path": str(own.root / "kept"), "prompts": 2}
     path = own.config("away", **{**CACHED, "max_iters": 9, **kept})
     assert train(path, own.root / "here") == 0
     shutil.copytree(own.root / "kept", own.root / "copy")
     shutil.rmtree(own.data)
-    encoded.update(pictures=0, captions=0)
+    encoded.update(images=0, captions=0)
     assert train(path, own.root / "there", "--cfg-options", f"cache_path={own.root / 'copy'}") == 0
-    assert encoded == {"pictures": 0, "captions": 0}
+    assert encoded == {"images": 0, "captions": 0}
     assert f"training from the cache '{own.root / 'copy'}' alone" in capsys.readouterr().out
     assert_equal_checkpoints(own.root / "here" / "iter_9.pth", own.root / "there" / "iter_9.pth")
     short = ["--cfg-options", f"cache_path={own.root / 'copy'}", "max_iters=1"]
     assert train(path, own.root / "short", *short) == 0  # though it takes no form twice
-    assert "token cache: 10 pictures" in capsys.readouterr().out
+    assert "token cache: 10 images" in capsys.readouterr().out
     assert train(path, own.root / "said", *short, "train_dataloader.dataset.prefix='a '") == 2
-    assert "the pictures to build it anew are not here: changed since it was built: data set" in (
-        capsys.readouterr().err
-    )
+    assert "the images to build it anew are not here: changed since it was built: data set" in (capsys.readouterr().err)
     own.data.mkdir()
     assert train(path, own.root / "empty", *short) == 2  # a folder with a fault is not passed over
     assert "training from the cache" not in capsys.readouterr().out
@@ -398,7 +396,7 @@ def test_a_copied_cache_serves_where_the_pictures_are_not(own, encoded, capsys):
     other_weights("vqvae", "encoder.conv_in")(own)
     assert train(path, own.root / "other", "--cfg-options", f"cache_path={own.root / 'copy'}") == 2
     error = capsys.readouterr().err
-    assert "does not fit this run, and the pictures to build it anew are not here" in error
+    assert "does not fit this run, and the images to build it anew are not here" in error
     assert "VQ model" in error
     assert error.count("\n") == 1
     (own.root / "copy" / "pictures.json").unlink()  # half of a cache is none
@@ -499,16 +497,16 @@ def _train_on_rank(path, work_dir):
 def test_the_command_builds_what_training_then_takes(own, encoded, capsys):
     path = own.config("ahead", **{**CACHED, "max_iters": 9})
     assert cli.main(["cache", path, "--work-dir", str(own.root / "run")]) == 0
-    assert (encoded["pictures"], encoded["captions"]) == (BUILD, 11)
+    assert (encoded["images"], encoded["captions"]) == (BUILD, 11)
     assert not (own.root / "run").exists()
-    encoded.update(pictures=0, captions=0)
+    encoded.update(images=0, captions=0)
     assert train(path, own.root / "run") == 0
-    assert (encoded["pictures"], encoded["captions"]) == (CHECK, 0)
+    assert (encoded["images"], encoded["captions"]) == (CHECK, 0)
     assert cli.main(["cache", path, "--cfg-options", "cache=False"]) == 2
     assert "trains without a token cache" in capsys.readouterr().err
 
 
-def test_a_cache_inside_the_pictures_is_refused(own):
+def test_a_cache_inside_the_images_is_refused(own):
     with pytest.raises(UserError, match="lies inside the data"):
         pieces(own, own.root / "run", cache=True, cache_path=str(own.data / "kept"))
 

@@ -21,7 +21,7 @@ from diffengine.engine.workdir import claim, release
 from diffengine.models.amused import AmusedModel
 from tests.engine import runs
 from tests.engine.runs import CPU, TEXT_TOO, Toy, on_ranks, train
-from tests.engine.test_class_pictures import _config, _from_nothing
+from tests.engine.test_class_images import _config, _from_nothing
 from tests.engine.test_micro import TORCH_SAYS
 
 LORA = (
@@ -157,7 +157,7 @@ def test_from_a_cache_nothing_is_encoded(toy: Toy, tmp_path: Path, monkeypatch: 
         assert "text_ids" not in made
 
 
-def test_a_cache_without_its_pictures(toy: Toy, tmp_path: Path) -> None:
+def test_a_cache_without_its_images(toy: Toy, tmp_path: Path) -> None:
     data = shutil.copytree(toy.data, tmp_path / "data")
     path = toy.config("moved", **{**CACHED, "data": str(data), "cache_path": str(tmp_path / "kept")})
     runs.build(path, tmp_path / "run")
@@ -187,7 +187,7 @@ def tree(*roots: Path) -> dict[str, tuple[int, int]]:
 def test_nothing_is_written_or_left(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Beside another process's run, with previews, a cache to build and class pictures to draw."""
+    """Beside another process's run, with previews, a cache to build and class images to draw."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -215,10 +215,10 @@ def test_nothing_is_written_or_left(
     assert str(tmp_path / "cache") in said
 
 
-def test_class_pictures_that_cannot_be_drawn(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_class_images_that_cannot_be_drawn(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = _config(toy, "cannot", tmp_path / "class", 2, model=_from_nothing(toy))
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
-    assert "lacks 2 class pictures, and the model, which is built from nothing" in capsys.readouterr().err
+    assert "lacks 2 class images, and the model, which is built from nothing" in capsys.readouterr().err
     assert not (tmp_path / "class").exists()
 
 
@@ -227,7 +227,7 @@ def test_class_pictures_that_cannot_be_drawn(toy: Toy, tmp_path: Path, capsys: p
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A memory that holds so many pictures, from so many forward passes on."""
+    """A memory that holds so many images, from so many forward passes on."""
     forward = AmusedModel.forward
     passes = []
 
@@ -248,21 +248,21 @@ def test_a_micro_batch_that_halves(toy: Toy, tmp_path: Path, limit: Any, capsys:
     path = toy.config("halves", batch_size=8)
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert "pictures at once     2\n" in said
+    assert "images at once       2\n" in said
     assert said.splitlines()[-1] == (
-        "warning: memory ran out with more than 2 pictures at once: training will split its steps alike; set "
+        "warning: memory ran out with more than 2 images at once: training will split its steps alike; set "
         "micro_batch_size=2 to start with it"
     )
 
 
 @pytest.mark.parametrize("since", [0, 1])  # from the first step on; in the one that is measured
-def test_not_even_one_picture(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture, since: int) -> None:
+def test_not_even_one_image(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture, since: int) -> None:
     limit(0, since)
     path = toy.config("none", batch_size=1)
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "even one picture at a time does not fit into memory" in said
+    assert "even one image at a time does not fit into memory" in said
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # nothing is counted any more
 
 
@@ -276,11 +276,11 @@ def test_the_report(toy: Toy, tmp_path: Path) -> None:
     assert seconds.step == seconds.data + seconds.prepare + seconds.passes + seconds.optimizer
     assert min(seconds.prepare, seconds.passes, seconds.optimizer, seconds.first) > 0
     assert found.training == seconds.first + 49 * seconds.step
-    assert (found.pictures, found.steps, found.epochs) == (10, 50, 20.0)
+    assert (found.images, found.steps, found.epochs) == (10, 50, 20.0)
     assert found.peak > found.memory.total
     lines = table(found)
     said = {name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")}
-    assert said["steps"].strip() == "50 of 4 pictures: 20 epochs"
+    assert said["steps"].strip() == "50 of 4 images: 20 epochs"
     assert said["a checkpoint"].strip() == checkpoint.spell_size(found.checkpoint)
     assert {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line[:1] not in ("", " ")} == {21}
     assert warnings(found) == []

@@ -90,7 +90,7 @@ def test_a_compiled_run_resumes(toy: Toy, tmp_path: Path) -> None:
         runner.train()
         return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
 
-    assert train(tmp_path / "whole") == 2 * KINDS  # for 1 and for 2 pictures
+    assert train(tmp_path / "whole") == 2 * KINDS  # for 1 and for 2 images
     assert train(tmp_path / "parts", "max_iters=2") == 0
     assert train(tmp_path / "parts", resume=tmp_path / "parts/iter_2.pth") == 0
     assert_equal_checkpoints(tmp_path / "parts/iter_4.pth", tmp_path / "whole/iter_4.pth")

@@ -104,7 +104,7 @@ def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_pat
 
 
 def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> None:
-    """Swapped in and back, bit for bit; the pictures are the average's."""
+    """Swapped in and back, bit for bit; the images are the average's."""
     settings = {
         **SETTINGS,
         "max_iters": 3,

@@ -56,7 +56,7 @@ def test_a_run_is_not_resumed_on_other_data(toy: Toy, tmp_path: Path, capsys: py
     (data / lines[-1].split(",")[0]).unlink()
     (data / "metadata.csv").write_text("".join(lines[:-1]), encoding="utf-8")
     assert train(path, tmp_path / "run", "--resume", "--cfg-options", "max_iters=2") == 2
-    assert "the data had 10 pictures and has 9" in fault(capsys)
+    assert "the data had 10 images and has 9" in fault(capsys)
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -23,10 +23,10 @@ TORCH_SAYS = (
 
 
 class Limit(Hook):
-    """A memory that holds activations of `most` pictures: the forward or backward pass of more of them fails.
+    """A memory that holds activations of `most` images: the forward or backward pass of more of them fails.
 
     Args:
-        most: pictures.
+        most: images.
         place: where it fails: the name of a module, in its forward pass; or "backward".
         rank: on this rank only.
         until: no longer from this step on.
@@ -95,7 +95,7 @@ def test_it_halves_and_the_step_is_the_same(
     said = [line.partition("out of memory ")[2] for line in log if "out of memory" in line]
     sizes = [size for size in (8, 4, 2, 1) if size in asked]
     assert said == [
-        f"with {before} pictures at a time: step 1 is taken again with {after}, and so are all after it "
+        f"with {before} images at a time: step 1 is taken again with {after}, and so are all after it "
         "(micro_batch_size)"
         for before, after in itertools.pairwise(sizes)
     ]
@@ -123,12 +123,12 @@ def test_the_choice_is_kept_on_resume(toy: Toy, tmp_path: Path) -> None:
     assert "micro_batch_size" not in checkpoint.read(tmp_path / "fits" / "iter_3.pth")
 
 
-def test_not_even_one_picture(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_not_even_one_image(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = toy.config("none", batch_size=3)
     assert train(path, tmp_path, "--cfg-options", limited(0)) == 2
     said = capsys.readouterr().err
     assert said == (
-        "diffengine train: error: even one picture at a time does not fit into memory (CUDA out of memory. "
+        "diffengine train: error: even one image at a time does not fit into memory (CUDA out of memory. "
         "Tried to allocate 2.00 GiB): set model.gradient_checkpointing=True, take an 8-bit optimizer "
         "(bitsandbytes.optim.AdamW8bit), or train adapters (a config whose name ends in _lora)\n"
     )
@@ -187,7 +187,7 @@ def test_uneven_shares_split_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     micro = MicroBatches(5, None)
     assert (micro.size, micro.halve(), micro.count, micro.size, micro.halve()) == (3, True, 2, 2, False)
-    assert str(micro.too_large("")).startswith("2 pictures, the fewest at a time, do not fit into memory")
+    assert str(micro.too_large("")).startswith("2 images, the fewest at a time, do not fit into memory")
     again = MicroBatches(5, None)
     again.restore({"asked": None, "found": 1})  # by one rank
     assert again.count == 2
@@ -222,10 +222,10 @@ def test_one_rank_runs_out_and_all_halve(toy: Toy, whole: FirstStep, tmp_path: P
     assert float((a - b).norm()) <= TOLERANCE * float(a.norm())
     log = (tmp_path / "over" / "log.txt").read_text()
     assert log.count("out of memory with") == 2  # 4 to 2, 2 to 1
-    assert ranks[0]["none"].startswith("Told: even one picture at a time does not fit")
+    assert ranks[0]["none"].startswith("Told: even one image at a time does not fit")
     assert ranks[1]["late"] == (
         "UserError: process 1 ran out of memory in step 4 (CUDA out of memory. Tried to allocate 2.00 GiB), "
-        "after 4 pictures at a time had fitted; go on with --resume --cfg-options micro_batch_size=2"
+        "after 4 images at a time had fitted; go on with --resume --cfg-options micro_batch_size=2"
     )
     assert ranks[0]["late"].startswith("RuntimeError")  # the other is gone, and so ends this one
-    assert ranks[1]["none"].startswith("UserError: even one picture at a time does not fit")
+    assert ranks[1]["none"].startswith("UserError: even one image at a time does not fit")

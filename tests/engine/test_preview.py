@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffengine.datasets import UnreadablePicture
+from diffengine.datasets import UnreadableImage
 from diffengine.engine.hooks import CheckpointHook, MetricsHook, PreviewHook
 from diffengine.engine.hooks.preview import distinct
 from diffengine.errors import UserError
@@ -14,7 +14,7 @@ from tests.engine.runs import Toy, train
 
 
 class Captioned:
-    """Pictures with these captions; None for one that cannot be read."""
+    """Images with these captions; None for one that cannot be read."""
 
     def __init__(self, captions: list[Any]) -> None:
         self.captions = captions
@@ -24,7 +24,7 @@ class Captioned:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.captions[index] is None:
-            raise UnreadablePicture(f"picture {index} is damaged")
+            raise UnreadableImage(f"image {index} is damaged")
         return {"image": Image.new("RGB", (4, 4)), "text": self.captions[index]}
 
 
@@ -42,8 +42,8 @@ def test_distinct_captions(captions: list[Any], count: int, chosen: list[str]) -
     assert [caption for caption, _ in distinct(Captioned(captions), count, skip_unreadable=True)] == chosen
 
 
-def test_a_damaged_picture_is_an_error_unless_skipped() -> None:
-    with pytest.raises(UnreadablePicture, match="picture 0 is damaged"):
+def test_a_damaged_image_is_an_error_unless_skipped() -> None:
+    with pytest.raises(UnreadableImage, match="image 0 is damaged"):
         distinct(Captioned([None, "b"]), 1)
 
 

@@ -24,7 +24,7 @@ EPOCHS = {
     "max_epochs": 2,
     "checkpoint_every": 1,
     "log_every": 2,
-}  # 10 pictures, 4 a step: 5 steps, epochs at 3 and 5
+}  # 10 images, 4 a step: 5 steps, epochs at 3 and 5
 
 
 def test_killed_and_resumed_is_bit_equal(toy: Toy, reference: Path, tmp_path: Path) -> None:

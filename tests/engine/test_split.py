@@ -70,7 +70,7 @@ def _ending(toy: Toy, out: Path, name: str) -> str:
 
 
 def _damaged_on_rank_1(toy: Toy, work_dir: Path) -> None:
-    """Every picture of rank 1's share of the second step is damaged."""
+    """Every image of rank 1's share of the second step is damaged."""
     runner = runs.build(toy.config(f"damaged{distributed.rank()}", max_iters=3), work_dir)
     stream = runner.train_loop.stream
     read = type(stream.dataset).__getitem__
@@ -81,7 +81,7 @@ def _damaged_on_rank_1(toy: Toy, work_dir: Path) -> None:
 
         def __getitem__(self, index: int) -> Any:
             if index in bad:
-                raise UserError("picture is damaged")
+                raise UserError("image is damaged")
             return read(self, index)
 
     stream.dataset.__class__ = Damaged
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_more_ranks(ranks: list[dict[str, Any]], toy: Toy, re
 
 
 def test_the_vq_model_stays_one_model(ranks: list[dict[str, Any]]) -> None:
-    """Its codes are re-seeded and counted together: 5 pictures a step, 64 tokens each, since step 3."""
+    """Its codes are re-seeded and counted together: 5 images a step, 64 tokens each, since step 3."""
     first, second = (rank["vq"] for rank in ranks)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -188,7 +188,7 @@ def test_uneven_shares_and_micro_batches(ranks: list[dict[str, Any]], toy: Toy, 
 @pytest.mark.parametrize(
     ("name", "who", "text"),
     [
-        ("damaged", 1, "picture is damaged"),
+        ("damaged", 1, "image is damaged"),
         ("full", 0, "0.0 MB free"),
         ("option", 0, "preview option 'colour' is unknown"),
         ("taken", 0, "holds a run"),

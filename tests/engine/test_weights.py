@@ -13,17 +13,17 @@ from diffengine.engine.loop import count_targets
 from tests.engine import runs
 from tests.engine.runs import FirstStep, Toy
 from tests.engine.test_split import _same_step
-from tests.support import pictures
+from tests.support import photos
 
 PRIOR = 0.3
 
 
 @pytest.fixture(scope="module")
 def folders(toy: Toy) -> tuple[Path, Path]:
-    """Three pictures of the subject, four of its class."""
+    """Three images of the subject, four of its class."""
     mine, others = toy.root / "mine", toy.root / "class"
     for folder, count in ((mine, 3), (others, 4)):
-        pictures.write_photo_folder(folder, count, 40)
+        photos.write_photo_folder(folder, count, 40)
     return mine, others
 
 

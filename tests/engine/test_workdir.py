@@ -42,12 +42,12 @@ def test_a_run_is_not_overwritten_unasked(toy: Toy, tmp_path: Path, capsys: pyte
 
     for name in ("notes.txt", "vae.pth", "epoch.pth"):
         (tmp_path / name).write_text("mine")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     (tmp_path / "iter_99.pth").write_bytes(b"of the old run")
     (tmp_path / "transformer" / "left.txt").write_text("of the old run's export")
     assert train(path, tmp_path, "--overwrite", "--cfg-options", "prompts=[]", "max_iters=2") == 0
     assert _names(tmp_path) == [
-        "config.py", "epoch.pth", "iter_2.pth", "log.txt", "metrics.jsonl", "notes.txt", "pictures",
+        "config.py", "epoch.pth", "images", "iter_2.pth", "log.txt", "metrics.jsonl", "notes.txt",
         "tensorboard", "transformer", "vae.pth",
     ]  # fmt: skip
     assert not (tmp_path / "transformer" / "left.txt").exists()

@@ -47,7 +47,7 @@ def test_the_share_masked_over_many_samples() -> None:
     assert linear == pytest.approx(0.5, abs=0.03)
 
 
-def test_cached_tokens_are_masked_as_their_picture() -> None:
+def test_cached_tokens_are_masked_as_their_image() -> None:
     cached = DrawMask(CheckSides(4))({"token_ids": torch.zeros(16, 16)}, np.random.default_rng(7))
     np.testing.assert_array_equal(cached["masked"], draw(7)["masked"])
 
@@ -55,7 +55,7 @@ def test_cached_tokens_are_masked_as_their_picture() -> None:
 @pytest.mark.parametrize(("size", "said"), [((60, 60), "64"), ((64, 42), "40"), ((4, 4), "8")])
 def test_sides_that_do_not_divide(size: tuple[int, int], said: str) -> None:
     sample = {"image": torch.zeros(3, *size)}
-    with pytest.raises(UserError, match=rf"got pictures of {size[1]}x{size[0]} px.*by 8 \(4 px.*to {said}$"):
+    with pytest.raises(UserError, match=rf"got images of {size[1]}x{size[0]} px.*by 8 \(4 px.*to {said}$"):
         DrawMask(CheckSides(4, 2))(sample, np.random.default_rng(0))
     with pytest.raises(UserError, match="divisible by 8"):
         CheckSides(4, 2)(sample, np.random.default_rng(0))

@@ -31,7 +31,7 @@ def test_it_is_what_the_pipeline_draws(toy: Path, model: AmusedModel) -> None:
     assert same(shown.image, expected)
 
 
-def test_deterministic_picture_by_picture(model: AmusedModel) -> None:
+def test_deterministic_image_by_image(model: AmusedModel) -> None:
     first = model.preview(PreviewRequest(["a", "b", "c"], seed=3, options=OPTIONS))
     again = model.preview(PreviewRequest(["a", "b", "c"], seed=3, options=OPTIONS))
     alone = model.preview(PreviewRequest(["b"], seed=4, options=OPTIONS))
@@ -61,17 +61,17 @@ def test_modes_are_put_back_after_an_error(toy: Path) -> None:
 
 
 def test_strip_shows_every_step(model: AmusedModel) -> None:
-    pictures = model.preview(PreviewRequest(["a"], options={**OPTIONS, "num_inference_steps": 12, "strip": True}))
-    assert [picture.label for picture in pictures] == ["a", *[f"step {step}" for step in range(1, 13)]]
-    grey = [float((np.asarray(picture.image) == 128).all(axis=-1).mean()) for picture in pictures[1:]]
+    images = model.preview(PreviewRequest(["a"], options={**OPTIONS, "num_inference_steps": 12, "strip": True}))
+    assert [image.label for image in images] == ["a", *[f"step {step}" for step in range(1, 13)]]
+    grey = [float((np.asarray(image.image) == 128).all(axis=-1).mean()) for image in images[1:]]
     expected = [max(1, int(64 * np.cos(np.pi / 2 * step / 12))) / 64 for step in range(1, 12)]
     for shown, masked in zip(grey, expected):
         assert shown == pytest.approx(masked, abs=0.03)  # a drawn pixel may happen to be grey
     assert grey[0] > 0.95
-    assert same(pictures[0].image, pictures[-1].image)
+    assert same(images[0].image, images[-1].image)
 
 
-def test_one_picture_is_decoded_at_a_time(model: AmusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_decoded_at_a_time(model: AmusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     vqvae, sizes = model.module("vqvae"), []
     decode = type(vqvae).decode
 
@@ -106,7 +106,7 @@ def test_unknown_option(model: AmusedModel) -> None:
         model.preview(PreviewRequest(["a"], options={"guidance": 3}))
 
 
-def test_no_prompts_no_pictures(model: AmusedModel) -> None:
+def test_no_prompts_no_images(model: AmusedModel) -> None:
     assert model.preview(PreviewRequest([], options={"strip": True})) == []
 
 

@@ -42,7 +42,7 @@ def test_a_missing_tokenizer_loads_as_an_empty_one(tmp_path: Path) -> None:
 
 
 def test_img2img_at_strength_1_masks_nothing(pipeline: Any) -> None:
-    """Its first timestep is index -1, the last of the schedule: the picture barely changes."""
+    """Its first timestep is index -1, the last of the schedule: the image barely changes."""
     image_to_image = AmusedImg2ImgPipeline(**pipeline.components)
     masked = []
     add_noise = image_to_image.scheduler.add_noise
@@ -53,9 +53,9 @@ def test_img2img_at_strength_1_masks_nothing(pipeline: Any) -> None:
         return noised
 
     image_to_image.scheduler.add_noise = note
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     for strength in (0.5, 1.0):
-        image_to_image("a", picture, strength=strength, num_inference_steps=4, generator=torch.Generator())
+        image_to_image("a", image, strength=strength, num_inference_steps=4, generator=torch.Generator())
     assert masked[0] > 0.3
     assert masked[1] < 0.05
 

@@ -15,7 +15,7 @@ from diffengine.errors import UserError
 from diffengine.export import export_components
 from diffengine.models.base import PreviewRequest
 from diffengine.models.vq import VQTokenizerModel
-from tests.support import models, pictures
+from tests.support import models, photos
 
 SIZES = {key: value for key, value in models.vq_config("toy").items() if key != "lookup_from_codebook"}
 
@@ -176,8 +176,8 @@ def test_stopped_and_resumed_is_bit_equal_through_reseedings(toy: Path) -> None:
 def test_it_learns() -> None:
     model = VQTokenizerModel(SIZES, quantize_after=5, reseed_every=5, reseed_until=40)
     shown = torch.stack([
-        torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
-        for _, picture, _ in pictures.captioned_photos(4, 32)
+        torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+        for _, image, _ in photos.captioned_photos(4, 32)
     ])  # fmt: skip
     with torch.no_grad():
         first = float(model({"image": shown})[1]["psnr"]) / 4
@@ -193,14 +193,14 @@ def test_it_learns() -> None:
 
 def test_preview_is_the_round_trip(toy: Path) -> None:
     model = VQTokenizerModel(str(toy))
-    _, picture, caption = pictures.captioned_photos(1, 32)[0]
+    _, image, caption = photos.captioned_photos(1, 32)[0]
     with torch.autocast("cpu", torch.bfloat16):  # as the hook draws; the round trip stays fp32
-        (shown,) = model.preview(PreviewRequest([caption], [picture]))
+        (shown,) = model.preview(PreviewRequest([caption], [image]))
     assert shown.label == caption
     assert shown.image.size == (64, 32)
-    assert shown.image.crop((0, 0, 32, 32)).tobytes() == picture.tobytes()
+    assert shown.image.crop((0, 0, 32, 32)).tobytes() == image.tobytes()
     vqvae = VQModel.from_pretrained(toy / "vqvae")
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         latents = vqvae.encode(pixels).latents
         decoded = vqvae.decode(vqvae.quantize(latents)[2][2], force_not_quantize=True, shape=(1, 8, 8, 12)).sample

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import models, pictures
+from tests.support import models, photos
 
 pytestmark = [
     pytest.mark.soak,
@@ -57,7 +57,7 @@ def run(command: str, cwd: Path) -> str:
 def test_full_size(tmp_path: Path) -> None:
     """Prints seconds per step and the peak of memory of all child processes: run with -s."""
     model = models.make_model_folder(tmp_path / "model", "full", resolution=512)
-    said = pictures.write_photo_folder(tmp_path / "photos", 4)
+    said = photos.write_photo_folder(tmp_path / "photos", 4)
     assert (tmp_path / "photos" / "metadata.csv").is_file()
     assert len(said) == 4
     options = f"batch_size=1 max_epochs=None max_iters={STEPS} checkpoint_every={STEPS} log_every=1 num_workers=0"

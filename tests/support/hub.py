@@ -13,7 +13,7 @@ from datasets import DatasetInfo, Features, Image, SplitDict, SplitInfo, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.naming import camelcase_to_snakecase
 
-from .pictures import captioned_photos
+from .photos import captioned_photos
 
 Row = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ def _revision(name: str) -> str:
 
 def photo_rows(n: int | None = None, size: int | None = None) -> list[dict[str, Any]]:
     """Rows of columns image (PIL) and text, the form of the captioned data sets on the hub."""
-    return [{"image": picture, "text": caption} for _, picture, caption in captioned_photos(n, size)]
+    return [{"image": image, "text": caption} for _, image, caption in captioned_photos(n, size)]
 
 
 def _add_model(hub: Path, name: str, folder: Path) -> None:
@@ -69,7 +69,7 @@ def make_hub_cache(
     """Lays out a cache under root; gives the environment variables with which a process finds it.
 
     models: hub name -> local model folder, linked to, so it must stay. datasets: hub name -> rows of image
-    (PIL picture) and text, its only split being "train". May be called again on one root to add others.
+    (PIL image) and text, its only split being "train". May be called again on one root to add others.
 
     The libraries read these variables once, when first imported: pass them to a *child*
     (`subprocess.run(..., env={**os.environ, **variables})`). Setting them within a running test does nothing.

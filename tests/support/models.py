@@ -2,7 +2,7 @@
 
 Sizes:
 - "tiny": the topology of the released models (five VQ levels, f = 16) at tiny widths, for 512 or 256 px.
-- "toy": f = 4 for 32 px pictures: small enough to learn something within a test.
+- "toy": f = 4 for 32 px images: small enough to learn something within a test.
 - "full": the very configs of amused-256 and amused-512. 3.5 GB on disk.
 
 In tiny and toy every width differs from the others wherever the classes allow it, so that code which takes
@@ -233,7 +233,7 @@ def make_tokenizer(size: Size = "tiny") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_TEXT_LENGTH[size])
 
 
-def _smooth_pictures(generator: torch.Generator, count: int, side: int) -> torch.Tensor:
+def _smooth_images(generator: torch.Generator, count: int, side: int) -> torch.Tensor:
     """(count, 3, side, side) in [0, 1]: blurred noise with a little grain, roughly as a photo is."""
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
@@ -242,14 +242,14 @@ def _smooth_pictures(generator: torch.Generator, count: int, side: int) -> torch
 
 @torch.no_grad()
 def _calibrate_vq(vqvae: Any, generator: torch.Generator) -> None:
-    """Scales random VQ weights so that pictures use many codes, and codes make pictures within [0, 1].
+    """Scales random VQ weights so that images use many codes, and codes make images within [0, 1].
 
     Left as the classes draw them, the codebook lies within +-1/V of zero and the encoder far from it, so most
-    pictures come out as a handful of codes and the decoder draws a nearly plain grey.
+    images come out as a handful of codes and the decoder draws a nearly plain grey.
     """
     factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
     codes = vqvae.config.num_vq_embeddings
-    latents = vqvae.encode(_smooth_pictures(generator, 4, 8 * factor)).latents  # (4, C, 8, 8)
+    latents = vqvae.encode(_smooth_images(generator, 4, 8 * factor)).latents  # (4, C, 8, 8)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     vqvae.quant_conv.weight /= std[:, None, None, None]
     vqvae.quant_conv.bias.sub_(mean).div_(std)

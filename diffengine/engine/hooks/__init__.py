@@ -1,4 +1,4 @@
-"""What happens around steps: numbers, checkpoints, pictures, export.
+"""What happens around steps: numbers, checkpoints, images, export.
 
 A hook is mmengine's: `before_train(runner)`, `after_train_iter(runner, batch_idx, data_batch, outputs)`, ...
 Here `outputs` is a `loop.Step`, and `runner.train_loop.due(every)` answers in the unit that the config

@@ -186,7 +186,7 @@ class MetricsHook(Hook):
         where = f"epoch {loop.epochs_done}/{loop.max_epochs}  " if loop.by_epoch else ""
         return (
             f"{where}step {loop.done}/{loop.max_iters}  loss {metrics['loss']:.4f}{beside}{extra}  "
-            f"lr {metrics['lr']:.2e}  {metrics['images_per_second']:.3g} pictures/s  "
+            f"lr {metrics['lr']:.2e}  {metrics['images_per_second']:.3g} images/s  "
             f"data wait {metrics['data_wait']:.0%}  memory {metrics['memory_gb']:.2f} GB  {left} left"
         )
 

@@ -1,4 +1,4 @@
-"""Pictures of what the model can do now."""
+"""Images of what the model can do now."""
 
 from pathlib import Path
 from typing import Any, final
@@ -7,7 +7,7 @@ import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image
 
-from diffengine.datasets import Crop, Resize, UnreadablePicture, generator
+from diffengine.datasets import Crop, Resize, UnreadableImage, generator
 from diffengine.engine import distributed
 from diffengine.engine.hooks.ema import averaged_weights
 from diffengine.errors import UserError
@@ -25,10 +25,10 @@ class PreviewHook(Hook):
 
     Args:
         prompts: captions to draw, none for no previews; or a number, to take that many distinct captions
-            (with their pictures) from the data, spread over it.
+            (with their images) from the data, spread over it.
         every: in the unit the config counts; None for the beginning and the end only.
         resolution: side in pixels; None for the model's own.
-        seed: picture i draws from seed + i.
+        seed: image i draws from seed + i.
         options: the model's drawing options: for aMUSEd `guidance_scale`, `num_inference_steps`,
             `temperature`, and `strip=True` for the first prompt after every drawing step.
     """
@@ -72,23 +72,23 @@ class PreviewHook(Hook):
             self._choose(runner.train_loop.stream)
         try:
             with averaged_weights(runner), runner.optim_wrapper.autocast():
-                pictures = runner.trainable.preview(self.request)
+                images = runner.trainable.preview(self.request)
         except NotFinite as error:  # whether to go on is a checkpoint's affair
             runner.logger.info(f"no preview at step {runner.train_loop.done}: {error}")
             return
         path = self._path(runner, runner.train_loop.done)
-        grid = save_grid([(picture.label, picture.image) for picture in pictures], path)
+        grid = save_grid([(image.label, image.image) for image in images], path)
         runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)
         runner.logger.info(f"drew {path}")
 
     def _choose(self, stream: Any) -> None:
-        """Fill in the request: captions as given, or of the data with their pictures."""
+        """Fill in the request: captions as given, or of the data with their images."""
         if not isinstance(self.prompts, int):
             self.request.prompts = list(self.prompts)
             return
         samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
         self.request.prompts = [caption for caption, _ in samples]
-        self.request.pictures = [self._square(picture) for _, picture in samples if picture is not None]
+        self.request.images = [self._square(image) for _, image in samples if image is not None]
 
     def _before_after(self, runner: Any) -> None:
         first, last = self._path(runner, 0), self._path(runner, runner.train_loop.done)
@@ -100,21 +100,21 @@ class PreviewHook(Hook):
     def _path(self, runner: Any, step: int) -> Path:
         return Path(runner.work_dir) / "previews" / f"{step:06}.png"
 
-    def _square(self, picture: Image.Image) -> Image.Image:
-        """The centre of a picture, as training sees it."""
-        size = self.request.resolution or min(picture.size)
-        sample: dict[str, Any] = {"image": picture, "text": ""}
+    def _square(self, image: Image.Image) -> Image.Image:
+        """The centre of an image, as training sees it."""
+        size = self.request.resolution or min(image.size)
+        sample: dict[str, Any] = {"image": image, "text": ""}
         rng = generator(0, 0, 0)
         return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
 
 
 def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image | None]]:
-    """Up to `count` distinct captions, spread over the data, each with its picture, None if that is not here.
+    """Up to `count` distinct captions, spread over the data, each with its image, None if that is not here.
 
     By the golden ratio, since equal steps would fall in with data that is itself in groups.
 
     Raises:
-        UnreadablePicture: unless those are to be skipped.
+        UnreadableImage: unless those are to be skipped.
     """
     found: dict[str, Image.Image | None] = {}
     size = len(dataset)
@@ -124,7 +124,7 @@ def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tu
             break
         try:
             sample = dataset[place]
-        except UnreadablePicture:
+        except UnreadableImage:
             if not skip_unreadable:
                 raise
             continue

@@ -1,4 +1,4 @@
-"""What of pictures and captions a cache may keep: token ids, caption ids, a frozen text encoder's outputs."""
+"""What of images and captions a cache may keep: token ids, caption ids, a frozen text encoder's outputs."""
 
 from collections.abc import Callable
 from typing import final
@@ -43,11 +43,11 @@ class AmusedEncoder(Encoder):
         self._encode_text = encode_text
         self._device = device
 
-    def picture_key(self) -> dict[str, str]:
+    def image_key(self) -> dict[str, str]:
         vqvae = self._vqvae.on(self._device, ENCODING)
         return {"VQ model": digest(nn.ModuleList(getattr(vqvae, name) for name in ENCODING), vqvae.config)}
 
-    def encode_pictures(self, images: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, images: Tensor) -> dict[str, Tensor]:
         ids = self._preprocessor.encode(to_device(images, self._device)).cpu()
         return {"token_ids": smallest_integers(ids, self._vqvae.on(self._device, ENCODING).config.num_vq_embeddings)}
 

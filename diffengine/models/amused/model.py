@@ -24,8 +24,8 @@ from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import (
     Batch,
     Frozen,
+    LabelledImage,
     MaskedImageModel,
-    Picture,
     PreviewRequest,
     SampleDraw,
     evaluating,
@@ -59,7 +59,7 @@ class AmusedModel(MaskedImageModel):
             memory for more time, gradients the same.
         mask_schedule: "cosine" or "linear", see `masking.mask_ratio`.
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
-        vq_batch_size: pictures that the VQ model encodes at once.
+        vq_batch_size: images that the VQ model encodes at once.
         assets: files of a learnt vocabulary, given by the run.
         seed: of the weights built from sizes and of adapters, given by the run.
 
@@ -296,7 +296,7 @@ class AmusedModel(MaskedImageModel):
         return self.components.fresh(name)
 
     def probe(self, name: str, module: Any) -> Tensor:
-        """The transformer's logits of one picture, half of it masked; of the text encoder, both outputs."""
+        """The transformer's logits of one image, half of it masked; of the text encoder, both outputs."""
         rng = torch.Generator().manual_seed(0)
         sizes = module.config
         with evaluating(module):
@@ -327,7 +327,7 @@ class AmusedModel(MaskedImageModel):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def preview(self, request: PreviewRequest) -> list[Picture]:
+    def preview(self, request: PreviewRequest) -> list[LabelledImage]:
         """Draws the prompts.
 
         `request.options` are `guidance_scale`, `num_inference_steps`, `temperature` of AmusedPipeline, and
@@ -340,14 +340,14 @@ class AmusedModel(MaskedImageModel):
         strip = options.pop("strip", False)
         with visiting(self._frozen.values()), evaluating(self):
             pipeline = self.build_pipeline()
-            pictures = [
-                Picture(prompt, draw(pipeline, prompt, request.seed + place, request.resolution, **options))
+            images = [
+                LabelledImage(prompt, draw(pipeline, prompt, request.seed + place, request.resolution, **options))
                 for place, prompt in enumerate(request.prompts)
             ]
             if strip and request.prompts:
                 steps = draw_strip(pipeline, request.prompts[0], request.seed, request.resolution, **options)
-                pictures += [Picture(f"step {place + 1}", image) for place, image in enumerate(steps)]
-        return pictures
+                images += [LabelledImage(f"step {place + 1}", image) for place, image in enumerate(steps)]
+        return images
 
 
 def _faults_of_adapter(adapter: Any, name: str) -> list[str]:

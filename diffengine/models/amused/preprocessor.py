@@ -22,12 +22,12 @@ Lookup = Callable[[str], Mapping[str, np.ndarray] | None]
 
 @final
 class AmusedPreprocessor:
-    """Tokenises pictures with the frozen VQ model and captions with the tokenizer.
+    """Tokenises images with the frozen VQ model and captions with the tokenizer.
 
     Args:
         vqvae: the frozen VQ model, in fp32 (its fp16 makes NaN).
         tokenizer: pads captions to its own maximum length, as the pipeline does.
-        vq_batch_size: pictures encoded at once. Token ids are equal, id for id, for the same device and size.
+        vq_batch_size: images encoded at once. Token ids are equal, id for id, for the same device and size.
 
     Attributes:
         lookup: what a cache has of a caption, by name, as arrays; None where it has nothing.

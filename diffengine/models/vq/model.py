@@ -1,4 +1,4 @@
-"""Trains diffusers' VQModel, so that an aMUSEd model can be made from nothing but pictures.
+"""Trains diffusers' VQModel, so that an aMUSEd model can be made from nothing but images.
 
 Legend: B batch, H W pixels, h w token grid, N = B*h*w latent vectors, V codes, D their dimension.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
-from diffengine.models.base import Batch, Picture, PreviewRequest, TrainableModel, evaluating
+from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel, evaluating
 from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
 from diffengine.models.masking import CheckSides
 
@@ -95,11 +95,11 @@ class VQTokenizerModel(TrainableModel):
 
     def prepare(self, batch: Batch) -> Batch:
         if "weight" in batch:
-            raise UserError("a VQ model takes no weights of samples; train it on the pictures alone")
+            raise UserError("a VQ model takes no weights of samples; train it on the images alone")
         return {"image": batch["image"].to(self.usage.device, non_blocking=True)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes `image` (B,3,H,W) in [0,1]; sums over pictures."""
+        """Takes `image` (B,3,H,W) in [0,1]; sums over images."""
         pixels = batch["image"]
         latents = self.vqvae.encode(pixels).latents.float()
         if self._step < self.quantize_after:
@@ -115,7 +115,7 @@ class VQTokenizerModel(TrainableModel):
         return loss_B.sum(), {"mse": mse_B.detach().sum(), "psnr": psnr_B.sum()}
 
     def _through_codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels decoded from the nearest codes, and each picture's weighed distance to them (B,)."""
+        """Pixels decoded from the nearest codes, and each image's weighed distance to them (B,)."""
         with torch.autocast(latents.device.type, enabled=False):
             if self._window_begins:
                 self._begin_window(latents.detach().movedim(1, -1).flatten(0, 2))
@@ -194,26 +194,26 @@ class VQTokenizerModel(TrainableModel):
         return _build(self._origin, self.seed)
 
     def probe(self, name: str, module: Any) -> Tensor:
-        """The round trip of a picture of noise."""
+        """The round trip of an image of noise."""
         side = 4 * self.sample_draw.factor
         pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         with evaluating(module):
             quantized, _, _ = module.quantize(module.encode(pixels).latents)
             return module.decoder(module.post_quant_conv(quantized))
 
-    def preview(self, request: PreviewRequest) -> list[Picture]:
-        """Each picture beside its round trip through the codes."""
+    def preview(self, request: PreviewRequest) -> list[LabelledImage]:
+        """Each image beside its round trip through the codes."""
         if request.options:
             raise UserError(f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none")
         return [
-            Picture(label, beside(picture, self.round_trip(picture)))
-            for label, picture in zip(request.prompts, request.pictures)
+            LabelledImage(label, beside(image, self.round_trip(image)))
+            for label, image in zip(request.prompts, request.images)
         ]
 
     @torch.no_grad()
-    def round_trip(self, picture: Image.Image) -> Image.Image:
-        """A picture through encoder, codebook and decoder, in fp32; sides must be divisible by f."""
-        pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
+    def round_trip(self, image: Image.Image) -> Image.Image:
+        """An image through encoder, codebook and decoder, in fp32; sides must be divisible by f."""
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
         self.sample_draw.grid(*pixels.shape[-2:])
         with torch.autocast(self.usage.device.type, enabled=False):
             latents = self.vqvae.encode(pixels.to(self.usage.device)).latents
@@ -222,7 +222,7 @@ class VQTokenizerModel(TrainableModel):
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures of one size in one."""
+    """Two images of one size in one."""
     both = Image.new("RGB", (left.width + right.width, left.height))
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))

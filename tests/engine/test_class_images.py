@@ -31,20 +31,20 @@ def _config(toy: Toy, name: str, folder: Path, count: int, **settings: Any) -> s
 
 
 def _killed_at(number: int, path: str, work_dir: Path) -> int:
-    """A run that is killed when it has drawn this picture and not yet written it."""
+    """A run that is killed when it has drawn this image and not yet written it."""
     preview = AmusedModel.preview
 
     def killing(model: AmusedModel, request: Any) -> Any:
-        pictures = preview(model, request)
+        images = preview(model, request)
         if request.seed == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return pictures
+        return images
 
     AmusedModel.preview = killing  # type: ignore[method-assign]
     return train(path, work_dir)
 
 
-def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_missing_images_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "class"
     folder.mkdir()
     Image.new("RGB", (50, 40), "red").save(folder / "000001.png")
@@ -59,8 +59,8 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
 
     assert train(path, tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert f"lacks 2 class pictures: drawing '{PROMPT}' before training" in said
-    assert "drew 2/2 class pictures" in said
+    assert f"lacks 2 class images: drawing '{PROMPT}' before training" in said
+    assert "drew 2/2 class images" in said
     assert {file.name for file in folder.iterdir()} == {
         *kept,
         *drawn,
@@ -74,8 +74,8 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
     base = runs.build(toy.config("base"), tmp_path / "base").trainable.build_pipeline()
     for number in (0, 2, 3, 4):  # with the weights from before training
         expected = draw(base, PROMPT, number, num_inference_steps=2, guidance_scale=2.0)
-        with Image.open(folder / f"{number:06}.png") as picture:
-            np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+        with Image.open(folder / f"{number:06}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     assert train(path, tmp_path / "run", "--overwrite") == 0
     assert "lacks" not in capsys.readouterr().out
     made = json.loads((folder / "drawn.json").read_text())
@@ -84,14 +84,14 @@ def test_missing_pictures_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytes
     twin = shutil.copytree(toy.model, tmp_path / "twin")
     assert train(path, tmp_path / "run", "--overwrite", "--pretrained", str(twin)) == 2
     said = capsys.readouterr().err
-    assert f"4 class pictures that were drawn otherwise: base was '{toy.model}' and is '{twin}'; " in said
+    assert f"4 class images that were drawn otherwise: base was '{toy.model}' and is '{twin}'; " in said
 
 
 def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     path = _config(toy, "first", folder, 3)
     one = runs.first_step(path, tmp_path / "one")
-    other = runs.first_step(path, tmp_path / "other")  # the pictures are there
+    other = runs.first_step(path, tmp_path / "other")  # the images are there
     assert one.masked == other.masked
     assert one.loss == other.loss
 
@@ -99,7 +99,7 @@ def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:
 def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     path = _config(toy, "learns", folder, 2, model=_from_nothing(toy))
-    with pytest.raises(UserError, match=r"lacks 2 class pictures, and the model, which is built from nothing"):
+    with pytest.raises(UserError, match=r"lacks 2 class images, and the model, which is built from nothing"):
         runs.build(path, tmp_path / "run")
     text = Path(toy.vq_config("vq_class", 1, 1)).read_text()
     wanted = f"dataset=dict(type=SubjectDataset, data={str(toy.data)!r}, instance_prompt='sks', " + (
@@ -111,7 +111,7 @@ def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
             "ImageTextDataset", "SubjectDataset"
         )
     )
-    with pytest.raises(UserError, match="lacks 100 class pictures, and the model, which draws nothing from text"):
+    with pytest.raises(UserError, match="lacks 100 class images, and the model, which draws nothing from text"):
         runs.build(str(vq), tmp_path / "run")
     assert not folder.exists()
 
@@ -136,7 +136,7 @@ def _from_nothing(toy: Toy) -> dict[str, Any]:
 def test_a_folder_that_cannot_be_written(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = _config(toy, "unwritten", tmp_path / "file" / "class", 2)
-    with pytest.raises(UserError, match=r"cannot keep class pictures in '.*class'"):
+    with pytest.raises(UserError, match=r"cannot keep class images in '.*class'"):
         runs.build(path, tmp_path / "run")
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from diffengine.datasets.pictures import UnreadablePicture, read_picture, read_size
+from diffengine.datasets.images import UnreadableImage, read_image, read_size
 
 
 def encoded(image, kind="PNG", **options):
@@ -15,7 +15,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def read(data):
-    return np.asarray(read_picture(data, "it"))
+    return np.asarray(read_image(data, "it"))
 
 
 def gradient(width=6, height=4):
@@ -24,8 +24,8 @@ def gradient(width=6, height=4):
     return np.stack([x * 40, y * 60, x + 10 * y], axis=-1).astype(np.uint8)
 
 
-# The turn from the upright picture to what is stored, written out from the EXIF standard: where the first
-# stored row and the first stored column lie in the upright picture.
+# The turn from the upright image to what is stored, written out from the EXIF standard: where the first
+# stored row and the first stored column lie in the upright image.
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],  # top, right
@@ -106,9 +106,9 @@ def test_integers_and_floats_scale_or_are_refused():
     assert read(encoded(floats, "TIFF"))[0, :, 0].tolist() == [0, 51, 255]
     for values in ([0, 2.0], [-0.1, 0], [float("nan"), 0]):
         odd = Image.fromarray(np.array([values], np.float32))
-        with pytest.raises(UnreadablePicture, match=r"it cannot be read.*expected 0 to 1; save it with 8 bits"):
+        with pytest.raises(UnreadableImage, match=r"it cannot be read.*expected 0 to 1; save it with 8 bits"):
             read(encoded(odd, "TIFF"))
-    with pytest.raises(UnreadablePicture, match="from 0 to 65536, expected 0 to 65535"):
+    with pytest.raises(UnreadableImage, match="from 0 to 65536, expected 0 to 65535"):
         read(encoded(Image.fromarray(np.array([[0, 65536]], np.int32)), "TIFF"))
 
 
@@ -125,17 +125,17 @@ def test_the_first_frame_of_an_animation():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
-def test_a_truncated_picture_is_named(kind, photo):
+def test_a_truncated_image_is_named(kind, photo):
     data = encoded(photo, kind)
-    with pytest.raises(UnreadablePicture, match=r"^row 7 of it cannot be read as a picture: .*skip_unreadable=True$"):
-        read_picture(data[: len(data) * 2 // 3], "row 7 of it")
+    with pytest.raises(UnreadableImage, match=r"^row 7 of it cannot be read as an image: .*skip_unreadable=True$"):
+        read_image(data[: len(data) * 2 // 3], "row 7 of it")
 
 
 def test_text_and_missing_files_are_named(tmp_path):
-    (tmp_path / "note.png").write_text("no picture")
-    with pytest.raises(UnreadablePicture, match=r"note.png cannot be read as a picture: it is in no format that PIL"):
-        read_picture(str(tmp_path / "note.png"), "note.png")
-    with pytest.raises(UnreadablePicture, match=r"gone.png cannot be read as a picture: .*No such file"):
+    (tmp_path / "note.png").write_text("no image")
+    with pytest.raises(UnreadableImage, match=r"note.png cannot be read as an image: it is in no format that PIL"):
+        read_image(str(tmp_path / "note.png"), "note.png")
+    with pytest.raises(UnreadableImage, match=r"gone.png cannot be read as an image: .*No such file"):
         read_size(str(tmp_path / "gone.png"), "gone.png")
 
 
@@ -148,4 +148,4 @@ def test_size_comes_from_the_header_alone(monkeypatch):
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     assert read_size(data, "it") == (6, 4)
     with pytest.raises(AssertionError, match="the pixels were read"):
-        read_picture(data, "it")
+        read_image(data, "it")

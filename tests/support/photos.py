@@ -34,16 +34,16 @@ _PHOTOS: dict[str, tuple[str, str]] = {
 
 @lru_cache
 def _photo(name: str) -> Image.Image:
-    """The RGB picture, decoded once: nobody may change it."""
+    """The RGB image, decoded once: nobody may change it."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise RuntimeError("the photos need: pip install 'scikit-image>=0.26'")
-    with Image.open(Path(spec.origin).parent / "data" / _PHOTOS[name][0]) as picture:
-        return picture.convert("RGB")
+    with Image.open(Path(spec.origin).parent / "data" / _PHOTOS[name][0]) as image:
+        return image.convert("RGB")
 
 
 def photos() -> dict[str, Image.Image]:
-    """Name -> RGB picture, nine of them, from 451x300 (cat) to 1411x1411 (retina). A fresh copy each call."""
+    """Name -> RGB image, nine of them, from 451x300 (cat) to 1411x1411 (retina). A fresh copy each call."""
     return {name: _photo(name).copy() for name in _PHOTOS}
 
 
@@ -53,7 +53,7 @@ def captions() -> dict[str, str]:
 
 
 def captioned_photos(n: int | None = None, size: int | None = None) -> list[tuple[str, Image.Image, str]]:
-    """(name, RGB picture, caption) n times, all names, pictures and captions distinct; always the same.
+    """(name, RGB image, caption) n times, all names, images and captions distinct; always the same.
 
     The first nine are the whole photos, those after them crops at drawn places ("..., detail 1"). n: nine if
     None. size: pixels of a square side, the middle of each; None keeps sizes, which all differ.
@@ -64,19 +64,19 @@ def captioned_photos(n: int | None = None, size: int | None = None) -> list[tupl
     for k in range(len(names) if n is None else n):
         turn, index = divmod(k, len(names))
         name = names[index]
-        picture, caption = _photo(name).copy(), said[name]
+        image, caption = _photo(name).copy(), said[name]
         if turn:
-            width, height = picture.size
+            width, height = image.size
             side = int(min(width, height) * draw.uniform(0.4, 0.8))
             left, top = draw.randint(0, width - side), draw.randint(0, height - side)
-            picture = picture.crop((left, top, left + side, top + side))
+            image = image.crop((left, top, left + side, top + side))
             name, caption = f"{name}_{turn}", f"{caption}, detail {turn}"
         if size is not None:
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
             box = (left, top, left + side, top + side)
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
-        rows.append((name, picture, caption))
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+        rows.append((name, image, caption))
     return rows
 
 
@@ -91,9 +91,9 @@ def write_photo_folder(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     said = {}
-    for k, (name, picture, caption) in enumerate(captioned_photos(n, size)):
+    for k, (name, image, caption) in enumerate(captioned_photos(n, size)):
         file = f"{name}.png" if k % 2 else f"{name}.jpg"
-        picture.save(path / file, quality=95)  # PNG knows no quality and ignores it
+        image.save(path / file, quality=95)  # PNG knows no quality and ignores it
         said[file] = caption
     if captions == "csv":
         with open(path / "metadata.csv", "w", newline="", encoding="utf-8") as table:

@@ -1,4 +1,4 @@
-"""Reading one picture: whatever PIL opens, as upright RGB on white."""
+"""Reading one image: whatever PIL opens, as upright RGB on white."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from diffengine.errors import UserError
 Sample = dict[str, Any]
 
 ORIENTATION_TAG = 0x0112
-# EXIF orientation -> the turn that brings the picture upright; 1 and unknown values need none.
+# EXIF orientation -> the turn that brings the image upright; 1 and unknown values need none.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,20 +44,20 @@ FAULTS = (
 
 
 def texts_in(text: str | list[str]) -> list[str]:
-    """A picture's captions, of which a sample may have one or a list."""
+    """An image's captions, of which a sample may have one or a list."""
     return [text] if isinstance(text, str) else list(text)
 
 
-class UnreadablePicture(UserError):
-    """A picture that cannot be decoded; names the file or the row."""
+class UnreadableImage(UserError):
+    """An image that cannot be decoded; names the file or the row."""
 
 
-def read_picture(source: bytes | str, name: str) -> Image.Image:
-    """The picture as RGB, its EXIF rotation applied, transparency laid onto white, the first frame of many.
+def read_image(source: bytes | str, name: str) -> Image.Image:
+    """The image as RGB, its EXIF rotation applied, transparency laid onto white, the first frame of many.
 
     source: the encoded bytes, or the path of a file. name: what errors call it.
     16-bit grey is scaled to 8 bits (65535 is white). 32-bit integers are taken as 0..65535 and floats as
-    0..1; values outside are refused, since no scale could be guessed. Raises UnreadablePicture.
+    0..1; values outside are refused, since no scale could be guessed. Raises UnreadableImage.
     """
     with _opened(source, name) as image:
         image.load()
@@ -67,9 +67,9 @@ def read_picture(source: bytes | str, name: str) -> Image.Image:
 
 
 def read_size(source: bytes | str, name: str) -> tuple[int, int]:
-    """(width, height) in pixels of what `read_picture` gives, from the header alone.
+    """(width, height) in pixels of what `read_image` gives, from the header alone.
 
-    A PNG may carry its EXIF behind the pixels, where this does not look. Raises UnreadablePicture.
+    A PNG may carry its EXIF behind the pixels, where this does not look. Raises UnreadableImage.
     """
     with _opened(source, name) as image:
         width, height = image.size
@@ -85,14 +85,14 @@ def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     except FAULTS as error:
         known = not isinstance(error, UnidentifiedImageError)
         reason = str(error) or type(error).__name__ if known else "it is in no format that PIL knows"
-        raise UnreadablePicture(
-            f"{name} cannot be read as a picture: {' '.join(reason.split())}; mend it, remove it, "
+        raise UnreadableImage(
+            f"{name} cannot be read as an image: {' '.join(reason.split())}; mend it, remove it, "
             "or set skip_unreadable=True"
         ) from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where the EXIF block is damaged, as picture viewers do."""
+    """The EXIF orientation, 1 to 8; 1 where the EXIF block is damaged, as image viewers do."""
     try:
         # The base class's method: the PNG class would decode all pixels to look for a late EXIF block.
         value = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
