@@ -40,9 +40,9 @@ def read(parts: Parts, options: argparse.Namespace) -> list[float]:
     stream, seconds = parts.loop.stream, []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for place in range(options.batches):
+    for index in range(options.batches):
         started = time.perf_counter()
-        collate(stream.__getitems__(range(place * options.batch, (place + 1) * options.batch)))
+        collate(stream.__getitems__(range(index * options.batch, (index + 1) * options.batch)))
         seconds.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
     return seconds[1:] or seconds

@@ -129,9 +129,9 @@ def timed(command: Sequence[str], steps: int, executable: str = sys.executable, 
         out = Path(folder) / "run.json"
         watch = str(Path(__file__).with_name("timed.py"))
         started = time.time()
-        fault = python(watch, str(out), str(steps), *command, executable=executable, **environment)
+        problem = python(watch, str(out), str(steps), *command, executable=executable, **environment)
         if not out.exists():
-            return fault or f"it ended before step {steps}"
+            return problem or f"it ended before step {steps}"
         found = json.loads(out.read_text(encoding="utf-8"))
         return Run(found["ended"] - started, found["seconds"], found["memory_gb"], found["torch"])
 

@@ -44,12 +44,12 @@ def measure(config: str, model: Path, data: Path, *settings: str) -> dict[str, f
     """The last line of a run's metrics, or in words why there is none."""
     with tempfile.TemporaryDirectory() as scratch:
         work_dir = Path(scratch) / "run"
-        fault = common.python(
+        problem = common.python(
             *common.diffengine("train", config, model, data, work_dir, "--cfg-options"), *common.STEPS_ONLY,
             "max_iters=4", "log_every=1", "num_workers=2", *settings,
         )  # fmt: skip
-        if fault:
-            return fault.replace("|", "/")
+        if problem:
+            return problem.replace("|", "/")
         return json.loads((work_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 

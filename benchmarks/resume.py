@@ -63,9 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
         common.make_model(root / "model", "tiny", 512)
         common.write_images(root / "data", 16)
         for iteration in options.at:
-            fault = common.python(*command(root, root / str(iteration), max_iters=1))
-            if fault:
-                sys.exit(fault)
+            problem = common.python(*command(root, root / str(iteration), max_iters=1))
+            if problem:
+                sys.exit(problem)
             move(root / str(iteration), iteration)
         seconds: dict[int, list[float]] = {iteration: [] for iteration in options.at}
         for turn in range(options.repeats + 1):  # the first finds files that no one has read yet

@@ -97,8 +97,8 @@ def measure(way: str, model: Path, data: Path, scratch: Path, options: argparse.
     settings = ours(way, cache, options)
     if way == "cached" and not cache.exists():
         build = common.diffengine("cache", config, model, data, scratch / way, *settings)
-        if fault := common.python(*build):
-            return fault
+        if problem := common.python(*build):
+            return problem
     train = common.diffengine("train", config, model, data, scratch / way, "--overwrite", *settings)
     return common.timed(train, steps)
 
@@ -112,11 +112,11 @@ def compare(table: common.Table, model: Path, data: Path, scratch: Path, options
             runs[way].append(measure(way, model, data, scratch, options))
     slowest = None
     for way in ways:
-        faults = [run for run in runs[way] if isinstance(run, str)]
+        problems = [run for run in runs[way] if isinstance(run, str)]
         good = [run for run in runs[way] if isinstance(run, Run)]
         cell = (options.size, options.resolution, options.batch, options.precision, way)
-        if faults:
-            table.row(*cell, faults[0].replace("|", "/"), *[""] * 4)
+        if problems:
+            table.row(*cell, problems[0].replace("|", "/"), *[""] * 4)
             continue
         if any(run.torch != torch.__version__ for run in good):
             raise SystemExit(f"the reference ran with torch {good[0].torch}; expected {torch.__version__}")

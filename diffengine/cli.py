@@ -47,7 +47,7 @@ def _module(command: str) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for what the user can mend, 1 for a fault of ours."""
+    """Run a command and return the exit code: 0, 2 for what the user can mend, 1 for a bug of ours."""
     try:
         options = parser().parse_args(argv)
     except SystemExit as error:  # argparse: 2 for a mistake, 0 for --help

@@ -271,8 +271,8 @@ def resolve(config: Plain) -> Plain:
     Raises:
         UserError: a reference to no setting, or a setting that nothing refers to, all in one error.
     """
-    resolved, faults = _resolved(config)
-    _raise(_unused(config, config) + faults)
+    resolved, problems = _resolved(config)
+    _raise(_unused(config, config) + problems)
     return resolved
 
 
@@ -283,19 +283,19 @@ def substitute(config: Plain) -> Plain:
 
 def _resolved(config: Plain) -> tuple[Plain, list[str]]:
     """The resolved config, and what could not be resolved."""
-    faults: list[str] = []
+    problems: list[str] = []
     settings = [key for key in config if key not in SECTIONS]
 
     def replace(value: Any, path: str, chain: tuple[str, ...] = ()) -> Any:
         if isinstance(value, Mapping):
             return {key: replace(item, f"{path}.{key}", chain) for key, item in value.items()}
         if isinstance(value, list):
-            return [replace(item, f"{path}.{place}", chain) for place, item in enumerate(value)]
+            return [replace(item, f"{path}.{index}", chain) for index, item in enumerate(value)]
         names = REFERENCE.findall(value) if isinstance(value, str) else []
         wrong = [f"{path} refers to setting '{name}', which there is not{did_you_mean(name, settings)}"
                  for name in names if name not in settings]  # fmt: skip
         wrong += [f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain]
-        faults.extend(wrong)
+        problems.extend(wrong)
         if wrong or not names:
             return value
         values = {name: replace(config[name], name, (*chain, name)) for name in names}
@@ -304,7 +304,7 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
         return REFERENCE.sub(lambda match: str(values[match[1]]), value)
 
     resolved = {key: replace(value, key, (key,)) for key, value in config.items()}
-    return resolved, list(dict.fromkeys(faults))
+    return resolved, list(dict.fromkeys(problems))
 
 
 def _used(config: Plain) -> set[str]:
@@ -325,7 +325,7 @@ def _used(config: Plain) -> set[str]:
 
 
 def _unused(config: Plain, names: Iterable[str]) -> list[str]:
-    """A fault for each of these settings that acts nowhere in the config."""
+    """A problem for each of these settings that acts nowhere in the config."""
     used = _used(config)
     others = [*used, *PLAIN, *SECTIONS]
     return [
@@ -335,9 +335,9 @@ def _unused(config: Plain, names: Iterable[str]) -> list[str]:
     ]
 
 
-def _raise(faults: list[str]) -> None:
-    if faults:
-        raise UserError("; ".join(["the config has faults: " + faults[0], *faults[1:]]))
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise UserError("; ".join(["the config has errors: " + problems[0], *problems[1:]]))
 
 
 # ---------------------------------------------------------------------------------------------- validating
@@ -351,23 +351,23 @@ def validate(resolved: Plain) -> None:
     Raises:
         UserError: every unknown key (with the nearest), wrong type and missing value, in one error.
     """
-    _raise(_faults(resolved))
+    _raise(_problems(resolved))
 
 
-def _faults(resolved: Plain) -> list[str]:
-    faults = [f"no section '{name}'" for name in NEEDED if name not in resolved]
+def _problems(resolved: Plain) -> list[str]:
+    problems = [f"no section '{name}'" for name in NEEDED if name not in resolved]
     for key in [key for key in resolved if key in SECTIONS]:
-        faults += _section_faults(key, resolved[key])
+        problems += _section_problems(key, resolved[key])
     seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
     if type(seed) is not int or not 0 <= seed < 2**32:
-        faults.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
+        problems.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
     if not isinstance(work_dir, str | None):
-        faults.append(f"work_dir got {work_dir!r}; expected a folder")
-    return faults
+        problems.append(f"work_dir got {work_dir!r}; expected a folder")
+    return problems
 
 
-def _section_faults(key: str, section: Any) -> list[str]:
-    from diffengine.signatures import faults_of
+def _section_problems(key: str, section: Any) -> list[str]:
+    from diffengine.signatures import problems_of
 
     kind = list if key in LISTS else dict
     fitting = isinstance(section, kind)
@@ -376,11 +376,11 @@ def _section_faults(key: str, section: Any) -> list[str]:
     if key in BUILDERS and "type" in section:
         return [f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it"]
     typed = dict(section, type=BUILDERS[key]) if key in BUILDERS else section
-    return faults_of(typed, key, GIVEN.get(key, set())) + _typeless(section, key)
+    return problems_of(typed, key, GIVEN.get(key, set())) + _typeless(section, key)
 
 
 def _typeless(value: Any, path: str) -> list[str]:
-    """A fault for each place in a section where a part belongs, but what stands there names no class."""
+    """A problem for each place in a section where a part belongs, but what stands there names no class."""
     if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in PARTS):
         absent = value is None and path.startswith("default_hooks.")  # None switches a hook off
         if not absent and not (isinstance(value, Mapping) and "type" in value):
@@ -389,7 +389,7 @@ def _typeless(value: Any, path: str) -> list[str]:
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [fault for key, item in items for fault in _typeless(item, f"{path}.{key}")]
+    return [problem for key, item in items for problem in _typeless(item, f"{path}.{key}")]
 
 
 def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> tuple[Plain, Plain]:
@@ -402,7 +402,7 @@ def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | N
         The config as written (with references; it is what a run keeps) and as resolved.
     """
     options, config = list(options), _extend_in_front(PLAIN, read(name))
-    faults = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
+    problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
     given = {key: value for key, value in (settings or {}).items() if value is not None}
     for key in given:
         if key not in config:
@@ -410,12 +410,12 @@ def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | N
             raise UserError(f"config '{name}' has no setting '{key}'; it has {known}")
     config = override({**config, **given}, options)
     changed = [*given, *(option.partition("=")[0].strip() for option in options)]
-    faults += _unused(config, [key for key in changed if key in config])
+    problems += _unused(config, [key for key in changed if key in config])
     used = _used(config) | PLAIN.keys() | SECTIONS
     config = {key: value for key, value in config.items() if key in used}
     resolved, unresolved = _resolved(config)
-    faults += unresolved or _faults(resolved)
-    _raise(list(dict.fromkeys(faults)))
+    problems += unresolved or _problems(resolved)
+    _raise(list(dict.fromkeys(problems)))
     return config, resolved
 
 

@@ -10,12 +10,12 @@ class UserError(Exception):
     """Something the user can mend: what was got, what was expected, what to do.
 
     The command line prints it as one line on stderr and exits with code 2; everything else that goes wrong is
-    a fault of ours and exits with code 1.
+    a bug of ours and exits with code 1.
     """
 
 
 class Told(UserError):
-    """A fault of another process, which prints it: this one ends with the same exit code and says nothing."""
+    """A problem of another process, which prints it: this one ends with the same exit code and says nothing."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,9 +31,9 @@ def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int 
     rows = math.ceil(len(shown) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), PAPER)
     ink = ImageDraw.Draw(sheet)
-    for place, ((_, image), words) in enumerate(zip(shown, lines)):
-        left = gap + (place % columns) * (width + gap)
-        top = gap + (place // columns) * (height + foot + gap)
+    for index, ((_, image), words) in enumerate(zip(shown, lines)):
+        left = gap + (index % columns) * (width + gap)
+        top = gap + (index // columns) * (height + foot + gap)
         sheet.paste(image, (left, top))
         for number, text in enumerate(words):
             ink.text((left, top + height + 2 + number * line), text, INK, font)
@@ -44,10 +44,10 @@ def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = Non
     """Write a grid as PNG; captions that the font cannot draw become numbers, listed in `captions.txt`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = [
-        (caption if drawable(caption) else f"[{place + 1}]", image) for place, (caption, image) in enumerate(images)
+        (caption if drawable(caption) else f"[{index + 1}]", image) for index, (caption, image) in enumerate(images)
     ]
     if any(new != old for (new, _), (old, _) in zip(numbered, images)):
-        lines = [f"[{place + 1}] {caption}\n" for place, (caption, _) in enumerate(images)]
+        lines = [f"[{index + 1}] {caption}\n" for index, (caption, _) in enumerate(images)]
         (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
     sheet = grid(numbered, columns)
     beside = path.with_name(f".{path.name}.part")

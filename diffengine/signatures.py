@@ -10,17 +10,17 @@ from diffengine.errors import UserError, did_you_mean
 from diffengine.registry import resolve
 
 
-def faults_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
-    """Every fault in a (nested) part of a resolved config: unknown keys, wrong types, missing values.
+def problems_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
+    """Every problem in a (nested) part of a resolved config: unknown keys, wrong types, missing values.
 
     `given` names the parameters that the run passes itself; an optimizer's `params` always is.
     """
     if isinstance(part, list):
-        parts = [(item, f"{path}.{place}") for place, item in enumerate(part)]
-        return [fault for item, place in parts for fault in faults_of(item, place, given)]
+        parts = [(item, f"{path}.{index}") for index, item in enumerate(part)]
+        return [problem for item, index in parts for problem in problems_of(item, index, given)]
     if not isinstance(part, Mapping):
         return []
-    nested = [fault for key, item in part.items() for fault in faults_of(item, f"{path}.{key}")]
+    nested = [problem for key, item in part.items() for problem in problems_of(item, f"{path}.{key}")]
     if "type" not in part:
         return nested
     if not isinstance(part["type"], str):
@@ -43,18 +43,18 @@ def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[st
     options = [key for key in named if key not in given]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     hints = _hints(target)
-    faults = []
+    problems = []
     for key, value in part.items():
         if key == "type":
             continue
         if key not in options:
             if not open_ended:
-                faults.append(f"{path}: unknown key '{key}' for {name}{_suggest(key, options)}")
+                problems.append(f"{path}: unknown key '{key}' for {name}{_suggest(key, options)}")
         elif key in hints and not fits(value, hints[key]):
             kind = type(value).__name__
-            faults.append(f"{path}.{key} got {value!r} ({kind}); expected {_spell(hints[key])}")
+            problems.append(f"{path}.{key} got {value!r} ({kind}); expected {_spell(hints[key])}")
     missing = [key for key in options if named[key].default is inspect.Parameter.empty and key not in part]
-    return faults + [f"{path}: {name} needs '{key}'" for key in missing]
+    return problems + [f"{path}: {name} needs '{key}'" for key in missing]
 
 
 def kinds_in(part: Any) -> list[str]:

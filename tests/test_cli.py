@@ -74,7 +74,7 @@ def test_what_another_process_says_is_not_said_again(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_fault_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
+def test_a_problem_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
     fail_with(monkeypatch, ZeroDivisionError("by zero"))
     assert cli.main(["list-cfg"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -93,7 +93,7 @@ def test_what_the_disk_refuses_is_one_line_and_2(monkeypatch, capsys, number):
     )
 
 
-def test_another_fault_of_the_system_is_ours(monkeypatch, capsys):
+def test_another_problem_of_the_system_is_ours(monkeypatch, capsys):
     fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
     assert cli.main(["list-cfg"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 from diffengine import config
 from diffengine.cli import main
 from diffengine.errors import UserError
-from diffengine.signatures import faults_of, fits
+from diffengine.signatures import fits, problems_of
 
 TRAINABLE = sorted(config.shipped())
 
@@ -115,7 +115,7 @@ def test_imports_are_names(folder):
     }
 
 
-def test_a_missing_package_is_a_fault_of_validation(folder):
+def test_a_missing_package_is_a_problem_of_validation(folder):
     path = write(
         folder / "c.py",
         "extends = 'amused_512_own'\nfrom no_such_package import Images\n"
@@ -251,10 +251,10 @@ def test_references_through_references():
     assert "refers back to itself" in refusal(config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}})
 
 
-def test_all_faults_of_references_in_one_error():
+def test_all_problems_of_references_in_one_error():
     message = refusal(config.resolve, {"rate": 1, "batch": 2, "model": {"x": "${rat}", "y": ["${batc}"]}})
     assert message == (
-        "the config has faults: "
+        "the config has errors: "
         "unknown setting 'rate'; did you mean 'rat'? (nothing in this config uses it); "
         "unknown setting 'batch'; did you mean 'batc'? (nothing in this config uses it); "
         "model.x refers to setting 'rat', which there is not; did you mean 'rate'?; "
@@ -287,7 +287,7 @@ def test_what_an_override_puts_out_of_use_is_dropped(folder):
 # ---------------------------------------------------------------------------------------------- validating
 
 
-def test_all_faults_of_a_config_in_one_error(folder):
+def test_all_problems_of_a_config_in_one_error(folder):
     path = write(
         folder / "c.py",
         "extends = 'amused_512_own'\nresolutoin = 256\nbatch_size = 2.5\n"
@@ -296,7 +296,7 @@ def test_all_faults_of_a_config_in_one_error(folder):
         "default_hooks = dict(previews=dict(every=2))\n",
     )
     message = refusal(config.load, path)
-    for fault in (
+    for problem in (
         "unknown setting 'resolutoin'; did you mean 'resolution'?",
         "train_dataloader.batch_size got 2.5 (float); expected int",
         "model: unknown key 'mask_shedule' for AmusedModel; did you mean 'mask_schedule'?",
@@ -304,7 +304,7 @@ def test_all_faults_of_a_config_in_one_error(folder):
         "optim_wrapper.optimizer: unknown key 'lrr' for AdamW; did you mean 'lr'?",
         "default_hooks.previews got {'every': 2}; expected dict(type=...)",
     ):
-        assert message.count(fault) == 1, fault
+        assert message.count(problem) == 1, problem
 
 
 @pytest.mark.parametrize(
@@ -334,15 +334,15 @@ def test_all_faults_of_a_config_in_one_error(folder):
         ("work_dir=5", "work_dir got 5; expected a folder"),
     ],
 )
-def test_faults_of_sections(option, says):
+def test_problems_of_sections(option, says):
     assert says in refusal(config.load, "amused_512_own", [option])
 
 
 def test_missing_section_and_missing_option():
     assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}) == (
-        "the config has faults: no section 'train_dataloader'; no section 'optim_wrapper'; no section 'train_cfg'"
+        "the config has errors: no section 'train_dataloader'; no section 'optim_wrapper'; no section 'train_cfg'"
     )
-    assert faults_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
+    assert problems_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
 
 
 def test_visualizer_backends_are_checked():

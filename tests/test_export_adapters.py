@@ -129,10 +129,10 @@ def test_the_live_model_is_left_as_it_is(toy: Path, tmp_path: Path) -> None:
     kept = {name: (value, value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
     parameters = [id(value) for value in model.parameters()]
     state = torch.random.get_rng_state()
-    for place, dtype in enumerate((torch.float32, torch.float16)):
-        export_components(model, tmp_path / f"a{place}", dtype=dtype)
-        export_components(model, tmp_path / f"b{place}", merge=True, dtype=dtype)
-        export_pipeline(model, tmp_path / f"c{place}", dtype=dtype)
+    for index, dtype in enumerate((torch.float32, torch.float16)):
+        export_components(model, tmp_path / f"a{index}", dtype=dtype)
+        export_components(model, tmp_path / f"b{index}", merge=True, dtype=dtype)
+        export_pipeline(model, tmp_path / f"c{index}", dtype=dtype)
     assert [id(value) for value in model.parameters()] == parameters
     for name, value in model.state_dict().items():
         assert value.data_ptr() == kept[name][1]

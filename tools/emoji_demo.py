@@ -37,7 +37,7 @@ def main() -> None:
     data = config.resolve(config.read("amused_32_emoji"))["train_dataloader"]["dataset"]
     data = {key: value for key, value in data.items() if key not in ("type", "split")}
     dataset = EmojiDataset(**data, split="all")
-    samples = [dataset[place] for place in range(len(dataset))]
+    samples = [dataset[index] for index in range(len(dataset))]
     unseen = set(EmojiDataset(**data, split="unseen").captions())
     captions = [sample["text"] for sample in samples]
     originals = [sample["image"] for sample in samples]
@@ -106,14 +106,14 @@ def save_images(
     And `strip.png`, one image after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
     """
     chosen = [emoji * 4 + background for emoji in range(0, len(captions) // 4, 11) for background in range(4)]
-    cells = [(("UNSEEN " if held_out[place] else "") + captions[place],
-              pair(originals[place], drawn[place], bool(held_out[place]))) for place in chosen]  # fmt: skip
+    cells = [(("UNSEEN " if held_out[index] else "") + captions[index],
+              pair(originals[index], drawn[index], bool(held_out[index]))) for index in chosen]  # fmt: skip
     grid(cells, columns=8).save(options.out / "grid.png")
-    place = int(np.flatnonzero(held_out)[0])
-    strip = draw_strip(pipeline, captions[place], options.seed, guidance_scale=options.guidance)
+    index = int(np.flatnonzero(held_out)[0])
+    strip = draw_strip(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
     steps = grid([(f"step {step + 1}", image) for step, image in enumerate(strip)], columns=12, smallest=64)
-    stack([(captions[place], steps)]).save(options.out / "strip.png")
-    inpaint(pipeline, captions[place], originals[place], options).save(options.out / "inpaint.png")
+    stack([(captions[index], steps)]).save(options.out / "strip.png")
+    inpaint(pipeline, captions[index], originals[index], options).save(options.out / "inpaint.png")
 
 
 def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image:

@@ -54,7 +54,7 @@ def score(options: argparse.Namespace) -> None:
     quiet_libraries()
     base = originals()
     seen, unseen, words = asked(options.config, base)
-    old = {caption: base[caption] for place, caption in enumerate(base) if place % 8 == place // 8 % 4}
+    old = {caption: base[caption] for index, caption in enumerate(base) if index % 8 == index // 8 % 4}
     gallery = {**base, **seen, **unseen}
     pipelines = [load(options.base), load(options.tuned or Path("work_dirs") / options.config)]
     cells: list[tuple[str, Image.Image]] = []
@@ -66,9 +66,9 @@ def score(options: argparse.Namespace) -> None:
         if words and group is not old:
             before, after = (in_hand(images, captions, group, base, words) for images in drawn)
             print(f"{name} in the right hand {before:.3f} before, {after:.3f} after")
-        for place in np.linspace(0, len(captions) - 1, min(8, len(captions))).astype(int):
-            both = pair(drawn[0][place], drawn[1][place], group is unseen)
-            cells.append((f"{name}: {captions[place]}", beside(group[captions[place]], both)))
+        for index in np.linspace(0, len(captions) - 1, min(8, len(captions))).astype(int):
+            both = pair(drawn[0][index], drawn[1][index], group is unseen)
+            cells.append((f"{name}: {captions[index]}", beside(group[captions[index]], both)))
     if options.image:
         options.image.parent.mkdir(parents=True, exist_ok=True)
         grid(cells, columns=4).save(options.image)
@@ -104,7 +104,7 @@ def originals(**options: Any) -> Originals:
 
 
 def images(dataset: EmojiDataset) -> Originals:
-    samples = (dataset[place] for place in range(len(dataset)))
+    samples = (dataset[index] for index in range(len(dataset)))
     return {sample["text"]: sample["image"] for sample in samples}
 
 
@@ -125,9 +125,9 @@ def load(folder: Path) -> AmusedPipeline:
 
 def retrieval(drawn: list[Image.Image], captions: list[str], gallery: Originals) -> float:
     """The share of images whose nearest original is their own."""
-    places = {caption: place for place, caption in enumerate(gallery)}
+    indices = {caption: index for index, caption in enumerate(gallery)}
     nearest = distances(drawn, list(gallery.values())).argmin(axis=1)
-    return float(np.mean(nearest == [places[caption] for caption in captions]))
+    return float(np.mean(nearest == [indices[caption] for caption in captions]))
 
 
 def in_hand(drawn: list[Image.Image], captions: list[str], group: Originals, base: Originals, words: str) -> float:

@@ -38,13 +38,13 @@ def run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options.source, options.base).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    for place, prompt in enumerate(options.prompts):
+    for index, prompt in enumerate(options.prompts):
         image = draw(
-            pipeline, prompt, options.seed + place, options.resolution,
+            pipeline, prompt, options.seed + index, options.resolution,
             guidance_scale=options.guidance, num_inference_steps=options.steps,
         )  # fmt: skip
         images.append((prompt, image))
-        print(f"drew {place + 1}/{len(options.prompts)}: {prompt}", flush=True)
+        print(f"drew {index + 1}/{len(options.prompts)}: {prompt}", flush=True)
     save_grid(images, path)
     print(f"wrote {path}")
     return 0

@@ -56,10 +56,10 @@ class Table:
         return sum(batch.num_rows for batch in self._batches)
 
     def __getitem__(self, row: int) -> Row:
-        place, inside = divmod(row, PART)
-        views = self._views[place]
+        index, inside = divmod(row, PART)
+        views = self._views[index]
         if views is None:
-            views = self._views[place] = self._view(self._batches[place])
+            views = self._views[index] = self._view(self._batches[index])
         return {
             name: column[inside] if isinstance(column, np.ndarray) else column[inside].as_py()
             for name, column in views.items()

@@ -109,7 +109,7 @@ class EmojiDataset:
 
     def captions(self) -> Iterator[str]:
         """Every caption, in order."""
-        return (self._caption(*place) for place in self._places)
+        return (self._caption(*index) for index in self._places)
 
     def _caption(self, emoji: int, background: int, artist: str) -> str:
         color = list(self._colors)[background]

@@ -24,7 +24,7 @@ from diffengine.errors import UserError
 # What `datasets` raises for what the user can mend: no network, no such data, split or configuration,
 # damaged files. (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty
 # data set saved to disk is an IndexError.)
-LOAD_FAULTS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
+LOAD_ERRORS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
 
 
 class ImageTextDataset:
@@ -203,7 +203,7 @@ def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
 
 
 def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
-    """The rows of one split as `datasets` reads them; every fault of the data becomes one line."""
+    """The rows of one split as `datasets` reads them; every problem of the data becomes one line."""
     local = Path(path).expanduser()
     try:
         if path and local.exists():
@@ -212,7 +212,7 @@ def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
         if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
-    except LOAD_FAULTS as error:
+    except LOAD_ERRORS as error:
         what, check = f"no folder {path} is here, and as a hub data set it", "the name, the network"
         if local.exists():
             what, check = path, "the files"

@@ -28,7 +28,7 @@ UPRIGHT = {
 }
 
 # What PIL's decoders raise on damaged files. SyntaxError is how they say "broken file".
-FAULTS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -82,7 +82,7 @@ def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
-    except FAULTS as error:
+    except DECODE_ERRORS as error:
         known = not isinstance(error, UnidentifiedImageError)
         reason = str(error) or type(error).__name__ if known else "it is in no format that PIL knows"
         raise UnreadableImage(
@@ -96,7 +96,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class's method: the PNG class would decode all pixels to look for a late EXIF block.
         value = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
-    except FAULTS:
+    except DECODE_ERRORS:
         return 1
     return value if value in UPRIGHT else 1
 

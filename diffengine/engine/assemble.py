@@ -261,7 +261,7 @@ def _build_parts(
 def attach_cache(parts: Parts, resolved: Mapping[str, Any], work_dir: Path, start_iter: int) -> None:
     """Encode once what need not be encoded at each step.
 
-    A fault in the data or its shape shows here, before the run writes anything of its own.
+    A problem in the data or its shape shows here, before the run writes anything of its own.
     """
     loop = parts.loop
     if not isinstance(loop.stream.dataset, CachedDataset):

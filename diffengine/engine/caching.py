@@ -148,7 +148,7 @@ def attach(
 ) -> None:
     """Let the stream and the model take what can be computed once from the cache, building it if need be.
 
-    Arguments and faults as of `plan`.
+    Arguments and problems as of `plan`.
     """
     found = plan(cache, stream, encoder, resolved, work_dir, positions)
     if isinstance(found, str):

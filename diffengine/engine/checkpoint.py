@@ -38,9 +38,9 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
         UserError: the disk is full, the folder cannot be written, or a hook put in what could not be read
             back.
     """
-    faults = _not_plain(checkpoint, "checkpoint")
-    if faults:
-        raise UserError(f"cannot write '{path}': {'; '.join(faults[:5])}; expected tensors and plain values")
+    problems = _not_plain(checkpoint, "checkpoint")
+    if problems:
+        raise UserError(f"cannot write '{path}': {'; '.join(problems[:5])}; expected tensors and plain values")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -65,10 +65,10 @@ def _not_plain(value: Any, where: str) -> list[str]:
     if type(value) in (dict, OrderedDict):
         inside = [*value, *value.values()]
         names = [f"{where}[{key!r}]" for key in value]
-        return [fault for item, name in zip(inside, [f"a key of {where}"] * len(value) + names)
-                for fault in _not_plain(item, name)]  # fmt: skip
+        return [problem for item, name in zip(inside, [f"a key of {where}"] * len(value) + names)
+                for problem in _not_plain(item, name)]  # fmt: skip
     if type(value) in (list, tuple):
-        return [fault for place, item in enumerate(value) for fault in _not_plain(item, f"{where}[{place}]")]
+        return [problem for index, item in enumerate(value) for problem in _not_plain(item, f"{where}[{index}]")]
     if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor):
         return []
     return [f"{where} is of {type(value).__module__}.{type(value).__name__}"]

@@ -1,6 +1,6 @@
 """Processes and devices: start-up, the little that ranks tell one another, and DDP.
 
-A fault on one rank must end all of them, with one line: a rank that is left waiting for another hangs until a
+A problem on one rank must end all of them, with one line: a rank that is left waiting for another hangs until a
 timeout. So whatever may raise a `UserError` runs inside `on_rank_0` or `on_all_ranks`.
 """
 
@@ -100,16 +100,16 @@ def on_rank_0(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    fault: UserError | None = None
+    problem: UserError | None = None
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             with disk_for_user():
                 box[1] = work()
         except UserError as error:
-            fault, box[0] = error, str(error)
+            problem, box[0] = error, str(error)
     dist.broadcast_object_list(box, src=0)
-    _raise_together(fault, box[0])
+    _raise_together(problem, box[0])
     return box[1]
 
 
@@ -119,26 +119,26 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     Raises:
         UserError: `work` raised it here; or `Told`, where it raised on another rank.
     """
-    fault: UserError | None = None
+    problem: UserError | None = None
     value: T | None = None
     try:
         with disk_for_user():
             value = work()
     except UserError as error:
-        fault = error
-    share_fault(fault)
+        problem = error
+    share_problem(problem)
     return value  # type: ignore[return-value]
 
 
-def share_fault(fault: UserError | None) -> None:
-    """Raise on every rank if any rank has a fault: the first such rank its own, the others `Told`."""
+def share_problem(problem: UserError | None) -> None:
+    """Raise on every rank if any rank has a problem: the first such rank its own, the others `Told`."""
     if world_size() == 1:
-        _raise_together(fault, None)
+        _raise_together(problem, None)
         return
     texts: list[Any] = [None] * world_size()
-    dist.all_gather_object(texts, None if fault is None else str(fault))
-    first = next((place for place, text in enumerate(texts) if text is not None), None)
-    _raise_together(fault if rank() == first else None, None if first is None else texts[first])
+    dist.all_gather_object(texts, None if problem is None else str(problem))
+    first = next((index for index, text in enumerate(texts) if text is not None), None)
+    _raise_together(problem if rank() == first else None, None if first is None else texts[first])
 
 
 def _raise_together(own: UserError | None, text: str | None) -> None:

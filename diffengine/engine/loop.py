@@ -262,8 +262,8 @@ class StepLoop(BaseLoop):
             free_memory()
             before_size = self.micro.size
             if not self.micro.halve():
-                fault = None if reason is None else self.micro.too_large(reason)
-                distributed.share_fault(fault)
+                problem = None if reason is None else self.micro.too_large(reason)
+                distributed.share_problem(problem)
             runner.logger.info(
                 f"out of memory with {before_size} images at a time: step {self.done + 1} is taken again "
                 f"with {self.micro.size}, and so are all after it (micro_batch_size)"
@@ -279,9 +279,9 @@ class StepLoop(BaseLoop):
         runner, optim = self.runner, self.runner.optim_wrapper
         sums: dict[str, Tensor] = {}
         runner.trainable.before_step(self.iter)
-        for place, micro_batch in enumerate(split(batch, self.micro.count)):
-            seed_generators(micro_seed(runner.seed, self.iter, place, runner.rank), optim.device)
-            with self._sync(exchange and place == self.micro.count - 1):
+        for index, micro_batch in enumerate(split(batch, self.micro.count)):
+            seed_generators(micro_seed(runner.seed, self.iter, index, runner.rank), optim.device)
+            with self._sync(exchange and index == self.micro.count - 1):
                 prepared = runner.trainable.prepare(micro_batch)
                 with optim.autocast():
                     loss_sum, logs = runner.model(prepared)
@@ -302,19 +302,19 @@ def _next(batches: Iterator[dict[str, Any]], stop: "StopRequest") -> tuple[dict[
     asks to stop or 0.
 
     Raises:
-        UserError: on every rank, if any rank's data has a fault.
+        UserError: on every rank, if any rank's data has a problem.
     """
     batch: dict[str, Any] = {"num_targets": ()}
-    fault: UserError | None = None
+    problem: UserError | None = None
     try:
         batch = next(batches)
     except UserError as error:
-        fault = error
-    total, asked, faults = distributed.add_counts(
-        count_targets(batch), int(stop.signum is not None), int(fault is not None)
+        problem = error
+    total, asked, problems = distributed.add_counts(
+        count_targets(batch), int(stop.signum is not None), int(problem is not None)
     )
-    if faults:
-        distributed.share_fault(fault)
+    if problems:
+        distributed.share_problem(problem)
     return batch, total, (stop.signum or signal.SIGTERM) if asked else 0
 
 
@@ -349,14 +349,14 @@ def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     if count == 1:
         return [batch]
     rows = len(batch["num_targets"])
-    cuts = [rows * place // count for place in range(count + 1)]
+    cuts = [rows * index // count for index in range(count + 1)]
     return [{key: value[start:end] for key, value in batch.items()} for start, end in itertools.pairwise(cuts)]
 
 
 def micro_seed(seed: int, iteration: int, micro_step: int, rank: int) -> int:
     """The seed of what cannot live in a sample (dropout), from where in the run it is drawn."""
-    place = struct.pack("<QQQQ", seed, iteration, micro_step, rank)
-    return int.from_bytes(hashlib.blake2b(place, digest_size=7).digest(), "little")
+    index = struct.pack("<QQQQ", seed, iteration, micro_step, rank)
+    return int.from_bytes(hashlib.blake2b(index, digest_size=7).digest(), "little")
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

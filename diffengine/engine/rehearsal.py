@@ -187,7 +187,7 @@ def _nearest(path: Path) -> Path:
 
 
 def _seconds_to_read(parts: Parts) -> float:
-    """To read this process's share of a step, by one worker. A fault in the data shows here."""
+    """To read this process's share of a step, by one worker. A problem in the data shows here."""
     loop = parts.loop
     share = next(iter(loop.dataloader.batch_sampler))
     some = share[:READ]

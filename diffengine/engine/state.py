@@ -193,8 +193,8 @@ def differences(saved: Any, expected: Any, name: str, steps: int | None = None) 
             return [f"{name} is {describe(saved)}; expected {len(expected)} entries"]
         return [
             problem
-            for place, (item, value) in enumerate(zip(saved, expected))
-            for problem in differences(item, value, f"{name}.{place}", steps=steps)
+            for index, (item, value) in enumerate(zip(saved, expected))
+            for problem in differences(item, value, f"{name}.{index}", steps=steps)
         ]
     number = type(saved) in (int, float) and type(expected) in (int, float)
     if describe(saved) != describe(expected) and not number:
@@ -290,7 +290,7 @@ def _parts(config: dict[str, Any]) -> dict[str, Any]:
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
     """Leaves by dotted path; a list of parts by their places."""
     if isinstance(config, list) and any(isinstance(item, dict) for item in config):
-        config = {str(place): item for place, item in enumerate(config)}
+        config = {str(index): item for index, item in enumerate(config)}
     if isinstance(config, dict):
         return {name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
     return {path[1:]: config}

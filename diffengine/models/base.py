@@ -314,14 +314,14 @@ class TrainableModel(nn.Module, ABC):
             if describe(state[name]) != describe(own[name])
         ]
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": shapes}
-        faults = [
+        problems = [
             f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
             for kind, names in kinds.items()
             if names
         ]
-        if faults:
+        if problems:
             raise UserError(
-                f"{source} does not fit this model: weights {'; '.join(faults)}; use the config it was trained with"
+                f"{source} does not fit this model: weights {'; '.join(problems)}; use the config it was trained with"
             )
 
     @final

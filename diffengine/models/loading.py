@@ -111,16 +111,16 @@ def digest(module: nn.Module | None, config: Mapping[str, Any]) -> str:
 
 
 def unknown_sizes(name: str, sizes: Iterable[str], kind: Any) -> list[str]:
-    """A fault for each size that `kind` does not have; diffusers and transformers ignore it."""
+    """A problem for each size that `kind` does not have; diffusers and transformers ignore it."""
     config = getattr(kind, "config_class", None) or kind  # of transformers, whose models take a config
     known = [key for key in inspect.signature(config).parameters if key != "kwargs"]
-    faults = []
+    problems = []
     for key in sizes:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            faults.append(f"{name} has no size '{key}'{hint}")
-    return faults
+            problems.append(f"{name} has no size '{key}'{hint}")
+    return problems
 
 
 def _listing(folder: Path) -> str:

@@ -93,7 +93,7 @@ def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
 
     Made on the host: `x[mask]` and `nonzero` would wait for the device.
     """
-    return torch.from_numpy(np.concatenate([row + place * num_tokens for place, row in enumerate(masked)]))
+    return torch.from_numpy(np.concatenate([row + index * num_tokens for index, row in enumerate(masked)]))
 
 
 def mask_tokens(token_ids: Tensor, index: Tensor, mask_id: int) -> Tensor:

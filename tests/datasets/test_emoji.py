@@ -145,7 +145,7 @@ def test_size_and_batches():
     assert batch[0]["image"].tobytes() == dataset[5]["image"].tobytes()
 
 
-def test_faults_of_options():
+def test_problems_of_options():
     refused("split 'val'; expected train, unseen or all", split="val")
     refused("artists .'picasso'.; expected some of .'twemoji', 'openmoji'.", artists={"picasso": ""})
     refused("artists ..; expected some of", artists={})

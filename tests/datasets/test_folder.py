@@ -147,7 +147,7 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
         ('a.png,"a fox', "line [23] is not CSV: unexpected end of data"),
     ],
 )
-def test_faults_of_csv(tmp_path, content, match):
+def test_problems_of_csv(tmp_path, content, match):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + content + "\n")
     refused(match, str(tmp_path))
@@ -171,7 +171,7 @@ def test_linked_folders_are_read_once(tmp_path):
         ('{"file_name": 5, "text": "x"}', "line 1 names the image 5, which is no file"),
     ],
 )
-def test_faults_of_json_lines(tmp_path, content, match):
+def test_problems_of_json_lines(tmp_path, content, match):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(content)
     refused(match, str(tmp_path))

@@ -83,7 +83,7 @@ def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
     assert len(ImageTextDataset(hub, max_samples=99)) == 5
 
 
-def test_faults_of_hub_names_are_one_line(hub):
+def test_problems_of_hub_names_are_one_line(hub):
     refused("no folder owner/other is here, and as a hub data set it cannot be loaded: .*network", "owner/other")
     refused("owner/name .*Unknown split .test.", hub, split="test")
     # `datasets` itself would read the cached revision without a word

@@ -275,7 +275,7 @@ def test_no_image_can_be_read():
         Stream(Photos(3, broken=range(3)), [], [], skip_unreadable=True)[0]
 
 
-def test_faults_of_a_stream():
+def test_problems_of_a_stream():
     with pytest.raises(UserError, match="data set is empty"):
         Stream(Photos(0), [], [])
     with pytest.raises(UserError, match="image_variations got 0"):

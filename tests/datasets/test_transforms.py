@@ -28,7 +28,7 @@ def run(transforms, sample, generator):
 @pytest.mark.parametrize("order", ["flip, crop", "crop, flip"])
 def test_micro_conditions_tell_where_the_shown_square_lies(order):
     """Recomputed from the pixels: in the whole flipped image, where is the square that is shown?"""
-    generator, flips, places = rng(), 0, set()
+    generator, flips, indices = rng(), 0, set()
     for _ in range(60):
         steps = [Flip(0.5), Crop(16)] if order == "flip, crop" else [Crop(16), Flip(0.5)]
         sample = run([*steps, ToTensor(5.5)], {"image": coordinates(40, 20), "text": ""}, generator)
@@ -38,9 +38,9 @@ def test_micro_conditions_tell_where_the_shown_square_lies(order):
         left = 39 - int(x[0, 0]) if flipped else int(x[0, 0])
         assert sample["micro_conds"].tolist() == [40, 20, int(y[0, 0]), left, 5.5]
         flips += flipped
-        places.add((int(y[0, 0]), left))
+        indices.add((int(y[0, 0]), left))
     assert 15 < flips < 45
-    assert len(places) > 40
+    assert len(indices) > 40
 
 
 def test_original_size_is_the_one_before_resizing():
@@ -92,8 +92,8 @@ def test_of_a_line_only_the_middle_is_resized():
 def triangle(pixels, length):
     """Bilinear shrinking with antialiasing along the first axis: triangles as wide as the scale."""
     scale = len(pixels) / length
-    places = np.arange(len(pixels)) + 0.5
-    weights = np.maximum(0, 1 - np.abs((np.arange(length)[:, None] + 0.5) * scale - places) / scale)
+    indices = np.arange(len(pixels)) + 0.5
+    weights = np.maximum(0, 1 - np.abs((np.arange(length)[:, None] + 0.5) * scale - indices) / scale)
     return np.tensordot(weights / weights.sum(axis=1, keepdims=True), pixels, axes=1)
 
 
@@ -113,7 +113,7 @@ def test_resize_is_antialiased(size, tolerance):
 def test_random_crops_reach_every_place_equally():
     generator = rng()
     tops = [Crop(4)({"image": coordinates(6, 5)}, generator)["crop_top_left"] for _ in range(1200)]
-    counts = {place: tops.count(place) for place in sorted(set(tops))}
+    counts = {index: tops.count(index) for index in sorted(set(tops))}
     assert list(counts) == [(top, left) for top in range(2) for left in range(3)]
     assert all(150 < count < 250 for count in counts.values())
 
@@ -162,6 +162,6 @@ def test_a_sample_is_not_changed_in_place():
         ),
     ],
 )
-def test_faults(build, match):
+def test_problems(build, match):
     with pytest.raises(UserError, match=match):
         build()

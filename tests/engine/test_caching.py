@@ -390,7 +390,7 @@ def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
     assert train(path, own.root / "said", *short, "train_dataloader.dataset.prefix='a '") == 2
     assert "the images to build it anew are not here: changed since it was built: data set" in (capsys.readouterr().err)
     own.data.mkdir()
-    assert train(path, own.root / "empty", *short) == 2  # a folder with a fault is not passed over
+    assert train(path, own.root / "empty", *short) == 2  # a folder with a problem is not passed over
     assert "training from the cache" not in capsys.readouterr().out
     own.data.rmdir()
     other_weights("vqvae", "encoder.conv_in")(own)

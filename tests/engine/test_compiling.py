@@ -64,10 +64,10 @@ def test_a_model_without_blocks(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_run_says_how_its_blocks_run(toy: Toy, tmp_path: Path) -> None:
-    for place, (option, how) in enumerate(
+    for index, (option, how) in enumerate(
         [("True", f"compiled, {BLOCKS} of them (as configured)"), ("auto", "eager (auto, on a CPU)")]
     ):
-        path = toy.config(f"compiled{place}")
+        path = toy.config(f"compiled{index}")
         runner = runs.build(path, tmp_path / option, f"compile={option}")
         assert f"blocks run {how}" in (tmp_path / option / "log.txt").read_text()
         assert runner.settings["compile"] == (option if option == "auto" else True)

@@ -11,7 +11,7 @@ from diffengine import cli
 from tests.engine.runs import Toy, build, train
 
 
-def fault(capsys: pytest.CaptureFixture[str]) -> str:
+def problem(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
@@ -20,7 +20,7 @@ def test_a_work_dir_is_held_by_one_process(toy: Toy, tmp_path: Path, capsys: pyt
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     assert train(path, tmp_path) == 2
-    assert "another process is training in" in fault(capsys)
+    assert "another process is training in" in problem(capsys)
     os.close(folder)
     assert train(path, tmp_path) == 0
 
@@ -29,7 +29,7 @@ def test_a_run_does_not_learn_its_own_previews(toy: Toy, tmp_path: Path, capsys:
     shutil.copytree(toy.data, tmp_path / "photos")
     path = toy.config("inside", data=str(tmp_path / "photos"))
     assert train(path, tmp_path / "photos" / "run") == 2
-    assert "lies inside the data" in fault(capsys)
+    assert "lies inside the data" in problem(capsys)
 
 
 def test_a_damaged_checkpoint_is_not_used(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -44,7 +44,7 @@ def test_a_damaged_checkpoint_is_not_used(toy: Toy, tmp_path: Path, capsys: pyte
         ["train", path, "--work-dir", str(tmp_path), "--resume", "--cfg-options", "max_iters=2"],
     ):
         assert cli.main(command) == 2
-        assert "is damaged" in fault(capsys)
+        assert "is damaged" in problem(capsys)
 
 
 def test_a_run_is_not_resumed_on_other_data(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -56,7 +56,7 @@ def test_a_run_is_not_resumed_on_other_data(toy: Toy, tmp_path: Path, capsys: py
     (data / lines[-1].split(",")[0]).unlink()
     (data / "metadata.csv").write_text("".join(lines[:-1]), encoding="utf-8")
     assert train(path, tmp_path / "run", "--resume", "--cfg-options", "max_iters=2") == 2
-    assert "the data had 10 images and has 9" in fault(capsys)
+    assert "the data had 10 images and has 9" in problem(capsys)
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -64,7 +64,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, caps
     notes.parent.mkdir()
     notes.write_text("mine")
     assert train(toy.config("foreign"), tmp_path) == 2
-    assert "which no run wrote there" in fault(capsys)
+    assert "which no run wrote there" in problem(capsys)
     assert notes.read_text() == "mine"
 
 
@@ -86,5 +86,5 @@ def test_a_full_disk_ends_a_run_in_one_line(toy: Toy, tmp_path: Path, capsys: py
     capsys.readouterr()
     assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=2") == 2
     said = "diffengine train: error: cannot read or write a file: No space left on device; make room or allow"
-    (line,) = fault(capsys).splitlines()
+    (line,) = problem(capsys).splitlines()
     assert line.startswith(said)

@@ -86,8 +86,8 @@ def test_lengths_that_make_no_sense(epochs: int | None, iters: int | None, text:
 
 
 def test_micro_seeds_differ_by_place() -> None:
-    places = [(s, i, m, r) for s in (0, 2**64 - 1) for i in (0, 1) for m in (0, 1) for r in (0, 1)]
-    assert len({micro_seed(*place) for place in places}) == len(places)
+    indices = [(s, i, m, r) for s in (0, 2**64 - 1) for i in (0, 1) for m in (0, 1) for r in (0, 1)]
+    assert len({micro_seed(*index) for index in indices}) == len(indices)
 
 
 def test_epochs_and_pruning(toy: Toy, tmp_path: Path) -> None:

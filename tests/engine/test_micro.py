@@ -32,8 +32,8 @@ class Limit(Hook):
         until: no longer from this step on.
     """
 
-    def __init__(self, most: int, place: str = "transformer.project_to_hidden", rank: int = 0, since: int = 0) -> None:
-        self.most, self.place, self.rank, self.since = most, place, rank, since
+    def __init__(self, most: int, index: str = "transformer.project_to_hidden", rank: int = 0, since: int = 0) -> None:
+        self.most, self.index, self.rank, self.since = most, index, rank, since
         self.asked: list[int] = []
 
     def before_train(self, runner: Any) -> None:
@@ -47,7 +47,7 @@ class Limit(Hook):
             if count > self.most and runner.train_loop.done >= self.since:
                 raise torch.OutOfMemoryError(TORCH_SAYS)
 
-        if self.place == "backward":
+        if self.index == "backward":
 
             def watch(module: nn.Module, args: Any, output: tuple) -> None:
                 targets = self.rows
@@ -56,7 +56,7 @@ class Limit(Hook):
             runner.trainable.register_forward_pre_hook(self._note)
             runner.trainable.register_forward_hook(watch)
         else:
-            module = runner.trainable.get_submodule(self.place)
+            module = runner.trainable.get_submodule(self.index)
             module.register_forward_pre_hook(lambda module, args: check(len(args[0])))
 
     def _note(self, module: nn.Module, args: tuple) -> None:
@@ -73,16 +73,16 @@ def whole(toy: Toy) -> FirstStep:
     return runs.first_step(toy.config("unlimited", batch_size=8), toy.root / "unlimited", TEXT_TOO)
 
 
-@pytest.mark.parametrize(("most", "place", "asked"), [
+@pytest.mark.parametrize(("most", "index", "asked"), [
     (5, "transformer.project_to_hidden", [8, 4, 4]),
     (1, "transformer.project_to_hidden", [8, 4, 2, *[1] * 8]),
     (3, "backward", [8, 4, *[2] * 4]),
     (3, "text_encoder.text_projection", [8, 4, *[2] * 4]),
 ])  # fmt: skip
 def test_it_halves_and_the_step_is_the_same(
-    toy: Toy, whole: FirstStep, tmp_path: Path, most: int, place: str, asked: list[int]
+    toy: Toy, whole: FirstStep, tmp_path: Path, most: int, index: str, asked: list[int]
 ) -> None:
-    runner = runs.build(toy.config("limited", batch_size=8), tmp_path, TEXT_TOO, limited(most, place=place))
+    runner = runs.build(toy.config("limited", batch_size=8), tmp_path, TEXT_TOO, limited(most, index=index))
     watch = runs.Watch()
     runner.register_hook(watch)
     runner.train()
@@ -158,7 +158,7 @@ def test_the_optimizers_state_does_not_fit(toy: Toy, tmp_path: Path, monkeypatch
 def test_a_failed_try_leaves_no_trace(toy: Toy, tmp_path: Path) -> None:
     """The VQ model counts its codes in a buffer; half of the counting was done when memory ran out."""
     states = []
-    for name, hooks in (("failing", [limited(1, place="backward")]), ("alone", [])):
+    for name, hooks in (("failing", [limited(1, index="backward")]), ("alone", [])):
         path = toy.vq_config(name, 4, 4)
         options = ["train_cfg.micro_batch_size=" + ("4" if hooks else "1")]
         runner = runs.build(path, tmp_path / name, *hooks, *options)

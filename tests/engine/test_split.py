@@ -43,20 +43,20 @@ def test_accumulated_steps_are_the_same_step(toy: Toy, whole: FirstStep, tmp_pat
 
 
 def _ranks(toy: Toy, out: Path, reference: Path) -> None:
-    """What one of two ranks sees, written to a file: its half of a step, and how runs with a fault end."""
+    """What one of two ranks sees, written to a file: its half of a step, and how runs with a problem end."""
     rank = distributed.rank()
     step = runs.first_step(toy.config(f"ranks{rank}", batch_size=8), out / "ranks", TEXT_TOO)
     uneven = runs.first_step(  # 5 and 4 samples: 2 and 2 micro-batches of at most 3
         toy.config(f"uneven{rank}", batch_size=9, micro_batch_size=3), out / "uneven"
     )
-    faults = {name: _ending(toy, out, name) for name in ENDINGS}
+    problems = {name: _ending(toy, out, name) for name in ENDINGS}
     vq = runs.build(toy.vq_config(f"vq{rank}", 5, 5, batch_size=5), out / "vq")  # 1 and 2 rows a micro-batch
     vq.train()
     path = toy.config(f"more{rank}", **REFERENCE)
     runs.build(path, out / "more", resume=reference / "iter_8.pth").train()
     share = {"num_targets": [1] * (2 + rank)}
     parts = [len(part["num_targets"]) for part in split(share, count_micro_batches(5, 2))]
-    seen = {"step": vars(step), "uneven": vars(uneven), "faults": faults, "parts": parts}
+    seen = {"step": vars(step), "uneven": vars(uneven), "problems": problems, "parts": parts}
     seen["vq"] = vq.trainable.trained_state()
     torch.save(seen, out / f"rank{rank}.pt")
 
@@ -156,11 +156,11 @@ def test_the_vq_model_stays_one_model(ranks: list[dict[str, Any]]) -> None:
 def test_every_rank_has_as_many_micro_batches(ranks: list[dict[str, Any]]) -> None:
     """A model's own exchange in `forward` pairs up: 2 and 3 samples by at most 2 are two parts each."""
     assert [rank["parts"] for rank in ranks] == [[1, 1], [1, 2]]
-    fault = (
+    problem = (
         "batch_size 5 over 2 processes gives shares of 2 and 3, which micro_batch_size 1 cannot split alike; "
         "set it to 2, or batch_size to a multiple of 2"
     )
-    assert [rank["faults"]["unlike"] for rank in ranks] == [f"UserError: {fault}", f"Told: {fault}"]
+    assert [rank["problems"]["unlike"] for rank in ranks] == [f"UserError: {problem}", f"Told: {problem}"]
 
 
 def _joined(ranks: list[dict[str, Any]], key: str) -> FirstStep:
@@ -194,16 +194,16 @@ def test_uneven_shares_and_micro_batches(ranks: list[dict[str, Any]], toy: Toy, 
         ("taken", 0, "holds a run"),
     ],
 )
-def test_a_fault_on_one_rank_ends_all_and_is_told_once(
+def test_a_problem_on_one_rank_ends_all_and_is_told_once(
     ranks: list[dict[str, Any]], name: str, who: int, text: str
 ) -> None:
-    kinds = [rank["faults"][name].partition(":")[0] for rank in ranks]
+    kinds = [rank["problems"][name].partition(":")[0] for rank in ranks]
     assert kinds[1 - who] == Told.__name__
     assert kinds[who].startswith(("UserError", "Unreadable"))
-    assert all(text in rank["faults"][name] for rank in ranks)
+    assert all(text in rank["problems"][name] for rank in ranks)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: list[dict[str, Any]], toy: Toy) -> None:
-    said = [rank["faults"]["signal"] for rank in ranks]
+    said = [rank["problems"]["signal"] for rank in ranks]
     assert said == ["Interrupted: stopped by SIGTERM", "Interrupted: stopped by SIGINT"]
     assert [path.name for path in (toy.root / "two" / "signal").glob("*.pth")] == ["iter_2.pth"]

@@ -85,7 +85,7 @@ def test_a_changed_checkpoint_is_refused(
 
 
 def test_an_unchanged_one_is_taken(toy: Toy, reference: Path, tmp_path: Path) -> None:
-    """What the cases above start from: the fault is in the change."""
+    """What the cases above start from: the problem is in the change."""
     state = checkpoint.read(sorted(reference.glob("iter_*.pth"))[-1])
     state["counters"] = {"iter": 4, "epoch": 1}
     state["param_scheduler"]["last_epoch"] = 4

@@ -81,16 +81,16 @@ def test_resume_with_nothing_to_resume_starts(toy: Toy, tmp_path: Path, capsys: 
         claim(tmp_path / "other", str(tmp_path / "nowhere.pth"), False)
 
 
-def test_a_config_fault_does_not_delete_the_run_to_be_overwritten(toy: Toy, tmp_path: Path) -> None:
+def test_a_config_problem_does_not_delete_the_run_to_be_overwritten(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("kept")
     assert train(path, tmp_path) == 0
     before = _names(tmp_path)
-    for fault in (
+    for problem in (
         "micro_batch_size=0",
         "clip_grad=-1.0",
         "warmup_iters=5",
         "keep_checkpoints=0",
         "resolution=30",
     ):
-        assert train(path, tmp_path, "--overwrite", "--cfg-options", fault) == 2, fault
+        assert train(path, tmp_path, "--overwrite", "--cfg-options", problem) == 2, problem
         assert _names(tmp_path) == before

@@ -77,11 +77,11 @@ def test_each_block_runs_once_more_and_only_for_gradients(toy: Path, batch: dict
     blocks = blocks_of(model.transformer) + blocks_of(model.text_encoder)
     assert len(blocks) == 2 * 2 + 2 + len(model.text_encoder.text_model.encoder.layers)
     runs: Counter[int] = Counter()
-    for place, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         first = next(module for module in block.modules() if not list(module.children()))
 
-        def count(module: nn.Module, arguments: Any, place: int = place) -> None:
-            runs[place] += 1
+        def count(module: nn.Module, arguments: Any, index: int = index) -> None:
+            runs[index] += 1
 
         first.register_forward_pre_hook(count)
     loss, _ = model(model.prepare(batch))

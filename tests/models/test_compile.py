@@ -36,8 +36,8 @@ def counter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def take(batch: dict[str, Any], rows: int, masked: int) -> dict[str, Any]:
     """The first rows, with so many tokens masked in each."""
     part = {name: value[:rows] for name, value in batch.items()}
-    places = [np.random.default_rng(row).permutation(64)[:masked] for row in range(rows)]
-    return {**part, "masked": places, "num_targets": [masked] * rows}
+    indices = [np.random.default_rng(row).permutation(64)[:masked] for row in range(rows)]
+    return {**part, "masked": indices, "num_targets": [masked] * rows}
 
 
 def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor | None]]:

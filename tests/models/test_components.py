@@ -76,7 +76,7 @@ def test_no_id_for_the_mask(folder: Path) -> None:
         AmusedModel(str(folder))
 
 
-def test_all_faults_in_one_error(folder: Path) -> None:
+def test_all_problems_in_one_error(folder: Path) -> None:
     change(folder, "text_encoder/config.json", vocab_size=600, projection_dim=48)
     change(folder, "vqvae/config.json", lookup_from_codebook=False)
     with pytest.raises(UserError) as error:

@@ -32,8 +32,8 @@ def formula(folder: Path, batch: dict[str, Any], smoothing: float, train_text: b
     distances = (latents[..., None, :] - pipe.vqvae.quantize.embedding.weight).square().sum(-1)
     token_ids = distances.argmin(-1).flatten(1)
     labels = torch.full_like(token_ids, -100)
-    for row, places in enumerate(batch["masked"]):
-        labels[row, places] = token_ids[row, places]
+    for row, indices in enumerate(batch["masked"]):
+        labels[row, indices] = token_ids[row, indices]
     input_ids = torch.where(labels == -100, token_ids, 79)
     words = pipe.tokenizer(
         batch["text"], padding="max_length", max_length=64, truncation=True, return_tensors="pt"

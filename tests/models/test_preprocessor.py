@@ -116,7 +116,7 @@ def test_what_the_transformer_is_given(model: AmusedModel, batch: dict[str, Any]
     said = tokenizer.batch_decode(prepared["text_ids"], skip_special_tokens=True)
     assert [text.strip() for text in said] == CAPTIONS
     assert prepared["masked_index"].tolist() == [
-        int(place) + 64 * row for row, places in enumerate(batch["masked"]) for place in places
+        int(index) + 64 * row for row, indices in enumerate(batch["masked"]) for index in indices
     ]
     assert torch.equal(prepared["micro_conds"], batch["micro_conds"])
 

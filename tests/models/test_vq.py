@@ -209,7 +209,7 @@ def test_preview_is_the_round_trip(toy: Path) -> None:
     assert model.vqvae.training
 
 
-def test_faults_are_the_users(toy: Path) -> None:
+def test_problems_are_the_users(toy: Path) -> None:
     with pytest.raises(UserError, match="reseed_every got 0; expected at least 1"):
         VQTokenizerModel(SIZES, reseed_every=0)
     with pytest.raises(UserError, match="vqvae has no size 'codes'"):

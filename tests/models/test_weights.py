@@ -20,8 +20,8 @@ def test_weighed_loss_is_the_formula(toy: Path, batch: dict[str, Any], smoothing
     model = AmusedModel(str(toy), label_smoothing=smoothing).train()
     weights = [0.25, 3.0, 1.0]
     alone = []
-    for place in range(3):
-        one = {key: value[place : place + 1] for key, value in batch.items()}
+    for index in range(3):
+        one = {key: value[index : index + 1] for key, value in batch.items()}
         loss, logs = model(model.prepare(one))
         alone.append((loss, logs["accuracy"]))
     expected = sum(w * loss for w, (loss, _) in zip(weights, alone))

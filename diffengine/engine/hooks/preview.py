@@ -118,12 +118,12 @@ def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tu
     """
     found: dict[str, Image.Image | None] = {}
     size = len(dataset)
-    places = [int(size * (place * 0.6180339887498949 % 1)) for place in range(count)] if size >= count else []
-    for place in dict.fromkeys([*places, *range(min(size, 4 * count))]):
+    indices = [int(size * (index * 0.6180339887498949 % 1)) for index in range(count)] if size >= count else []
+    for index in dict.fromkeys([*indices, *range(min(size, 4 * count))]):
         if len(found) == count:
             break
         try:
-            sample = dataset[place]
+            sample = dataset[index]
         except UnreadableImage:
             if not skip_unreadable:
                 raise

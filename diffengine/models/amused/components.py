@@ -125,7 +125,7 @@ class Components:
             return AmusedScheduler(mask_token_id=self.transformer_config["vocab_size"] - 1)
         return self._load("scheduler", AmusedScheduler.from_pretrained)
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What does not fit where components meet, by their configs; no weights are read.
 
         Raises:
@@ -137,7 +137,7 @@ class Components:
             origin = self.origins[name]
             if isinstance(origin, Mapping):
                 unknown += unknown_sizes(name, origin, kind)
-        return unknown or _faults(
+        return unknown or _problems(
             self.tokenizer,
             text,
             self.vqvae_config,
@@ -189,7 +189,7 @@ class Components:
             return build()
 
 
-def _faults(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, scheduler: Mapping) -> list[str]:
+def _problems(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, scheduler: Mapping) -> list[str]:
     """What does not fit, one line each. Each pair stands where two components meet."""
     text_end = text.eos_token_id
     if text_end == 2:  # the released form: CLIP takes the highest id in the row for the end
@@ -211,15 +211,15 @@ def _faults(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, sch
         ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
         ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
     ]  # fmt: skip
-    faults = [f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected]
+    problems = [f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected]
     if transformer["vocab_size"] <= transformer["codebook_size"]:
-        faults.append("transformer.vocab_size leaves no id for the mask above codebook_size")
+        problems.append("transformer.vocab_size leaves no id for the mask above codebook_size")
     if tokenizer.model_max_length > text.max_position_embeddings:
-        faults.append(
+        problems.append(
             f"tokenizer.model_max_length is {tokenizer.model_max_length}, text_encoder has "
             f"{text.max_position_embeddings} positions"
         )
-    return faults
+    return problems
 
 
 def initialise(transformer: UVit2DModel) -> None:

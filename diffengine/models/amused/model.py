@@ -94,10 +94,10 @@ class AmusedModel(MaskedImageModel):
         adapters = adapters or {}
         if train is None:
             train = () if adapters else ("transformer",)
-        faults = self._option_faults(train, adapters, label_smoothing, vq_batch_size)
-        faults += self.components.faults()
-        if faults:
-            raise UserError("model: " + "; ".join(faults))
+        problems = self._option_problems(train, adapters, label_smoothing, vq_batch_size)
+        problems += self.components.problems()
+        if problems:
+            raise UserError("model: " + "; ".join(problems))
         self._assets = dict(assets or {})
         self._seed = seed
         self._checkpointed = gradient_checkpointing
@@ -136,26 +136,26 @@ class AmusedModel(MaskedImageModel):
             wrap_blocks(blocks_of(module), checkpointed=True, compiled=False)
         return module
 
-    def _option_faults(
+    def _option_problems(
         self, train: Iterable[str], adapters: Mapping[str, Any], label_smoothing: float, vq_batch_size: int
     ) -> list[str]:
-        faults = []
+        problems = []
         if any(name not in TRAINABLE for name in train) or not (list(train) or adapters):
-            faults.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters")
+            problems.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters")
         for name, adapter in adapters.items():
             if name not in TRAINABLE:
-                faults.append(f"adapters got '{name}'; expected one or both of {list(TRAINABLE)}")
+                problems.append(f"adapters got '{name}'; expected one or both of {list(TRAINABLE)}")
             elif name in train:
-                faults.append(f"{name} is both in `train` and in `adapters`; name it in one of them")
+                problems.append(f"{name} is both in `train` and in `adapters`; name it in one of them")
             elif self.components.from_sizes(name):
-                faults.append(f"{name} is built from sizes, so an adapter has no base: give a folder for it")
+                problems.append(f"{name} is built from sizes, so an adapter has no base: give a folder for it")
             else:
-                faults += _faults_of_adapter(adapter, name)
+                problems += _problems_of_adapter(adapter, name)
         if not 0 <= label_smoothing < 1:
-            faults.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
+            problems.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
         if vq_batch_size < 1:
-            faults.append(f"vq_batch_size got {vq_batch_size}; expected at least 1")
-        return faults + [
+            problems.append(f"vq_batch_size got {vq_batch_size}; expected at least 1")
+        return problems + [
             f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder "
             f"for it{'' if name == 'vqvae' else ', or name it in `train`'}"
             for name in ("vqvae", *TRAINABLE)
@@ -341,16 +341,16 @@ class AmusedModel(MaskedImageModel):
         with visiting(self._frozen.values()), evaluating(self):
             pipeline = self.build_pipeline()
             images = [
-                LabelledImage(prompt, draw(pipeline, prompt, request.seed + place, request.resolution, **options))
-                for place, prompt in enumerate(request.prompts)
+                LabelledImage(prompt, draw(pipeline, prompt, request.seed + index, request.resolution, **options))
+                for index, prompt in enumerate(request.prompts)
             ]
             if strip and request.prompts:
                 steps = draw_strip(pipeline, request.prompts[0], request.seed, request.resolution, **options)
-                images += [LabelledImage(f"step {place + 1}", image) for place, image in enumerate(steps)]
+                images += [LabelledImage(f"step {index + 1}", image) for index, image in enumerate(steps)]
         return images
 
 
-def _faults_of_adapter(adapter: Any, name: str) -> list[str]:
+def _problems_of_adapter(adapter: Any, name: str) -> list[str]:
     try:
         peft_adapters.read_config(adapter, name)
     except UserError as error:

@@ -49,7 +49,7 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     words = alphabet + ends + ["".join(pair) for pair in merges]
-    vocab = {word: place for place, word in enumerate(dict.fromkeys([*words[: size - 2], START, END]))}
+    vocab = {word: index for index, word in enumerate(dict.fromkeys([*words[: size - 2], START, END]))}
     merges = [pair for pair in merges if "".join(pair) in vocab]
     return to_assets(make_tokenizer(vocab, merges, max_length))
 

@@ -234,7 +234,7 @@ def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}
-    if faults := unknown_sizes("vqvae", sizes, VQModel):
-        raise UserError("model: " + "; ".join(faults))
+    if problems := unknown_sizes("vqvae", sizes, VQModel):
+        raise UserError("model: " + "; ".join(problems))
     with seeded(seed):
         return VQModel(**{"lookup_from_codebook": True, **sizes})
