@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from diffengine import __version__
-from diffengine.errors import Told, UserError, disk_for_user
+from diffengine.errors import PeerError, UserError, disk_errors
 
 COMMANDS = {
     "train": "train a config",
@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.argv = list(sys.argv[1:] if argv is None else argv)
     name = f"diffengine {options.command}"
     try:
-        with disk_for_user():
+        with disk_errors():
             return _module(options.command).run(options)
     except UserError as error:
-        if not isinstance(error, Told):
+        if not isinstance(error, PeerError):
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -24,7 +24,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError, did_you_mean
+from diffengine.errors import UserError
+from diffengine.text import did_you_mean
 
 # Sections without a `type` of their own, and what builds each: its signature is the section's vocabulary.
 BUILDERS = {

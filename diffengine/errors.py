@@ -1,46 +1,40 @@
-"""The one error that is meant for the user."""
+"""The errors that are meant for the user."""
 
-import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something the user can mend: what was got, what was expected, what to do.
+    """A mistake that the user can fix. Its message says what was given, what was expected and what to do.
 
-    The command line prints it as one line on stderr and exits with code 2; everything else that goes wrong is
-    a bug of ours and exits with code 1.
+    The command line prints it as one line on stderr and exits with code 2. Any other exception is a bug of ours: it
+    ends in a traceback and exit code 1.
     """
 
 
-class Told(UserError):
-    """A problem of another process, which prints it: this one ends with the same exit code and says nothing."""
+class PeerError(UserError):
+    """A UserError of another rank, which reports it. This process exits with the same code and prints nothing."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'word'?" for the nearest known word, or nothing where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-# What a disk refuses: room, or permission.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# Errors of a disk that is full or may not be written.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
-def disk_for_user() -> Iterator[None]:
-    """A disk that is full or may not be written is the user's to mend, wherever it shows.
+def disk_errors() -> Iterator[None]:
+    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through.
 
     Raises:
-        UserError: in place of such an OSError.
+        UserError: the disk refused to read or write.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in DISK_ERRORS:
             raise
-        where = f"'{error.filename}'" if error.filename else "a file"
+        file = f"'{error.filename}'" if error.filename else "a file"
         raise UserError(
-            f"cannot read or write {where}: {error.strerror}; make room or allow it there, or choose another folder"
+            f"cannot read or write {file}: {error.strerror}; free space or fix the permissions, or choose another "
+            "folder"
         ) from error

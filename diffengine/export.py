@@ -86,7 +86,7 @@ def export_components(
     exported = []
     with _writing(out):
         for key, target in targets.items():
-            beside = _fresh(out / f".{key}.part")
+            beside = _fresh(out / f".{key}.tmp")
             if adapters.config_of(modules[key]) is not None and not merge:
                 difference = _write_adapter(model, key, beside, dtype)
             else:
@@ -124,7 +124,7 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     with _writing(out):
         whole = {key: _whole(model, key, out) for key in model.exportable}
         pipeline.register_modules(**whole)
-        beside = _fresh(out / ".pipeline.part")
+        beside = _fresh(out / ".pipeline.tmp")
         with ExitStack() as written:
             for module in whole.values():
                 written.enter_context(_as_written(module, dtype))
@@ -173,7 +173,7 @@ def _writing(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to '{out}': {error}") from error
     finally:
-        for part in out.glob(".*.part"):
+        for part in out.glob(".*.tmp"):
             shutil.rmtree(part, ignore_errors=True)
 
 
@@ -187,7 +187,7 @@ def _replace(beside: Path, target: Path) -> None:
     if not target.is_dir():
         beside.replace(target)
         return
-    old = target.rename(_fresh(target.with_name(f".{target.name}.old.part")))
+    old = target.rename(_fresh(target.with_name(f".{target.name}.old.tmp")))
     try:
         beside.rename(target)
     except OSError:
@@ -248,7 +248,7 @@ def _whole(model: TrainableModel, key: str, out: Path) -> nn.Module:
     live = model.exportable[key]
     if adapters.config_of(live) is None:
         return live
-    beside = _fresh(out / ".adapter.part")
+    beside = _fresh(out / ".adapter.tmp")
     adapters.write(live, key, beside)
     merged = adapters.merge(model.base(key), beside)
     shutil.rmtree(beside)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diffengine.files import atomic_write
+
 Captioned = tuple[str, Image.Image]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER = (20, 20, 20), (255, 255, 255)
@@ -50,9 +52,8 @@ def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = Non
         lines = [f"[{index + 1}] {caption}\n" for index, (caption, _) in enumerate(images)]
         (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
     sheet = grid(numbered, columns)
-    beside = path.with_name(f".{path.name}.part")
-    sheet.save(beside, format="PNG")
-    beside.replace(path)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return sheet
 
 

@@ -6,8 +6,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from diffengine.errors import UserError, did_you_mean
+from diffengine.errors import UserError
 from diffengine.registry import resolve
+from diffengine.text import did_you_mean
 
 
 def problems_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:

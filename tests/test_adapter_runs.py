@@ -70,7 +70,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy: Toy, tmp_path: Path, capsys
 
 
 def _first_step(toy: Toy, out: Path, name: str) -> None:
-    from diffengine.engine import distributed
+    from diffengine import distributed
 
     rank = distributed.rank()
     path = lora(toy, f"{name}{rank}")

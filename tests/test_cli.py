@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from diffengine import __version__, cli, config
 from diffengine.commands import convert
 from diffengine.engine import launch
-from diffengine.errors import Told, UserError
+from diffengine.errors import PeerError, UserError
 from tests.support.models import make_model_folder
 from tests.support.photos import write_photo_folder
 
@@ -69,7 +69,7 @@ def test_a_users_mistake_is_one_line_and_2(monkeypatch, capsys):
 
 
 def test_what_another_process_says_is_not_said_again(monkeypatch, capsys):
-    fail_with(monkeypatch, Told("got this"))
+    fail_with(monkeypatch, PeerError("got this"))
     assert cli.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == ""
 
@@ -88,8 +88,8 @@ def test_what_the_disk_refuses_is_one_line_and_2(monkeypatch, capsys, number):
     fail_with(monkeypatch, OSError(number, why, "run/config.py"))
     assert cli.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == (
-        f"diffengine list-cfg: error: cannot read or write 'run/config.py': {why}; make room or allow it "
-        "there, or choose another folder\n"
+        f"diffengine list-cfg: error: cannot read or write 'run/config.py': {why}; free space or fix the "
+        "permissions, or choose another folder\n"
     )
 
 

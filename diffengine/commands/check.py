@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
 def check(job: launch.Job) -> int:
     """One process's part of it."""
-    from diffengine.engine import distributed
+    from diffengine import distributed
     from diffengine.engine.loop import Interrupted
     from diffengine.engine.rehearsal import rehearse
 
@@ -43,8 +43,7 @@ def table(figures: "Figures") -> list[str]:
     """One figure a line: what it is of, the figure, and what to know of it."""
     from datetime import datetime, timedelta
 
-    from diffengine.engine.checkpoint import spell_size
-    from diffengine.engine.hooks.metrics import duration
+    from diffengine.text import format_bytes, format_duration
 
     seconds, memory, cache = figures.seconds, figures.memory, figures.cache
     building = cache.seconds if cache else 0.0
@@ -65,32 +64,32 @@ def table(figures: "Figures") -> list[str]:
         ("  optimizer", f"{seconds.optimizer:.3g} s"),
         ("  the first step", f"{seconds.first:.3g} s"),
         ("", ""),
-        ("peak memory", f"{spell_size(figures.peak)} of {spell_size(figures.available)}, previews apart"),
-        ("  trained weights", spell_size(memory.trained)),
-        ("  frozen weights", spell_size(memory.frozen)),
-        ("  gradients", spell_size(memory.gradients)),
-        ("  optimizer", spell_size(memory.optimizer)),
-        *([("  average", spell_size(memory.average))] if memory.average else []),
-        ("  activations", spell_size(figures.activations)),
+        ("peak memory", f"{format_bytes(figures.peak)} of {format_bytes(figures.available)}, previews apart"),
+        ("  trained weights", format_bytes(memory.trained)),
+        ("  frozen weights", format_bytes(memory.frozen)),
+        ("  gradients", format_bytes(memory.gradients)),
+        ("  optimizer", format_bytes(memory.optimizer)),
+        *([("  average", format_bytes(memory.average))] if memory.average else []),
+        ("  activations", format_bytes(figures.activations)),
         ("", ""),
-        ("a checkpoint", spell_size(figures.checkpoint)),
-        ("checkpoints", f"{spell_size(checkpoints)}: {figures.checkpoints} at a time"),
+        ("a checkpoint", format_bytes(figures.checkpoint)),
+        ("checkpoints", f"{format_bytes(checkpoints)}: {figures.checkpoints} at a time"),
     ]  # fmt: skip
     if cache is None:
         rows.append(("token cache", f"none: {figures.no_cache}"))
     else:
         rows += [
-            ("token cache", f"{spell_size(cache.size)} in {cache.folder}{', there already' * cache.there}"),
+            ("token cache", f"{format_bytes(cache.size)} in {cache.folder}{', there already' * cache.there}"),
             ("  holds", f"{cache.rows:,} forms of images, {cache.captions:,} captions"),
         ]
-    rows.append(("free on disk", spell_size(figures.free)))
+    rows.append(("free on disk", format_bytes(figures.free)))
     if figures.free_for_cache is not None:
-        rows.append(("  for the cache", spell_size(figures.free_for_cache)))
+        rows.append(("  for the cache", format_bytes(figures.free_for_cache)))
     rows.append(("", ""))
     if building:
-        rows.append(("building the cache", duration(building)))
+        rows.append(("building the cache", format_duration(building)))
     rows += [
-        ("training", f"{duration(figures.training)}, previews and checkpoints apart"),
+        ("training", f"{format_duration(figures.training)}, previews and checkpoints apart"),
         ("done at", f"{end:%Y-%m-%d %H:%M}, if started now"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -99,7 +98,7 @@ def table(figures: "Figures") -> list[str]:
 
 def warnings(figures: "Figures") -> list[str]:
     """What will not do, each with what to do about it."""
-    from diffengine.engine.checkpoint import spell_size
+    from diffengine.text import format_bytes
 
     lines = []
     if figures.halved:
@@ -109,7 +108,7 @@ def warnings(figures: "Figures") -> list[str]:
         )
     if figures.peak > figures.available:
         lines.append(
-            f"{spell_size(figures.peak)} of memory are more than the {spell_size(figures.available)} that "
+            f"{format_bytes(figures.peak)} of memory are more than the {format_bytes(figures.available)} that "
             "there are: lower micro_batch_size, or set model.gradient_checkpointing=True"
         )
     cache = figures.cache
@@ -120,18 +119,18 @@ def warnings(figures: "Figures") -> list[str]:
         needed = max(building, kept + checkpoints)
         if needed > figures.free:
             lines.append(
-                f"the disk has {spell_size(figures.free)} free, and {spell_size(needed)} are needed: keep "
+                f"the disk has {format_bytes(figures.free)} free, and {format_bytes(needed)} are needed: keep "
                 "fewer checkpoints, or choose another --work-dir"
             )
         return lines
     if checkpoints > figures.free:
         lines.append(
-            f"the disk has {spell_size(figures.free)} free, and checkpoints need {spell_size(checkpoints)}: "
+            f"the disk has {format_bytes(figures.free)} free, and checkpoints need {format_bytes(checkpoints)}: "
             "keep fewer, or choose another --work-dir"
         )
     if building > figures.free_for_cache:
         lines.append(
-            f"the cache's disk has {spell_size(figures.free_for_cache)} free, and {spell_size(building)} are "
+            f"the cache's disk has {format_bytes(figures.free_for_cache)} free, and {format_bytes(building)} are "
             "needed to build it: set cache_path to another disk, or cache=False"
         )
     return lines

@@ -9,7 +9,6 @@ loss: a float above 0, default 1.
 """
 
 from diffengine.datasets.emoji import EmojiDataset
-from diffengine.datasets.folder import lies_in
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.images import Sample, UnreadableImage
 from diffengine.datasets.stream import (
@@ -47,7 +46,6 @@ __all__ = [
     "collate",
     "form_loader",
     "generator",
-    "lies_in",
     "make_loader",
     "steps_for_epochs",
     "survey",

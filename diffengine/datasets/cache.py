@@ -8,7 +8,6 @@ It is built in parts, so that a build that is killed goes on with the next part.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import torch
 
 from diffengine.datasets.images import Sample, UnreadableImage, texts_in
 from diffengine.errors import UserError
+from diffengine.files import atomic_write, write_text
 
 Row = dict[str, np.ndarray | list[str]]
 PART = 256  # rows: what a kill can lose of a build
@@ -177,25 +177,10 @@ def _column(values: np.ndarray | list[list[str]]) -> pa.Array:
 
 
 def _write_stream(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Beside, flushed and renamed: the file is whole, or is not there."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as stream:
-                for batch in batches:
-                    stream.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside and renamed."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    """Write batches to a file of Arrow's stream format, atomically."""
+    with atomic_write(path) as temporary, pa.ipc.new_stream(str(temporary), schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
 
 
 # ----------------------------------------------------------------------------------------------- images

@@ -42,12 +42,6 @@ def list_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def lies_in(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is the folder, or inside it; links are followed."""
-    inner, outer = (Path(item).expanduser().resolve() for item in (path, folder))
-    return inner.is_relative_to(outer)
-
-
 def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS
 

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffengine.datasets.folder import is_image, lies_in, list_files
+from diffengine.datasets.folder import is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.images import Sample
 from diffengine.errors import UserError
+from diffengine.files import is_inside, write_text
 
 RECORD = "drawn.json"  # beside class images: those that a run drew, and what it drew them from
 
@@ -56,9 +57,7 @@ class MissingImages:
             if self.numbers:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 names = [*drawn, *(f"{number:06}.png" for number in self.numbers)]
-                beside = record.with_name(f".{RECORD}.part")
-                beside.write_text(json.dumps({**now, "pictures": names}, indent=1), encoding="utf-8")
-                beside.replace(record)
+                write_text(record, json.dumps({**now, "pictures": names}, indent=1))
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"cannot keep class images in '{self.folder}': {error}") from error
 
@@ -109,7 +108,7 @@ class SubjectDataset:
                 f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None "
                 "to train without class images"
             )
-        if class_data is not None and (lies_in(data, class_data) or lies_in(class_data, data)):
+        if class_data is not None and (is_inside(data, class_data) or is_inside(class_data, data)):
             raise UserError(
                 f"class_data got '{class_data}' and data '{data}', one inside the other; expected folders "
                 "apart, since each is read with its subfolders"

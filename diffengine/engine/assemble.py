@@ -1,7 +1,6 @@
 """From a resolved config to a run: every part built, in the order they need one another."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,17 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
+from diffengine import distributed
 from diffengine.datasets import (
     MissingImages,
     PositionSampler,
     Stream,
-    lies_in,
     make_loader,
     survey,
     survey_captions,
 )
 from diffengine.datasets.cache import CachedDataset
-from diffengine.engine import checkpoint, distributed
+from diffengine.engine import checkpoint
 from diffengine.engine.caching import PLACES, TokenCache, attach
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
@@ -37,6 +36,7 @@ from diffengine.engine.runner import Runner
 from diffengine.engine.state import check_fits, check_same_run, check_types, restore
 from diffengine.engine.workdir import begin
 from diffengine.errors import UserError
+from diffengine.files import atomic_write, is_inside
 from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
 from diffengine.registry import build, resolve
 
@@ -125,7 +125,7 @@ def check_apart(place: Path, dataset: Mapping[str, Any], what: str, option: str)
     """Refuse to write inside the data's folder: a resumed run would learn from its own previews."""
     for name in PLACES:
         folder = dataset.get(name)
-        if isinstance(folder, str) and Path(folder).expanduser().is_dir() and lies_in(place, folder):
+        if isinstance(folder, str) and Path(folder).expanduser().is_dir() and is_inside(place, folder):
             raise UserError(
                 f"{what} '{place}' lies inside the data '{folder}', and what is written there would become "
                 f"images to learn; choose a {option} outside of it"
@@ -153,15 +153,16 @@ def build_run(
     """
     data = resolved["train_dataloader"]["dataset"]
     distributed.on_rank_0(lambda: check_apart(work_dir, data, "work dir", "--work-dir"))
-    state = distributed.on_all_ranks(lambda: _state(resume, settings))
+    with distributed.all_ranks():
+        state = _state(resume, settings)
     start_iter = state["counters"]["iter"] if state else 0
     parts = prepare(resolved, work_dir, device, start_iter, state["assets"] if state else None)
     steps = parts.loop.max_iters - start_iter
-    how = distributed.on_all_ranks(lambda: compile_model(parts.loop.compile, parts.model, steps, device))
+    with distributed.all_ranks():
+        how = compile_model(parts.loop.compile, parts.model, steps, device)
     if state and resume:
-        distributed.on_all_ranks(
-            lambda: check_fits(state, parts.model, parts.optim, parts.schedule, parts.loop, resume)
-        )
+        with distributed.all_ranks():
+            check_fits(state, parts.model, parts.optim, parts.schedule, parts.loop, resume)
     distributed.on_rank_0(lambda: begin(work_dir, settings, name, resume is None, parts.model.exportable))
     runner = Runner(parts.model, work_dir, parts.hooks, parts.backends, settings, name, resolved["seed"])
     runner.set_training(parts.loop, parts.optim, parts.schedule)
@@ -203,9 +204,11 @@ def build_parts(
     cache = TokenCache(**resolved.get("token_cache", {}))
     if cache.path:
         check_apart(cache.path, resolved["train_dataloader"]["dataset"], "cache", "cache_path")
-    dataset = distributed.on_all_ranks(lambda: build_dataset(resolved, cache))
+    with distributed.all_ranks():
+        dataset = build_dataset(resolved, cache)
     known = learn_assets(resolved, dataset) if assets is None else assets
-    return distributed.on_all_ranks(lambda: _build_parts(resolved, cache, dataset, known, start_iter, device, work_dir))
+    with distributed.all_ranks():
+        return _build_parts(resolved, cache, dataset, known, start_iter, device, work_dir)
 
 
 def _state(resume: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -265,7 +268,8 @@ def attach_cache(parts: Parts, resolved: Mapping[str, Any], work_dir: Path, star
     """
     loop = parts.loop
     if not isinstance(loop.stream.dataset, CachedDataset):
-        distributed.on_all_ranks(lambda: loop.stream[start_iter * loop.batch_size])
+        with distributed.all_ranks():
+            loop.stream[start_iter * loop.batch_size]
     positions = loop.max_iters * loop.batch_size
     attach(parts.cache, loop.stream, parts.model.encoder, parts.optim, resolved, work_dir, positions)
 
@@ -316,23 +320,19 @@ def _lack(missing: MissingImages) -> str:
 def _draw_one(missing: MissingImages, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
     """Write `NNNNNN.png`, unless it has come by itself."""
     path = missing.folder / f"{number:06}.png"
-    beside = path.with_name(f".{path.name}.part")
     request = PreviewRequest([missing.prompt], seed=number, options=missing.options)
     with optim.autocast():
         (image,) = model.preview(request)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.image.save(beside, "PNG")
         if not path.exists():
-            beside.rename(path)
+            with atomic_write(path) as temporary:
+                image.image.save(temporary, "PNG")
         done = missing.numbers.index(number) + 1
         if done % 10 == 0 or done == len(missing.numbers):
             print(f"drew {done}/{len(missing.numbers)} class images", flush=True)
     except OSError as error:
         raise UserError(f"cannot write class image '{path}': {error}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def announce(runner: Runner, resolved: Mapping[str, Any], device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 
+from diffengine import distributed
 from diffengine.datasets import Sample, Stream, collate, form_loader
 from diffengine.datasets.cache import (
     CachedDataset,
@@ -27,12 +28,10 @@ from diffengine.datasets.cache import (
     texts_of,
     what_no_table_keeps,
 )
-from diffengine.engine import distributed
-from diffengine.engine.checkpoint import spell_size
-from diffengine.engine.hooks.metrics import duration
 from diffengine.engine.optim import StepOptimWrapper
 from diffengine.errors import UserError
 from diffengine.models.base import Encoder
+from diffengine.text import format_bytes, format_duration
 
 CHECKED = 8  # images encoded anew at each start
 TOLERATED = 0.01  # of their tokens may differ: another device rounds otherwise, and a tie falls otherwise
@@ -165,7 +164,7 @@ def attach(
     seen = positions / len(table)
     _say(
         f"token cache: {len(stream.dataset)} images in {spell_forms(found.forms)}, each form is taken "
-        f"{seen:.3g} times; {spell_size(table.nbytes + captions.nbytes)} in {found.folder}"
+        f"{seen:.3g} times; {format_bytes(table.nbytes + captions.nbytes)} in {found.folder}"
     )
 
 
@@ -229,7 +228,8 @@ def _image_table(found: Plan, stream: Stream, workers: int) -> Table:
         distributed.on_rank_0(TableBuilder(table.file, made_of, 0).sweep)
         return table
     _say(f"token cache: {reason}; encoding {len(stream.dataset)} images in {spell_forms(forms)}")
-    template = distributed.on_all_ranks(lambda: first_readable(stream, encoder))
+    with distributed.all_ranks():
+        template = first_readable(stream, encoder)
     builder = TableBuilder(table.file, made_of, len(stream.dataset) * forms)
     distributed.on_rank_0(lambda: _check_room(builder, template))
 
@@ -284,8 +284,8 @@ def _check_room(builder: TableBuilder, template: Sample) -> None:
         free += Table(builder.file).nbytes  # which goes before the build
     if need > free:
         raise UserError(
-            f"the cache needs {spell_size(need)} while it is built and '{builder.file.parent}' has "
-            f"{spell_size(free)} free; make room, set cache_path to another disk, or cache=False"
+            f"the cache needs {format_bytes(need)} while it is built and '{builder.file.parent}' has "
+            f"{format_bytes(free)} free; make room, set cache_path to another disk, or cache=False"
         )
 
 
@@ -407,7 +407,8 @@ def _build(builder: TableBuilder, write: Callable[[list[Part]], None]) -> Table:
     """The table, its missing parts written by all ranks together, each its share."""
     distributed.on_rank_0(builder.begin)
     missing = distributed.on_rank_0(builder.missing)
-    distributed.on_all_ranks(lambda: write(missing[distributed.rank() :: distributed.world_size()]))
+    with distributed.all_ranks():
+        write(missing[distributed.rank() :: distributed.world_size()])
     distributed.on_rank_0(builder.finish)
     return Table(builder.file)
 
@@ -451,7 +452,7 @@ class Progress:
         if now - self.told >= self.every:
             self.told = now
             rate = self.done / (now - self.began)
-            left = duration((self.total - self.done) / rate)
+            left = format_duration((self.total - self.done) / rate)
             _say(f"encoded {self.done:,}/{self.total:,} {self.what}, {rate:.3g}/s, {left} left")
 
 

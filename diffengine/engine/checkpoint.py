@@ -13,7 +13,6 @@
 `torch.load(weights_only=True)` accepts it, and reading one executes nothing.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -26,6 +25,8 @@ from typing import Any
 import torch
 
 from diffengine.errors import UserError
+from diffengine.files import atomic_write
+from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
 _NAME = re.compile(r"(epoch|iter)_\d+\.pth")
@@ -42,22 +43,13 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     if problems:
         raise UserError(f"cannot write '{path}': {'; '.join(problems[:5])}; expected tensors and plain values")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
     try:
-        torch.save(checkpoint, beside)  # by name: through a Python file, torch would copy each tensor first
-        _flush(beside)
-        beside.replace(path)
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)  # by name: through a Python file, torch would copy each tensor first
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free
         reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot write checkpoint '{path}' ({spell_size(free)} free): {reason}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        raise UserError(f"cannot write checkpoint '{path}' ({format_bytes(free)} free): {reason}") from error
 
 
 def _not_plain(value: Any, where: str) -> list[str]:
@@ -171,13 +163,6 @@ def check_disk(work_dir: Path, size: int, count: int) -> None:
     free = shutil.disk_usage(work_dir).free
     if needed > free:
         raise UserError(
-            f"'{work_dir}' has {spell_size(free)} free; {count} checkpoints of {spell_size(size)} need "
-            f"{spell_size(needed)}: keep fewer, or choose another --work-dir"
+            f"'{work_dir}' has {format_bytes(free)} free; {count} checkpoints of {format_bytes(size)} need "
+            f"{format_bytes(needed)}: keep fewer, or choose another --work-dir"
         )
-
-
-def spell_size(size: int) -> str:
-    """Bytes as "9.4 kB", "4.7 MB" or "7.30 GB"."""
-    if 0 < size < 1e5:
-        return f"{size / 1e3:.1f} kB"
-    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffengine.errors import UserError, disk_for_user
+from diffengine.errors import UserError, disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, work: Work) -> int:
 
 def _work(options: argparse.Namespace, work: Work, settings: dict[str, Any], resolved: dict[str, Any]) -> int:
     """One process's part."""
-    from diffengine.engine import distributed
+    from diffengine import distributed
     from diffengine.models.loading import quiet_libraries
 
     quiet_libraries()
@@ -150,7 +150,7 @@ def _reporting(options: argparse.Namespace, work: Work) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
-        with disk_for_user():
+        with disk_errors():
             return _work(options, work, *_load(options))
     except UserError as error:
         get_error_handler().record_exception(UserError(str(error)))  # also of one that another process told

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from diffengine import distributed
 from diffengine.datasets import Stream, steps_for_epochs
-from diffengine.engine import distributed
 from diffengine.engine.compiling import Compile
 from diffengine.engine.micro import MicroBatches, free_memory, out_of_step, too_large
 from diffengine.errors import UserError
@@ -263,7 +263,7 @@ class StepLoop(BaseLoop):
             before_size = self.micro.size
             if not self.micro.halve():
                 problem = None if reason is None else self.micro.too_large(reason)
-                distributed.share_problem(problem)
+                distributed.share_error(problem)
             runner.logger.info(
                 f"out of memory with {before_size} images at a time: step {self.done + 1} is taken again "
                 f"with {self.micro.size}, and so are all after it (micro_batch_size)"
@@ -314,7 +314,7 @@ def _next(batches: Iterator[dict[str, Any]], stop: "StopRequest") -> tuple[dict[
         count_targets(batch), int(stop.signum is not None), int(problem is not None)
     )
     if problems:
-        distributed.share_problem(problem)
+        distributed.share_error(problem)
     return batch, total, (stop.signum or signal.SIGTERM) if asked else 0
 
 

@@ -6,9 +6,9 @@ from typing import final
 
 import torch
 
-from diffengine.engine import distributed
-from diffengine.engine.checkpoint import spell_size
+from diffengine import distributed
 from diffengine.errors import UserError
+from diffengine.text import format_bytes
 
 
 @final
@@ -104,7 +104,9 @@ def too_large(what: str, reason: str) -> UserError:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         held = torch.cuda.max_memory_allocated()
-        has = f"; {spell_size(held)} were in use at most, the GPU has {spell_size(total)} ({spell_size(free)} free)"
+        has = (
+            f"; {format_bytes(held)} were in use at most, the GPU has {format_bytes(total)} ({format_bytes(free)} free)"
+        )
     return UserError(
         f"{what} not fit into memory ({_first_sentences(reason)}){has}: set "
         "model.gradient_checkpointing=True, take an 8-bit optimizer (bitsandbytes.optim.AdamW8bit), or train "

@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from diffengine import distributed
 from diffengine.datasets import collate
-from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, build_parts, check_apart
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.hooks import CheckpointHook, EMAHook
@@ -121,13 +121,15 @@ def rehearse(
     with tempfile.TemporaryDirectory(prefix="diffengine-check-") as folder:
         scratch = Path(folder)
         parts = build_parts(resolved, scratch, device)
-        awaited = distributed.on_all_ranks(lambda: stand_in_for_missing(parts))
+        with distributed.all_ranks():
+            awaited = stand_in_for_missing(parts)
         cache, no_cache = stand_in_for_cache(parts, resolved, work_dir, scratch)
         steps, stream = parts.loop.max_iters, parts.loop.stream
         saving = [hook for hook in parts.hooks if isinstance(hook, CheckpointHook)]
         checkpoints = max((kept_at_once(hook.every, hook.keep, parts.loop) for hook in saving), default=0)
-        reading = distributed.on_all_ranks(lambda: _seconds_to_read(parts))
-        how = distributed.on_all_ranks(lambda: compile_model(parts.loop.compile, parts.model, steps, device))
+        with distributed.all_ranks():
+            reading = _seconds_to_read(parts)
+            how = compile_model(parts.loop.compile, parts.model, steps, device)
         watch, average = _take_steps(parts, settings, name, resolved["seed"], scratch)
     workers = parts.loop.dataloader.num_workers
     seconds = watch.seconds

@@ -23,7 +23,7 @@ from mmengine.runner import Runner as MMRunner
 from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
-from diffengine.engine import distributed
+from diffengine import distributed
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import StepOptimWrapper
 from diffengine.models.base import TrainableModel

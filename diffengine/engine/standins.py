@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from diffengine import distributed
 from diffengine.datasets import Sample, Stream, UnreadableImage
 from diffengine.datasets.cache import (
     PART,
@@ -19,7 +20,6 @@ from diffengine.datasets.cache import (
     texts_of,
 )
 from diffengine.datasets.images import texts_in
-from diffengine.engine import distributed
 from diffengine.engine.assemble import Parts, check_can_draw
 from diffengine.engine.caching import (
     Plan,
@@ -139,7 +139,8 @@ def stand_in_for_cache(
             seconds=0.0 if there else (rows * each + len(captions) * each_caption) / distributed.world_size(),
         )
 
-    return distributed.on_all_ranks(put_in), ""
+    with distributed.all_ranks():
+        return put_in(), ""
 
 
 def _some_samples(stream: Stream, found: Plan, workers: int) -> tuple[list[Sample], float]:

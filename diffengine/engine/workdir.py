@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffengine import distributed
 from diffengine.config import to_text
-from diffengine.engine import checkpoint, distributed
+from diffengine.engine import checkpoint
 from diffengine.errors import UserError
 
 OURS = ("metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
@@ -138,7 +139,7 @@ def begin(work_dir: Path, settings: dict[str, Any], name: str, anew: bool, compo
         UserError: one of these is there, and no run wrote it.
     """
     _refuse_foreign(work_dir, components)
-    stale = list(work_dir.glob(".*.part"))
+    stale = list(work_dir.glob(".*.tmp"))
     if anew:
         stale += [work_dir / part for part in (*OURS, *components)] + checkpoint.paths(work_dir)
     for path in stale:

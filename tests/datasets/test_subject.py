@@ -69,7 +69,7 @@ def test_missing_images_have_the_first_free_numbers(dogs, tmp_path):
     assert subject(dogs, num_class_images=5).missing_images().numbers == []
     folder = Path(dogs[1])
     Image.new("RGB", (4, 4)).save(folder / "000001.png")
-    (folder / ".000000.png.part").write_bytes(b"half of one")
+    (folder / ".000000.png.tmp").write_bytes(b"half of one")
     (folder / "note.txt").write_text("no image")
     options = {"guidance_scale": 4.0}
     missing = subject(dogs, num_class_images=9, class_drawing=options).missing_images()

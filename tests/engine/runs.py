@@ -231,7 +231,7 @@ def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., None], *args: Any) -> None:
-    from diffengine.engine import distributed
+    from diffengine import distributed
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -11,14 +11,15 @@ import torch
 from diffusers import AmusedPipeline
 from torch import nn
 
-from diffengine import cli, config
+from diffengine import cli, config, distributed
 from diffengine.commands.check import table, warnings
-from diffengine.engine import checkpoint, distributed, rehearsal
+from diffengine.engine import rehearsal
 from diffengine.engine.measure import kept_at_once, tensors_in
 from diffengine.engine.optim import StepOptimWrapper
 from diffengine.engine.rehearsal import Figures, Saved, rehearse
 from diffengine.engine.workdir import claim, release
 from diffengine.models.amused import AmusedModel
+from diffengine.text import format_bytes
 from tests.engine import runs
 from tests.engine.runs import CPU, TEXT_TOO, Toy, on_ranks, train
 from tests.engine.test_class_images import _config, _from_nothing
@@ -281,7 +282,7 @@ def test_the_report(toy: Toy, tmp_path: Path) -> None:
     lines = table(found)
     said = {name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")}
     assert said["steps"].strip() == "50 of 4 images: 20 epochs"
-    assert said["a checkpoint"].strip() == checkpoint.spell_size(found.checkpoint)
+    assert said["a checkpoint"].strip() == format_bytes(found.checkpoint)
     assert {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line[:1] not in ("", " ")} == {21}
     assert warnings(found) == []
 
@@ -292,14 +293,14 @@ def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(rehearsal, "_available", lambda: 10**6)
     found = figures(toy.config("small", **CACHED, checkpoint_every=10), tmp_path / "run")
     assert found.checkpoints == 3
-    needed = checkpoint.spell_size(found.cache.size + 3 * found.checkpoint)
+    needed = format_bytes(found.cache.size + 3 * found.checkpoint)
     memory, disk = warnings(found)
-    assert memory.startswith(f"{checkpoint.spell_size(found.peak)} of memory are more than the 1.0 MB")
+    assert memory.startswith(f"{format_bytes(found.peak)} of memory are more than the 1.0 MB")
     assert disk.startswith(f"the disk has 1.0 MB free, and {needed} are needed: keep fewer checkpoints")
     found.free_for_cache = 1000
-    twice = checkpoint.spell_size(2 * found.cache.size)
+    twice = format_bytes(2 * found.cache.size)
     assert [line.partition(" ")[2].partition(":")[0] for line in warnings(found)[1:]] == [
-        f"disk has 1.0 MB free, and checkpoints need {checkpoint.spell_size(3 * found.checkpoint)}",
+        f"disk has 1.0 MB free, and checkpoints need {format_bytes(3 * found.checkpoint)}",
         f"cache's disk has 1.0 kB free, and {twice} are needed to build it",
     ]
 

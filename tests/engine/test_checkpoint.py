@@ -187,4 +187,4 @@ def test_a_hooks_unreadable_value_ends_the_run_in_one_line(
     hook = "custom_hooks=[{'type': 'tests.engine.test_checkpoint.Adds'}]"
     assert train(toy.config("adds"), tmp_path, "--cfg-options", hook) == 2
     assert "checkpoint['extra'] is of numpy.ndarray" in capsys.readouterr().err
-    assert not [*tmp_path.glob("*.pth"), *tmp_path.glob(".*.part")]
+    assert not [*tmp_path.glob("*.pth"), *tmp_path.glob(".*.tmp")]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffengine.engine import distributed
+from diffengine import distributed
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from diffengine.models.drawing import draw
@@ -54,7 +54,7 @@ def test_missing_images_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.
     assert in_child(_killed_at, 3, path, tmp_path / "run") == -signal.SIGKILL
     assert {file.name for file in folder.iterdir()} == {*kept, "000000.png", "000002.png", "drawn.json"}
     assert not list((tmp_path / "run").iterdir())  # nothing was written before
-    (folder / ".000003.png.part").write_bytes(b"what a kill in the middle of writing leaves")
+    (folder / ".000003.png.tmp").write_bytes(b"what a kill in the middle of writing leaves")
     drawn = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000002.png")}
 
     assert train(path, tmp_path / "run") == 0

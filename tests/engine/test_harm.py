@@ -77,7 +77,7 @@ def test_captions_that_are_cut_are_told(toy: Toy, tmp_path: Path, letters: int, 
     assert (line in (tmp_path / "log.txt").read_text()) == told
 
 
-@pytest.mark.parametrize("name", ["log.txt", "previews/.000002.png.part"])
+@pytest.mark.parametrize("name", ["log.txt", "previews/.000002.png.tmp"])
 def test_a_full_disk_ends_a_run_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     path = toy.config("filled", prompts=["a cat"])
     assert train(path, tmp_path) == 0
@@ -85,6 +85,6 @@ def test_a_full_disk_ends_a_run_in_one_line(toy: Toy, tmp_path: Path, capsys: py
     (tmp_path / name).symlink_to("/dev/full")
     capsys.readouterr()
     assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=2") == 2
-    said = "diffengine train: error: cannot read or write a file: No space left on device; make room or allow"
+    said = "diffengine train: error: cannot read or write a file: No space left on device; free space or fix"
     (line,) = problem(capsys).splitlines()
     assert line.startswith(said)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffengine.engine.hooks import PreviewHook, metrics
-from diffengine.engine.hooks.metrics import duration
+from diffengine.text import format_duration
 from tests.engine import runs
 from tests.engine.runs import TEXT_TOO, Toy, train
 
@@ -268,4 +268,4 @@ def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(
 
 
 def test_durations() -> None:
-    assert [duration(value) for value in (0.4, 61, 3600, 86399.6)] == ["0:00", "1:01", "1:00:00", "24:00:00"]
+    assert [format_duration(value) for value in (0.4, 61, 3600, 86399.6)] == ["0:00", "1:01", "1:00:00", "24:00:00"]

@@ -9,7 +9,8 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
-from diffengine.engine import checkpoint, distributed
+from diffengine import distributed
+from diffengine.engine import checkpoint
 from diffengine.engine.micro import MicroBatches, too_large
 from diffengine.errors import UserError
 from tests.engine import runs
@@ -222,7 +223,7 @@ def test_one_rank_runs_out_and_all_halve(toy: Toy, whole: FirstStep, tmp_path: P
     assert float((a - b).norm()) <= TOLERANCE * float(a.norm())
     log = (tmp_path / "over" / "log.txt").read_text()
     assert log.count("out of memory with") == 2  # 4 to 2, 2 to 1
-    assert ranks[0]["none"].startswith("Told: even one image at a time does not fit")
+    assert ranks[0]["none"].startswith("PeerError: even one image at a time does not fit")
     assert ranks[1]["late"] == (
         "UserError: process 1 ran out of memory in step 4 (CUDA out of memory. Tried to allocate 2.00 GiB), "
         "after 4 images at a time had fitted; go on with --resume --cfg-options micro_batch_size=2"

@@ -36,12 +36,12 @@ def test_killed_and_resumed_is_bit_equal(toy: Toy, reference: Path, tmp_path: Pa
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iter": 7, "ep')  # what a kill in the middle of a line leaves
-    (tmp_path / ".iter_8.pth.part").write_bytes(b"half")
+    (tmp_path / ".iter_8.pth.tmp").write_bytes(b"half")
 
     assert train(path, tmp_path, "--resume", "--cfg-options", "num_workers=0") == 0
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5, 10, 12]
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_previews_and_workers_change_nothing(toy: Toy, reference: Path, tmp_path: Path) -> None:

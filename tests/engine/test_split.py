@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffengine.engine import distributed
+from diffengine import distributed
 from diffengine.engine.loop import Interrupted, split
 from diffengine.engine.micro import count_micro_batches
-from diffengine.errors import Told, UserError
+from diffengine.errors import PeerError, UserError
 from tests.engine import runs
 from tests.engine.conftest import REFERENCE
 from tests.engine.runs import TEXT_TOO, FirstStep, Toy
@@ -160,7 +160,7 @@ def test_every_rank_has_as_many_micro_batches(ranks: list[dict[str, Any]]) -> No
         "batch_size 5 over 2 processes gives shares of 2 and 3, which micro_batch_size 1 cannot split alike; "
         "set it to 2, or batch_size to a multiple of 2"
     )
-    assert [rank["problems"]["unlike"] for rank in ranks] == [f"UserError: {problem}", f"Told: {problem}"]
+    assert [rank["problems"]["unlike"] for rank in ranks] == [f"UserError: {problem}", f"PeerError: {problem}"]
 
 
 def _joined(ranks: list[dict[str, Any]], key: str) -> FirstStep:
@@ -198,7 +198,7 @@ def test_a_problem_on_one_rank_ends_all_and_is_told_once(
     ranks: list[dict[str, Any]], name: str, who: int, text: str
 ) -> None:
     kinds = [rank["problems"][name].partition(":")[0] for rank in ranks]
-    assert kinds[1 - who] == Told.__name__
+    assert kinds[1 - who] == PeerError.__name__
     assert kinds[who].startswith(("UserError", "Unreadable"))
     assert all(text in rank["problems"][name] for rank in ranks)
 

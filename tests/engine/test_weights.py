@@ -7,8 +7,8 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 
+from diffengine import distributed
 from diffengine.datasets import collate
-from diffengine.engine import distributed
 from diffengine.engine.loop import count_targets
 from tests.engine import runs
 from tests.engine.runs import FirstStep, Toy

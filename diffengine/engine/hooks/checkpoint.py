@@ -7,11 +7,13 @@ import torch
 from mmengine.hooks import Hook
 from torch import Tensor
 
-from diffengine.engine import checkpoint, distributed
+from diffengine import distributed
+from diffengine.engine import checkpoint
 from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.measure import kept_at_once, nbytes
 from diffengine.engine.state import collect
 from diffengine.errors import UserError
+from diffengine.text import format_bytes
 
 
 @final
@@ -56,7 +58,7 @@ class CheckpointHook(Hook):
         _refuse_diverged(state["model"], runner.train_loop.done, work_dir)
         checkpoint.write(path, state)
         checkpoint.prune(work_dir, self.keep)
-        runner.logger.info(f"saved {path} ({checkpoint.spell_size(path.stat().st_size)})")
+        runner.logger.info(f"saved {path} ({format_bytes(path.stat().st_size)})")
 
 
 def expected_size(runner: Any) -> int:

@@ -5,7 +5,7 @@ from typing import Any, final
 
 from mmengine.hooks import Hook
 
-from diffengine.engine import distributed
+from diffengine import distributed
 from diffengine.export import Exported, check_targets, export_components
 
 

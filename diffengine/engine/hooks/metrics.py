@@ -11,14 +11,15 @@ import torch.distributed as dist
 from mmengine.hooks import Hook
 from torch import Tensor
 
-from diffengine.engine import distributed
-from diffengine.engine.checkpoint import spell_size
+from diffengine import distributed
 from diffengine.engine.hooks.checkpoint import CheckpointHook
 from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.hooks.preview import PreviewHook
 from diffengine.engine.loop import Step
 from diffengine.engine.measure import checkpoint_bytes, kept_at_once, memory_of, peak_bytes, reset_peak
 from diffengine.errors import UserError
+from diffengine.files import write_text
+from diffengine.text import format_bytes, format_duration
 
 GRAD_NORM = "grad_norm"
 FOLDED = 256  # steps whose sums are kept apart, before they are added up
@@ -160,21 +161,21 @@ class MetricsHook(Hook):
             sizes["average"] = memory.average
         if torch.cuda.is_available():  # a process's peak has too much else in it
             sizes["activations"] = max(0, self._training_peak() - memory.total)
-        said = ", ".join(f"{name} {spell_size(size)}" for name, size in sizes.items())
+        said = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
         numbers = {f"memory_{name}_gb": size / 1e9 for name, size in sizes.items()}
         checkpoints = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
         if checkpoints:
             size = checkpoint_bytes(model, optimizer, average)
             numbers["checkpoint_gb"] = size / 1e9
             count = kept_at_once(checkpoints[0].every, checkpoints[0].keep, loop)
-            said += f"; on disk {count} x {spell_size(size)} of checkpoints at a time"
+            said += f"; on disk {count} x {format_bytes(size)} of checkpoints at a time"
         return numbers, f"memory: {said}; {self._left(runner)} left"
 
     def _left(self, runner: Any) -> str:
         """The time to the end, previews and all."""
         loop = runner.train_loop
         per_step = (time.perf_counter() - self._began) / (loop.done - self._first + 1)
-        return duration(per_step * (loop.max_iters - loop.done))
+        return format_duration(per_step * (loop.max_iters - loop.done))
 
     def _console(self, runner: Any, metrics: dict[str, float]) -> str:
         loop = runner.train_loop
@@ -204,13 +205,4 @@ def _drop_after(file: Path, iteration: int) -> None:
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("}\n") and json.loads(line)["iter"] <= iteration:
             kept.append(line)
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(file)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    write_text(file, "".join(kept))

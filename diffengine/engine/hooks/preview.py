@@ -7,8 +7,8 @@ import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image
 
+from diffengine import distributed
 from diffengine.datasets import Crop, Resize, UnreadableImage, generator
-from diffengine.engine import distributed
 from diffengine.engine.hooks.ema import averaged_weights
 from diffengine.errors import UserError
 from diffengine.grids import save_grid, stack

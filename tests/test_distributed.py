@@ -2,11 +2,12 @@
 
 import errno
 import os
+from typing import Any
 
 import pytest
 
-from diffengine.engine import distributed
-from diffengine.errors import Told, UserError
+from diffengine import distributed
+from diffengine.errors import PeerError, UserError
 from tests.engine.runs import on_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PORT")
@@ -58,10 +59,15 @@ def _full_disk() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     first = distributed.rank() == 0
-    for share, work in ((distributed.on_rank_0, full), (distributed.on_all_ranks, full if first else int)):
-        with pytest.raises(UserError if first else Told, match=r"write 'metrics\.jsonl': No space left") as caught:
+
+    def on_all_ranks(work: Any) -> None:
+        with distributed.all_ranks():
+            work()
+
+    for share, work in ((distributed.on_rank_0, full), (on_all_ranks, full if first else int)):
+        with pytest.raises(UserError if first else PeerError, match=r"write 'metrics\.jsonl': No space left") as caught:
             share(work)
-        assert isinstance(caught.value, Told) != first
+        assert isinstance(caught.value, PeerError) != first
 
 
 def test_a_full_disk_on_one_rank_ends_all() -> None:

@@ -1,13 +1,14 @@
-"""Processes and devices: start-up, the little that ranks tell one another, and DDP.
+"""Processes and devices: start-up, the few messages between ranks, and DDP.
 
-A problem on one rank must end all of them, with one line: a rank that is left waiting for another hangs until a
-timeout. So whatever may raise a `UserError` runs inside `on_rank_0` or `on_all_ranks`.
+An error on one rank must end all of them, with one line: a rank that waits for another hangs until a timeout. So
+whatever may raise a `UserError` runs inside `on_rank_0` or `all_ranks`.
 """
 
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,18 +16,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffengine.errors import Told, UserError, disk_for_user
+from diffengine.errors import PeerError, UserError, disk_errors
 
 T = TypeVar("T")
 
 
 def start(launcher: str = "none") -> torch.device:
-    """Join the process group that the environment names, if it names one, and pick this process's device.
+    """Join the process group that the environment names, if any, and pick this process's device.
 
-    Host tensors travel by gloo and device tensors by nccl, so that counts are added without a device read.
+    Host tensors travel over gloo and device tensors over nccl, so counts are added up without reading the device.
 
     Args:
-        launcher: "none" (join only where RANK is set), "pytorch" (torchrun or accelerate) or "slurm" (srun).
+        launcher: "none" (join only if RANK is set), "pytorch" (torchrun or accelerate) or "slurm" (srun).
+
+    Raises:
+        UserError: the launcher's variables are missing, or there are more processes than GPUs.
     """
     if launcher == "slurm":
         _read_slurm()
@@ -37,8 +41,8 @@ def start(launcher: str = "none") -> torch.device:
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"got {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on this machine; "
-                f"expected at most {torch.cuda.device_count()}, one per GPU: lower NPROC_PER_NODE"
+                f"got {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on this machine; expected at most "
+                f"{torch.cuda.device_count()}, one per GPU: lower NPROC_PER_NODE"
             )
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -47,7 +51,7 @@ def start(launcher: str = "none") -> torch.device:
 
 
 def _read_slurm() -> None:
-    """Name torch's variables after srun's."""
+    """Set torch's variables from srun's."""
     try:
         os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
         os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
@@ -59,7 +63,7 @@ def _read_slurm() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: "gpu-01" of "gpu-[01-04,07],cpu1"."""
+    """The first host of Slurm's node list: "gpu-01" of "gpu-[01-04,07],cpu1"."""
     prefix, number = re.match(r"([^\[,]*)(?:\[(\d+))?", nodes).groups(default="")  # type: ignore[union-attr]
     return prefix + number
 
@@ -71,15 +75,23 @@ def stop() -> None:
 
 
 def rank() -> int:
+    """The number of this process, from 0; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def print_once(line: str) -> None:
+    """Print a line on rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def add_counts(*counts: float) -> list[float]:
-    """Host numbers added over all ranks, in one exchange between hosts: exact for integers, below 2^53."""
+    """Host numbers summed over all ranks in one exchange between hosts; exact for integers below 2^53."""
     if world_size() == 1:
         return list(counts)
     total = torch.tensor(counts, dtype=torch.float64)
@@ -88,72 +100,71 @@ def add_counts(*counts: float) -> list[float]:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank, once it is done; for reading and writing that one rank
-    does.
+    """Call `work` on rank 0 and return its value on every rank: for reads and writes that one rank does.
 
-    Its value must be plain. Every rank waits, so a slow `work` may take as long as the process group's
-    timeout.
+    Every rank waits, so `work` may take as long as the process group's timeout.
+
+    Args:
+        work: returns a plain value.
 
     Raises:
-        UserError: `work` raised it on rank 0, or the disk refused it. The others raise `Told`, so that none
-            is left waiting.
+        UserError: `work` raised it on rank 0, or the disk refused it. The other ranks raise `PeerError`.
     """
     if world_size() == 1:
         return work()
-    problem: UserError | None = None
+    error: UserError | None = None
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            with disk_for_user():
+            with disk_errors():
                 box[1] = work()
-        except UserError as error:
-            problem, box[0] = error, str(error)
+        except UserError as caught:
+            error, box[0] = caught, str(caught)
     dist.broadcast_object_list(box, src=0)
-    _raise_together(problem, box[0])
+    _raise_together(error, box[0])
     return box[1]
 
 
-def on_all_ranks(work: Callable[[], T]) -> T:
-    """`work`'s value on this rank, once it succeeded on all; it must not talk to other ranks.
+@contextmanager
+def all_ranks() -> Iterator[None]:
+    """Every rank leaves the block only when it succeeded on all. The block must not talk to other ranks.
 
     Raises:
-        UserError: `work` raised it here; or `Told`, where it raised on another rank.
+        UserError: the block raised it on this rank; or `PeerError` if it raised on another.
     """
-    problem: UserError | None = None
-    value: T | None = None
+    error: UserError | None = None
     try:
-        with disk_for_user():
-            value = work()
-    except UserError as error:
-        problem = error
-    share_problem(problem)
-    return value  # type: ignore[return-value]
+        with disk_errors():
+            yield
+    except UserError as caught:
+        error = caught
+    share_error(error)
 
 
-def share_problem(problem: UserError | None) -> None:
-    """Raise on every rank if any rank has a problem: the first such rank its own, the others `Told`."""
+def share_error(error: UserError | None) -> None:
+    """Raise on every rank if any has an error: the first such rank raises its own, the others `PeerError`."""
     if world_size() == 1:
-        _raise_together(problem, None)
+        _raise_together(error, None)
         return
     texts: list[Any] = [None] * world_size()
-    dist.all_gather_object(texts, None if problem is None else str(problem))
+    dist.all_gather_object(texts, None if error is None else str(error))
     first = next((index for index, text in enumerate(texts) if text is not None), None)
-    _raise_together(problem if rank() == first else None, None if first is None else texts[first])
+    _raise_together(error if rank() == first else None, None if first is None else texts[first])
 
 
 def _raise_together(own: UserError | None, text: str | None) -> None:
     if own is not None:
         raise own
     if text is not None:
-        raise Told(text)
+        raise PeerError(text)
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """The model as ranks train it together; itself where there is one."""
+    """The model wrapped in DDP; the model itself for a single process."""
     if world_size() == 1:
         return model
-    # A depthwise kernel's gradient comes in another of its equal layouts, and is copied; and what torch
-    # 2.13 would have in place of broadcast_buffers, older ones do not know.
+    # The gradient of a depthwise kernel has another, equal layout and is copied. What torch 2.13 recommends instead of
+    # broadcast_buffers does not exist in older versions.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,29 @@
+"""Small pieces of messages: sizes, durations, suggestions."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def format_bytes(size: float) -> str:
+    """A size in bytes as "9.4 kB", "4.7 MB" or "7.30 GB"."""
+    if 0 < size < 1e5:
+        return f"{size / 1e3:.1f} kB"
+    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as "1:02:03", or "2:03" below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def one_line(error: object) -> str:
+    """The text of an error on one line; its class name if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'word'?" for the known word nearest to `word`, or "" if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
