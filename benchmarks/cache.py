@@ -17,9 +17,10 @@ import torch
 
 from benchmarks import common
 from diffengine import config
+from diffengine.cache import TokenCache
+from diffengine.cache.token_cache import attach
 from diffengine.datasets import collate
 from diffengine.engine.assemble import Parts, prepare
-from diffengine.engine.caching import TokenCache, attach
 
 
 def build(parts: Parts, resolved: dict, root: Path) -> tuple[float, float]:
@@ -29,7 +30,7 @@ def build(parts: Parts, resolved: dict, root: Path) -> tuple[float, float]:
         started = time.perf_counter()
         attach(
             TokenCache(use=True, path=str(root / "cache")), parts.loop.stream, parts.model.encoder,
-            parts.optim, resolved, root / "run", positions=1,
+            resolved["train_dataloader"], root / "run", 1, parts.optim.precision, parts.optim.autocast,
         )  # fmt: skip
         seconds.append(time.perf_counter() - started)
     return seconds[0], seconds[1]

@@ -33,7 +33,7 @@ BUILDERS = {
     "optim_wrapper": "diffengine.engine.optim.build_optim_wrapper",
     "param_scheduler": "diffengine.engine.optim.build_param_scheduler",
     "train_cfg": "diffengine.engine.loop.StepLoop",
-    "token_cache": "diffengine.engine.caching.TokenCache",
+    "token_cache": "diffengine.cache.TokenCache",
 }
 SECTIONS = {"model", "default_hooks", "custom_hooks", "vis_backends", *BUILDERS}
 NEEDED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")

@@ -249,7 +249,7 @@ MISTAKES = {
     "captions in latin-1": (captions_in_latin_1, "metadata.csv is not UTF-8 text .*; save it as UTF-8"),
     "metadata names no file": (
         metadata_names_no_file,
-        "line 6 names the image 'lost.png', which is no file",
+        "line 6 names the image 'lost.png', which does not exist",
     ),
     "missing model": (
         lambda here: train("--pretrained", "./no/model"),

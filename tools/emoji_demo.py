@@ -8,6 +8,7 @@ The numbers come from the images that the exported pipeline drew, nothing else.
 
 import argparse
 import time
+from itertools import chain
 from pathlib import Path
 
 from diffengine import config  # before diffusers: it quiets what that imports
@@ -38,7 +39,7 @@ def main() -> None:
     data = {key: value for key, value in data.items() if key not in ("type", "split")}
     dataset = EmojiDataset(**data, split="all")
     samples = [dataset[index] for index in range(len(dataset))]
-    unseen = set(EmojiDataset(**data, split="unseen").captions())
+    unseen = set(chain.from_iterable(EmojiDataset(**data, split="unseen").all_captions()))
     captions = [sample["text"] for sample in samples]
     originals = [sample["image"] for sample in samples]
     held_out = np.array([caption in unseen for caption in captions])

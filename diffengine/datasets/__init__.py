@@ -1,28 +1,16 @@
-"""Images and captions in, batches out.
+"""Captioned images in, batches out.
 
-A data set of your own is a class with `__len__` and `__getitem__(index) -> {"image": PIL RGB, "text": str}`;
-give it `captions()` if a vocabulary is to be learnt from it, `size(index)` for the survey,
-`missing_images()` if the model is to draw some of its images before training, and, so that a cache can
-tell what changed without reading images, `files()`, the files that hold their bytes, and `texts()`, the
-caption or the list of captions of each. A sample may carry a `weight`, what each of its targets counts in the
-loss: a float above 0, default 1.
+To add a data set, subclass `ImageDataset` (base.py) in a module of your own and name it in a config. Any object with
+`__len__` and `__getitem__(index) -> {"image": RGB PIL image, "text": str}` serves as well.
 """
 
+from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.images import Sample, UnreadableImage
-from diffengine.datasets.stream import (
-    Batch,
-    Domain,
-    PositionSampler,
-    Stream,
-    collate,
-    form_loader,
-    generator,
-    make_loader,
-    steps_for_epochs,
-)
-from diffengine.datasets.subject import MissingImages, SubjectDataset
+from diffengine.datasets.loader import Batch, PositionSampler, collate, make_loader, variation_loader
+from diffengine.datasets.missing import MissingImages
+from diffengine.datasets.stream import Domain, Stream, generator, steps_for_epochs
+from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import survey, survey_captions
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform
 
@@ -33,6 +21,7 @@ __all__ = [
     "DropCaption",
     "EmojiDataset",
     "Flip",
+    "ImageDataset",
     "ImageTextDataset",
     "MissingImages",
     "PositionSampler",
@@ -43,11 +32,13 @@ __all__ = [
     "ToTensor",
     "Transform",
     "UnreadableImage",
+    "as_dataset",
+    "as_list",
     "collate",
-    "form_loader",
     "generator",
     "make_loader",
     "steps_for_epochs",
     "survey",
     "survey_captions",
+    "variation_loader",
 ]

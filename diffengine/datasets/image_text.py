@@ -1,8 +1,7 @@
-"""Images with captions from the hub, Arrow or Parquet files, or a folder of images."""
+"""Captioned images from the hub, from Arrow or Parquet files, or from a folder of images."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +9,39 @@ import datasets as hf
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffengine.datasets.folder import (
-    CAPTION_COLUMNS,
-    METADATA_NAMES,
-    Caption,
-    is_image,
-    list_files,
-    read_folder,
-)
-from diffengine.datasets.images import Sample, UnreadableImage, read_image, read_size, texts_in
+from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
+from diffengine.datasets.folder import CAPTION_COLUMNS, METADATA_NAMES, Caption, is_image, list_files, read_folder
+from diffengine.datasets.images import read_image, read_size
 from diffengine.errors import UserError
+from diffengine.text import one_line
 
-# What `datasets` raises for what the user can mend: no network, no such data, split or configuration,
-# damaged files. (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty
-# data set saved to disk is an IndexError.)
+# What `datasets` raises for the user's mistakes: no network, no such data, split or configuration, damaged files.
+# (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty data set on disk is an IndexError.)
 LOAD_ERRORS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
 
 
-class ImageTextDataset:
-    """A map-style data set of {"image": PIL RGB, "text": str, or list of str}.
+class ImageTextDataset(ImageDataset):
+    """Captioned images from the Hugging Face hub or from local files.
 
-    path: an existing file or folder, else a name on the Hugging Face hub. Locally one of
-        - data written by `save_to_disk`,
-        - a Parquet file, or a folder of them,
-        - an image, or a folder of images with subfolders. Captions come from metadata.csv or
-          metadata.jsonl (column file_name, relative to that file, which may lie in any subfolder), or from
-          NAME.txt beside each image, in UTF-8. Order is by path.
-    split: default "train". A folder of images has only that one.
-    image_column: default `image`, or else the only column of images; in metadata files `file_name`.
-    caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which
-        the stream draws one each time.
-    caption: one caption for all images, in place of a column.
-    prefix: put before every caption, also before empty ones. Default "".
-    captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for images.
-    revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
-    max_samples: keep only the first so many. Default all.
+    Args:
+        path: an existing file or folder, else a name on the hub. Locally one of
+            - data written by `save_to_disk`,
+            - a Parquet file, or a folder of them,
+            - an image, or a folder of images with subfolders. Captions come from metadata.csv or metadata.jsonl (column
+              file_name, relative to that file, in any subfolder), or from a NAME.txt per image, in UTF-8. The order is
+              by path.
+        split: default "train". A folder of images has only that one.
+        image_column: default `image`, or else the only column of images; in metadata files `file_name`.
+        caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which the
+            stream draws one each time.
+        caption: one caption for all images, instead of a column.
+        prefix: put before every caption, also before empty ones. Default "".
+        captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for folders of images.
+        revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
+        max_samples: use only the first so many. Default all.
 
-    Raises UserError for data that is not there or not usable, and UnreadableImage on reading a damaged one.
+    Raises:
+        UserError: the data does not exist or cannot be used.
     """
 
     def __init__(
@@ -75,23 +70,22 @@ class ImageTextDataset:
         self.path = path
         self.prefix = prefix
         self._caption = caption
-        images = _find_images(path)
-        if images is None:
+        folder = _find_images(path)
+        if folder is None:
             if captions_from_file_names:
-                raise UserError(f"captions_from_file_names needs a folder of images; {path} is none, so leave it out")
+                raise UserError(f"captions_from_file_names needs a folder of images, and {path} is none; leave it out")
             rows = _load(path, split, revision)
             rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
         else:
             _refuse_hub_options(path, split, revision)
-            rows = _rows_of(
-                read_folder(
-                    *images,
-                    image_column=image_column,
-                    caption_column=caption_column,
-                    caption=caption,
-                    captions_from_file_names=captions_from_file_names,
-                )
+            images = read_folder(
+                *folder,
+                image_column=image_column,
+                caption_column=caption_column,
+                caption=caption,
+                captions_from_file_names=captions_from_file_names,
             )
+            rows = _rows_of(images)
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
         self._check_captions()
 
@@ -102,37 +96,35 @@ class ImageTextDataset:
         return self._sample(index, self._rows[index])
 
     def __getitems__(self, indices: Sequence[int]) -> Iterator[Sample]:
-        """The samples of many indices: rows are read at once, each image is decoded when it is taken."""
+        """The samples of many indices: rows are read together, and each image is decoded when it is taken."""
         rows = self._rows.__getitems__(list(indices))
         return (self._sample(index, row) for index, row in zip(indices, rows))
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of the upright image in pixels, from its header alone."""
+    def size(self, index: int) -> Size:
         return read_size(*self._source(index, self._rows[index]))
 
-    def captions(self) -> Iterator[str]:
-        """Every caption in order, prefixed, lists flattened; no image is read."""
-        return chain.from_iterable(map(texts_in, self.texts()))
+    def captions(self, index: int) -> list[str]:
+        cell = self._rows.select_columns("text")[index]["text"] if self._caption is None else self._caption
+        return as_list(self._prefixed(cell))
 
-    def texts(self) -> Iterator[Caption]:
-        """The caption of each image in order, or its list of them, prefixed; no image is read."""
-        return map(self._text, self._caption_cells())
+    def all_captions(self) -> Iterator[list[str]]:
+        return (as_list(self._prefixed(cell)) for cell in self._caption_cells())
 
     def files(self) -> list[Path]:
-        """The files that hold the images' bytes, in order: Arrow files, or each image's own."""
+        """Arrow files, or each image's own file."""
         arrow = [Path(file["filename"]) for file in self._rows.cache_files]
         cells = self._rows.data.column("image")
         if not pa.types.is_struct(cells.type):
             return arrow
-        apart = pc.is_null(pc.struct_field(cells, "bytes"))
-        paths = pc.struct_field(cells, "path").filter(apart).drop_null()
+        outside = pc.is_null(pc.struct_field(cells, "bytes"))
+        paths = pc.struct_field(cells, "path").filter(outside).drop_null()
         return arrow + [Path(path) for path in paths.to_pylist()]
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         image = read_image(*self._source(index, row))
-        return {"image": image, "text": self._text(row["text"] if self._caption is None else self._caption)}
+        return {"image": image, "text": self._prefixed(row["text"] if self._caption is None else self._caption)}
 
-    def _text(self, caption: Caption) -> Caption:
+    def _prefixed(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
 
     def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
@@ -155,8 +147,8 @@ class ImageTextDataset:
         missing = [row for row, cell in enumerate(cells) if _is_missing(cell)]
         if missing:
             raise UserError(
-                f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row "
-                f'{missing[0]}; give each image a text ("" for none)'
+                f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
+                'give each image a text ("" for none)'
             )
 
 
@@ -165,7 +157,7 @@ def _is_missing(cell: Any) -> bool:
 
 
 def _find_images(path: str) -> tuple[Path, list[Path]] | None:
-    """(folder, its files) where `path` is an image or a folder of images, else None."""
+    """(folder, its files) if `path` is an image or a folder of images, else None."""
     local = Path(path).expanduser()
     if not path or not local.exists() or _is_saved(local):
         return None
@@ -184,7 +176,7 @@ def _is_saved(local: Path) -> bool:
 
 
 def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
-    """Images from a folder as an Arrow table, which workers share without copying."""
+    """Rows of a folder as an Arrow table, which workers share without copying."""
     files, captions = (list(column) for column in zip(*images))
     text: Any = hf.Value("string")
     if any(isinstance(caption, list) for caption in captions):
@@ -199,11 +191,11 @@ def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
     if split != "train":
         raise UserError(f"split got '{split}', but a folder of images has no splits; give the path of a subfolder")
     if revision is not None:
-        raise UserError(f"revision got '{revision}', but {path} is here and has no revisions; leave it out")
+        raise UserError(f"revision got '{revision}', but {path} is local and has no revisions; leave it out")
 
 
 def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
-    """The rows of one split as `datasets` reads them; every problem of the data becomes one line."""
+    """The rows of one split as `datasets` reads them; every error becomes one line."""
     local = Path(path).expanduser()
     try:
         if path and local.exists():
@@ -213,10 +205,10 @@ def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
             raise UserError(f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
     except LOAD_ERRORS as error:
-        what, check = f"no folder {path} is here, and as a hub data set it", "the name, the network"
+        what, check = f"there is no folder {path}, and as a hub data set it", "the name, the network"
         if local.exists():
             what, check = path, "the files"
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise UserError(f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'") from error
     _check_revision(rows, path, revision)
     return rows
@@ -237,7 +229,7 @@ def _load_local(local: Path, split: str) -> hf.Dataset:
 
 
 def _check_revision(rows: hf.Dataset, path: str, revision: str | None) -> None:
-    """Without a network `datasets` takes whichever revision is cached, without a word."""
+    """Check the revision: without a network `datasets` silently takes whichever is cached."""
     cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
     if revision and re.fullmatch("[0-9a-f]{40}", revision) and revision not in cached:
         raise UserError(
@@ -256,7 +248,7 @@ def _two_columns(
     if needs_captions:
         known = next((name for name in CAPTION_COLUMNS if name in rows.features), CAPTION_COLUMNS[0])
         chosen["text"] = _column(rows, path, "caption_column", caption_column or known, _holds_text)
-    # Data saved to disk may carry a format (torch, numpy): take it off.
+    # Data saved to disk may carry a format (torch, numpy): remove it.
     rows = rows.with_format(None).select_columns(list(chosen.values()))
     if isinstance(rows.features[chosen["image"]], hf.Image):
         rows = rows.cast_column(chosen["image"], hf.Image(decode=False))
@@ -277,7 +269,7 @@ def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[
 
 
 def _holds_images(feature: Any) -> bool:
-    """Images as `datasets` keeps them, or encoded bytes, bare or as a struct of bytes and path."""
+    """Whether a column holds images as `datasets` stores them, or encoded bytes, bare or in a struct with a path."""
     if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, hf.Image) or (isinstance(feature, hf.Value) and feature.dtype.endswith("binary"))

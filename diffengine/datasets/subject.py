@@ -1,86 +1,39 @@
-"""A subject's few images, beside images of its class, so that the class is not forgotten (DreamBooth)."""
+"""A few images of a subject, and images of its class so that the class is not forgotten (DreamBooth)."""
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffengine.datasets.base import ImageDataset, Sample, Size
 from diffengine.datasets.folder import is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.images import Sample
+from diffengine.datasets.missing import MissingImages
 from diffengine.errors import UserError
-from diffengine.files import is_inside, write_text
-
-RECORD = "drawn.json"  # beside class images: those that a run drew, and what it drew them from
+from diffengine.files import is_inside
 
 
-@dataclass
-class MissingImages:
-    """Images that a data set waits for: the run draws them with the model, before it trains.
-
-    Attributes:
-        folder: where they go; it need not exist.
-        prompt: what to draw.
-        numbers: one an image: the seed of its noise, and its file `NNNNNN.png`, which is not there yet.
-        options: the model's own drawing options, by name.
-    """
-
-    folder: Path
-    prompt: str
-    numbers: list[int]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def claim(self, base: str) -> None:
-        """Note in the folder's `drawn.json` that its missing images are drawn by the model `base`.
-
-        Images that are not listed there are somebody's own, and taken as they are.
-
-        Raises:
-            UserError: images are there that were drawn by another prompt, base or options; or the folder
-                cannot be written.
-        """
-        record = self.folder / RECORD
-        now = {"prompt": self.prompt, "base": base, "options": self.options}
-        try:
-            before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-            drawn = [name for name in before.get("pictures", []) if (self.folder / name).exists()]
-            changed = [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in now
-                       if before.get(key) != now[key]]  # fmt: skip
-            if drawn and changed:
-                raise UserError(
-                    f"'{self.folder}' holds {len(drawn)} class images that were drawn otherwise: "
-                    f"{'; '.join(changed)}; choose another class_data, delete them to have them drawn anew, "
-                    f"or delete {RECORD} to keep them"
-                )
-            if self.numbers:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                names = [*drawn, *(f"{number:06}.png" for number in self.numbers)]
-                write_text(record, json.dumps({**now, "pictures": names}, indent=1))
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot keep class images in '{self.folder}': {error}") from error
-
-
-class SubjectDataset:
+class SubjectDataset(ImageDataset):
     """Images of one subject under `instance_prompt` and of its class under `class_prompt`, in turn.
 
     DreamBooth's prior preservation (arXiv 2208.12242): half of the samples are of the class, with the weight
-    `prior_loss_weight` in the loss, sum_i w_i sum_j ce_ij / sum_i w_i n_i over samples i and their n_i masked
-    tokens j. The shorter half repeats.
+    `prior_loss_weight` in the loss, sum_i w_i sum_j ce_ij / sum_i w_i n_i over samples i and their n_i masked tokens
+    j. The shorter half repeats. Class images are listed when the first of them is read, so the run can generate them
+    before.
 
-    data: the subject's images, anything ImageTextDataset reads; their captions are not.
-    instance_prompt: "a photo of sks dog".
-    class_data: a folder of class images, or None to train on the subject alone. Where it holds fewer than
-        `num_class_images`, the run draws the missing ones with the base model before training, and notes in
-        its `drawn.json` what they were drawn by: they serve no other prompt and no other base.
-    class_prompt: "a photo of a dog". num_class_images: how many to use, default 100: the first by path.
-    class_drawing: options of that drawing, as of previews: `dict(guidance_scale=4.0)`.
-    prior_loss_weight: above 0, default 1.0.
+    Args:
+        data: the subject's images, anything that ImageTextDataset reads; its captions are ignored.
+        instance_prompt: "a photo of sks dog".
+        class_data: a folder of class images, or None to train on the subject alone. If it holds fewer than
+            `num_class_images`, the run generates the missing ones with the base model before training and records in
+            `drawn.json` what generated them: they serve no other prompt and no other base.
+        class_prompt: "a photo of a dog".
+        num_class_images: how many to use, the first by path. Default 100.
+        class_drawing: generation options, as of previews: `dict(guidance_scale=4.0)`.
+        prior_loss_weight: above 0. Default 1.0.
 
-    Class images are looked at when the first of them is read, so that they may be drawn before.
-    Raises UserError for class images without a prompt, for numbers that make no sense, and for folders one
-    inside the other.
+    Raises:
+        UserError: class images without a prompt, numbers out of range, or one folder inside the other.
     """
 
     def __init__(
@@ -96,8 +49,8 @@ class SubjectDataset:
     ) -> None:
         if (class_data is None) != (class_prompt is None):
             raise UserError(
-                f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected "
-                "both, or neither to train without class images"
+                f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}; expected both, or "
+                "neither to train without class images"
             )
         if num_class_images < 1:
             raise UserError(
@@ -105,13 +58,13 @@ class SubjectDataset:
             )
         if prior_loss_weight <= 0:
             raise UserError(
-                f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None "
-                "to train without class images"
+                f"prior_loss_weight got {prior_loss_weight}; expected a number above 0, or class_data=None to train "
+                "without class images"
             )
         if class_data is not None and (is_inside(data, class_data) or is_inside(class_data, data)):
             raise UserError(
-                f"class_data got '{class_data}' and data '{data}', one inside the other; expected folders "
-                "apart, since each is read with its subfolders"
+                f"class_data got '{class_data}' and data '{data}', one inside the other; expected separate folders, "
+                "since each is read with its subfolders"
             )
         self.subject = ImageTextDataset(data, caption=instance_prompt)
         self.class_data = class_data
@@ -121,24 +74,24 @@ class SubjectDataset:
         self.prior_loss_weight = prior_loss_weight
 
     @cached_property
-    def of_class(self) -> ImageTextDataset:
+    def class_images(self) -> ImageTextDataset:
         """The class images in use, `num_class_images` of them."""
         missing = self.missing_images()
         if missing and missing.numbers:
             raise UserError(
-                f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class images; "
-                "train with a model that draws them, add them, or lower num_class_images"
+                f"{self.class_data} lacks {len(missing.numbers)} of {self.num_class_images} class images; train with a "
+                "model that generates them, add them, or lower num_class_images"
             )
         assert self.class_data is not None
         return ImageTextDataset(self.class_data, caption=self.class_prompt, max_samples=self.num_class_images)
 
     def missing_images(self) -> MissingImages | None:
-        """The class images to draw, perhaps none, by the first free numbers; None without a class."""
+        """The class images to generate, numbered by the first free numbers; None without a class."""
         if self.class_data is None or self.class_prompt is None:
             return None
         folder = Path(self.class_data).expanduser()
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"class_data got '{folder}', which is no folder; expected one of class images")
+            raise UserError(f"class_data got '{folder}', which is not a folder; expected a folder of class images")
         files = list_files(folder) if folder.is_dir() else []
         missing = self.num_class_images - sum(map(is_image, files))
         taken = {file.name for file in files if file.parent == folder}
@@ -152,29 +105,32 @@ class SubjectDataset:
         return 2 * max(len(self.subject), self.num_class_images)
 
     def __getitem__(self, index: int) -> Sample:
-        dataset, place = self._locate(index)
+        dataset, inner = self._locate(index)
         weight = self.prior_loss_weight if dataset is not self.subject else 1.0
-        return {**dataset[place], "weight": weight}
+        return {**dataset[inner], "weight": weight}
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels, upright, from the header alone."""
-        dataset, place = self._locate(index)
-        return dataset.size(place)
+    def captions(self, index: int) -> list[str]:
+        of_class = self.class_data is not None and index % 2 == 1
+        return [self.class_prompt or ""] if of_class else self.subject.captions(0)
+
+    def all_captions(self) -> Iterator[list[str]]:
+        """Of the subject's images and then of the class's, once each."""
+        yield from self.subject.all_captions()
+        if self.class_prompt is not None:
+            yield from [[self.class_prompt]] * self.num_class_images
+
+    def size(self, index: int) -> Size:
+        dataset, inner = self._locate(index)
+        return dataset.size(inner)
 
     def files(self) -> list[Path]:
-        """The files that hold the images' bytes, of the subject and then of the class."""
-        return self.subject.files() + (self.of_class.files() if self.class_data is not None else [])
-
-    def captions(self) -> Iterator[str]:
-        """Every caption, of the subject and then of the class; no image is read."""
-        yield from self.subject.captions()
-        if self.class_prompt is not None:
-            yield from [self.class_prompt] * self.num_class_images
+        """Of the subject and then of the class."""
+        return self.subject.files() + (self.class_images.files() if self.class_data is not None else [])
 
     def _locate(self, index: int) -> tuple[ImageTextDataset, int]:
-        """(data set, place in it): even indices are the subject's."""
+        """(data set, index into it): even indices are the subject's."""
         if self.class_data is None:
             return self.subject, index
         half, of_class = divmod(index, 2)
-        dataset = self.of_class if of_class else self.subject
+        dataset = self.class_images if of_class else self.subject
         return dataset, half % len(dataset)

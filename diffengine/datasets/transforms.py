@@ -1,51 +1,65 @@
-"""What is done to a sample between the data set and the batch.
+"""What happens to a sample between the data set and the batch.
 
-A transform takes a sample and a generator and gives the sample back, changed. It draws equally many random
-values whatever its options are, so that changing one probability does not shift the draws that follow.
-To add one, write a class with this `__call__` and name it in a config.
+A transform takes a sample and a generator and returns the changed sample. It draws the same number of random values
+whatever its options are, so changing one probability does not shift the draws after it. To add one, subclass
+`Transform` and name it in a config.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffengine.datasets.images import Sample
+from diffengine.datasets.base import Sample, Size
 from diffengine.errors import UserError
 
-
-class Transform(Protocol):
-    """sample, generator -> sample.
-
-    It may have a method `effect(size)`: of an image of this (width, height), or of any size where that is
-    None, the size afterwards, and whether what becomes of it depends on what is drawn. Without one it does.
-    """
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+MAX_RATIO = 64  # of the long to the short side of an image that is resized
 
 
-Size = tuple[int, int]  # (width, height)
-LONGEST = 64  # times the short side of what is resized
+class Transform(ABC):
+    """One change of a sample. Any callable of (sample, generator) serves as well."""
+
+    @abstractmethod
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The changed sample."""
+
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        """(the size afterwards, whether the result depends on a random draw) for an image of this size.
+
+        Args:
+            size: (width, height); None for an image of any size.
+        """
+        return None, True
 
 
-def draws_matter(transforms: Sequence[Transform], size: Size | None) -> bool:
-    """Whether an image of this size, or of any, becomes another from draw to draw."""
+AnyTransform = Transform | Callable[[Sample, np.random.Generator], Sample]
+
+
+def is_random(transforms: Sequence[AnyTransform], size: Size | None) -> bool:
+    """Whether the result for an image of this size (None: of any size) depends on a random draw."""
     for transform in transforms:
-        if not hasattr(transform, "effect"):
+        if not isinstance(transform, Transform):
             return True
-        size, drawn = transform.effect(size)
-        if drawn:
+        size, random = transform.effect(size)
+        if random:
             return True
     return False
 
 
-class Resize:
-    """The short side to `size` pixels, aspect kept, bilinear and antialiased.
+def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Generator) -> Sample:
+    """The sample after all transforms in turn."""
+    for transform in transforms:
+        sample = transform(sample, rng)
+    return sample
 
-    Records `original_size`, (width, height) before, if no transform has yet. Of an image that is more than
-    `LONGEST` times as long as it is wide only the middle is taken: a line would become gigabytes.
+
+class Resize(Transform):
+    """Resizes the short side to `size` pixels: aspect kept, bilinear, antialiased.
+
+    Sets `original_size`, (width, height) before, unless a transform has set it. Of an image that is more than
+    `MAX_RATIO` times as long as it is wide only the middle is kept: a line would become gigabytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,26 +70,28 @@ class Resize:
 
     def _resized(self, size: Size) -> Size:
         short = min(size)
-        width, height = (max(self.size, round(min(side, LONGEST * short) * (self.size / short))) for side in size)
+        width, height = (max(self.size, round(min(side, MAX_RATIO * short) * (self.size / short))) for side in size)
         return width, height
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
-        original_size, longest = image.size, LONGEST * min(image.size)
+        original_size, longest = image.size, MAX_RATIO * min(image.size)
         if max(image.size) > longest:
             left, top = (max(0, side - longest) // 2 for side in image.size)
             image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
-        # Above a shrinking of six times a box filter does the first part; the difference cannot be seen.
+        # When shrinking more than six times a box filter does the first step; the difference is not visible.
         resized = image.resize(self._resized(image.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
         return {"original_size": original_size, **sample, "image": resized}
 
 
-class Crop:
-    """A square of `size` pixels, at a random place, or from the centre with random=False.
+class Crop(Transform):
+    """Crops a square of `size` pixels at a random position, or from the centre with random=False.
 
-    Records `crop_top_left`, (top, left) in pixels of the image as it comes in, `crop_from`, its
-    (width, height), and `original_size`, if no transform has yet. Raises UserError for an image that is
-    smaller than the square.
+    Sets `crop_top_left`, (top, left) in pixels of the incoming image, `crop_from`, the incoming (width, height), and
+    `original_size` unless a transform has set it.
+
+    Raises:
+        UserError: the image is smaller than the square.
     """
 
     def __init__(self, size: int, random: bool = True) -> None:
@@ -91,8 +107,8 @@ class Crop:
         width, height = image.size
         if min(width, height) < self.size:
             raise UserError(
-                f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}; "
-                f"put Resize({self.size}) before it"
+                f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}; put "
+                f"Resize({self.size}) before it"
             )
         room = (height - self.size, width - self.size)
         shares = rng.random(2)
@@ -105,10 +121,10 @@ class Crop:
         return {"original_size": image.size, **sample, "image": square, **records}
 
 
-class Flip:
+class Flip(Transform):
     """Mirrors the image left to right with probability `p`, default 0.5.
 
-    After a crop, its left is counted anew in the mirrored image, which is the one that the model is shown.
+    After a crop, the crop's left edge is measured in the mirrored image, which is what the model sees.
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -128,11 +144,11 @@ class Flip:
         return flipped
 
 
-class ToTensor:
-    """The image and what is known of it, as tensors.
+class ToTensor(Transform):
+    """Turns the image and the records of earlier transforms into tensors.
 
-    `image`: (3, H, W) float32 in [0, 1]. `micro_conds`: (5,) float32 of original width, original height, crop
-    top, crop left, in pixels, and the aesthetic score, default 6.0. The records of the other transforms go.
+    Sets `image`, (3, H, W) float32 in [0, 1], and `micro_conds`, (5,) float32: original width, original height, crop
+    top, crop left, in pixels, and the aesthetic score, default 6.0 (the order of diffusers' `train_amused.py`).
     """
 
     def __init__(self, aesthetic_score: float = 6.0) -> None:
@@ -143,10 +159,10 @@ class ToTensor:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
-        records = ("original_size", "crop_top_left", "crop_from")
         original_size = sample.get("original_size", image.size)
         crop_top_left = sample.get("crop_top_left", (0, 0))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        records = ("original_size", "crop_top_left", "crop_from")
         return {
             **{key: value for key, value in sample.items() if key not in records},
             "image": pixels.to(torch.float32).div_(255),
@@ -154,8 +170,8 @@ class ToTensor:
         }
 
 
-class DropCaption:
-    """Replaces the caption by "" with probability `p`, default 0.1: what guidance steers away from."""
+class DropCaption(Transform):
+    """Replaces the caption by "" with probability `p`, default 0.1: guidance needs the unconditional case."""
 
     def __init__(self, p: float = 0.1) -> None:
         self.p = _probability("DropCaption", p)

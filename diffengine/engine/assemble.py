@@ -1,8 +1,9 @@
 """From a resolved config to a run: every part built, in the order they need one another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ from mmengine.visualization import BaseVisBackend
 from torch.utils.data import DataLoader
 
 from diffengine import distributed
+from diffengine.cache import CachedDataset, TokenCache
+from diffengine.cache.token_cache import PATHS, attach
 from diffengine.datasets import (
+    ImageDataset,
     MissingImages,
     PositionSampler,
     Stream,
+    as_dataset,
     make_loader,
     survey,
     survey_captions,
 )
-from diffengine.datasets.cache import CachedDataset
 from diffengine.engine import checkpoint
-from diffengine.engine.caching import PLACES, TokenCache, attach
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import (
@@ -98,32 +101,36 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
     return model
 
 
-def build_dataset(resolved: Mapping[str, Any], cache: TokenCache) -> Any:
+def build_dataset(resolved: Mapping[str, Any], cache: TokenCache) -> ImageDataset:
     """The data set; or, where its images are not here, what the cache at a named path holds of it."""
     options = resolved["train_dataloader"]["dataset"]
     try:
-        return build(options)
+        return as_dataset(build(options))
     except UserError as error:
-        places = [options[name] for name in PLACES if isinstance(options.get(name), str)]
+        places = [options[name] for name in PATHS if isinstance(options.get(name), str)]
         here = any(Path(place).expanduser().exists() for place in places)
-        stand_in = None if here else cache.stand_in()
-        if stand_in is None:
+        cached = None if here else cache.dataset()
+        if cached is None:
             raise
         if distributed.rank() == 0:
             print(f"training from the cache '{cache.path}' alone, since {error}", flush=True)
-        return stand_in
+        return cached
 
 
 def learn_assets(resolved: Mapping[str, Any], dataset: Any) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then told to all."""
     kind = resolve(resolved["model"]["type"])
     options = {key: value for key, value in resolved["model"].items() if key != "type"}
-    return distributed.on_rank_0(lambda: kind.learn_assets(options, lambda: dataset.captions()))
+
+    def captions() -> Iterator[str]:
+        return chain.from_iterable(dataset.all_captions())
+
+    return distributed.on_rank_0(lambda: kind.learn_assets(options, captions))
 
 
 def check_apart(place: Path, dataset: Mapping[str, Any], what: str, option: str) -> None:
     """Refuse to write inside the data's folder: a resumed run would learn from its own previews."""
-    for name in PLACES:
+    for name in PATHS:
         folder = dataset.get(name)
         if isinstance(folder, str) and Path(folder).expanduser().is_dir() and is_inside(place, folder):
             raise UserError(
@@ -271,7 +278,9 @@ def attach_cache(parts: Parts, resolved: Mapping[str, Any], work_dir: Path, star
         with distributed.all_ranks():
             loop.stream[start_iter * loop.batch_size]
     positions = loop.max_iters * loop.batch_size
-    attach(parts.cache, loop.stream, parts.model.encoder, parts.optim, resolved, work_dir, positions)
+    data, optim = resolved["train_dataloader"], parts.optim
+    encoder = parts.model.encoder
+    attach(parts.cache, loop.stream, encoder, data, work_dir, positions, optim.precision, optim.autocast)
 
 
 def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -> None:
@@ -283,8 +292,6 @@ def draw_missing(dataset: Any, model: TrainableModel, optim: StepOptimWrapper) -
         UserError: on every rank, if the model cannot draw them, they cannot be written, or those that are
             there were drawn otherwise.
     """
-    if not hasattr(dataset, "missing_images"):
-        return
     missing = distributed.on_rank_0(lambda: _to_draw(dataset.missing_images(), model))
     if missing:
         for number in missing.numbers:  # so no rank waits for longer than one image takes
@@ -359,9 +366,8 @@ def report_survey(runner: Runner, stream: Stream) -> None:
     if distributed.rank() != 0:
         return
     sizes: Sequence[int] = [transform.size for transform in stream.image_transforms if hasattr(transform, "size")]
-    if sizes and hasattr(stream.dataset, "size"):
-        runner.logger.info(survey(stream.dataset, sizes[-1]))  # type: ignore[arg-type]
-    if hasattr(stream.dataset, "captions"):
-        line = survey_captions(stream.dataset.captions(), runner.trainable.caption_lengths)
+    captions = chain.from_iterable(stream.dataset.all_captions())
+    lines = [survey(stream.dataset, sizes[-1])] if sizes else []
+    for line in [*lines, survey_captions(captions, runner.trainable.caption_lengths)]:
         if line:
             runner.logger.info(line)

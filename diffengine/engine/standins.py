@@ -10,26 +10,21 @@ import numpy as np
 import torch
 
 from diffengine import distributed
-from diffengine.datasets import Sample, Stream, UnreadableImage
-from diffengine.datasets.cache import (
-    PART,
-    CachedForms,
-    TableBuilder,
-    columns_of,
-    digest_of_texts,
-    texts_of,
-)
-from diffengine.datasets.images import texts_in
-from diffengine.engine.assemble import Parts, check_can_draw
-from diffengine.engine.caching import (
+from diffengine.cache.fingerprint import difference, digest_of_texts
+from diffengine.cache.samples import CachedSamples, columns_of
+from diffengine.cache.tables import CHUNK, TableBuilder
+from diffengine.cache.token_cache import (
     Plan,
-    difference,
+    _first_readable,
     distinct_captions,
     encode,
-    first_readable,
-    plan,
-    wants_embeddings,
+    image_table,
+    make_plan,
+    obstacle,
+    stores_embeddings,
 )
+from diffengine.datasets import ImageDataset, Sample, Stream, UnreadableImage, as_list
+from diffengine.engine.assemble import Parts, check_can_draw
 from diffengine.engine.measure import nbytes, tensors_in
 from diffengine.engine.micro import free_memory
 from diffengine.errors import UserError
@@ -60,7 +55,7 @@ class CacheFigures:
 def stand_in_for_missing(parts: Parts) -> int:
     """How many images the data set waits for, once something stands in for them."""
     dataset: Any = parts.loop.stream.dataset
-    missing = dataset.missing_images() if hasattr(dataset, "missing_images") else None
+    missing = dataset.missing_images()
     if missing is None or not missing.numbers:
         return 0
     check_can_draw(missing, parts.model)
@@ -69,7 +64,7 @@ def stand_in_for_missing(parts: Parts) -> int:
 
 
 @final
-class Incomplete:
+class Incomplete(ImageDataset):
     """A data set that waits for images, with its first one in the place of those."""
 
     def __init__(self, dataset: Any) -> None:
@@ -90,9 +85,9 @@ class Incomplete:
         """(width, height)."""
         return self[index]["image"].size
 
-    def texts(self) -> Iterator[str | list[str]]:
-        """Every image's caption or captions, also those of what is missing."""
-        return texts_of(self._dataset)
+    def all_captions(self) -> Iterator[list[str]]:
+        """Also those of what is missing."""
+        return self._dataset.all_captions()
 
 
 @final
@@ -102,7 +97,7 @@ class FewForms:
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
 
-    def sample(self, index: int, epoch: int) -> Sample:
+    def __call__(self, index: int, epoch: int) -> Sample:
         return dict(self.samples[(index + epoch) % len(self.samples)])
 
 
@@ -111,23 +106,30 @@ def stand_in_for_cache(
 ) -> tuple[CacheFigures | None, str]:
     """The cache that the run would take, a few of its rows put in its place; or None, and why not."""
     stream, positions = parts.loop.stream, parts.loop.max_iters * parts.loop.batch_size
-    found = plan(parts.cache, stream, parts.model.encoder, resolved, work_dir, positions)
-    if isinstance(found, str):
-        return None, found
-    table = found.images
-    images = (table.made_of or {}).get("pictures")  # whose bytes only a run looks at
+    cache, encoder, optim = parts.cache, parts.model.encoder, parts.optim
+    reason = obstacle(cache, stream, encoder, positions)
+    if reason and (cache.use is True):
+        raise UserError(f"the cache cannot be used: {reason}")
+    if reason or encoder is None:
+        return None, reason or ""
+    data = resolved["train_dataloader"]
+    found = make_plan(cache, stream, encoder, data, work_dir, optim.precision, optim.autocast)
+    table = image_table(found.folder)
+    images = (table.fingerprint or {}).get("pictures")  # whose bytes only a run looks at
     captions = distinct_captions(stream)
-    made_of = {"pictures": images, "captions": digest_of_texts(texts_of(stream.dataset)), **found.key}
-    there = difference(table, made_of) is None
+    fingerprint = {
+        "pictures": images, "captions": digest_of_texts(stream.dataset.all_captions()), **found.key,
+    }  # fmt: skip
+    there = difference(table.fingerprint, fingerprint) is None
     workers = parts.loop.dataloader.num_workers
 
     def put_in() -> CacheFigures:
-        rows = len(stream.dataset) * found.forms
+        rows = len(stream.dataset) * found.variations
         samples, each = _some_samples(stream, found, workers)
         texts, encoded, each_caption = _some_captions(parts, found, captions, samples)
-        found.encoder.rest()
+        found.encoder.to_host()
         free_memory()
-        stream.cache = FewForms(samples)
+        stream.cached_sample = FewForms(samples)
         found.encoder.use_captions(dict(zip(texts, encoded)).get)
         return CacheFigures(
             folder=found.folder,
@@ -145,19 +147,19 @@ def stand_in_for_cache(
 
 def _some_samples(stream: Stream, found: Plan, workers: int) -> tuple[list[Sample], float]:
     """Encoded forms of images spread over the data, or of its cache's; and the seconds that one takes."""
-    encoder, count = found.encoder, len(stream.dataset) * found.forms
+    encoder, count = found.encoder, len(stream.dataset) * found.variations
     rows = np.unique(np.linspace(0, count - 1, encoder.batch_size).round().astype(int)).tolist()
-    if found.imageless:
-        kept = CachedForms(found.images, found.forms)
-        return [kept.sample(*divmod(row, found.forms)) for row in rows], 0.0
-    samples = [sample for sample in encode(stream.image_forms(rows), encoder) if sample is not None]
+    if found.without_images:
+        kept = CachedSamples(image_table(found.folder), found.variations)
+        return [kept(*divmod(row, found.variations)) for row in rows], 0.0
+    samples = [sample for sample in encode(stream.read_variations(rows), encoder) if sample is not None]
     began = time.perf_counter()  # the first time loads and warms up
-    together = stream.image_forms(list(range(min(count, encoder.batch_size))))  # as a build reads them
+    together = stream.read_variations(list(range(min(count, encoder.batch_size))))  # as a build reads them
     read = time.perf_counter() - began
     encode(together, encoder)
     encoded = time.perf_counter() - began - read
     seconds = max(read / workers, encoded) if workers else read + encoded
-    return samples or [first_readable(stream, encoder)], seconds / len(together)
+    return samples or [_first_readable(found)], seconds / len(together)
 
 
 def _some_captions(
@@ -165,8 +167,8 @@ def _some_captions(
 ) -> tuple[list[str], list[dict[str, Any]], float]:
     """The captions of these samples, what the encoder makes of them, and the seconds that one takes."""
     encoder = found.encoder
-    embeddings = wants_embeddings(parts.cache.text_embeddings, len(captions), encoder.embedding_bytes)
-    of_samples = (text for sample in samples for text in texts_in(sample["text"]))
+    embeddings = stores_embeddings(parts.cache.text_embeddings, len(captions), encoder.embedding_bytes)
+    of_samples = (text for sample in samples for text in as_list(sample["text"]))
     texts = list(dict.fromkeys(["", *of_samples]))
     with parts.optim.autocast():
         encoder.encode_captions([""], embeddings)  # loads and warms up
@@ -188,7 +190,7 @@ def _table_bytes(scratch: Path, samples: list[Sample], rows: int, texts: list[st
         for sample in samples
     ]
     width = nbytes(tensors_in(tensors[0]))
-    count = min(rows, PART, max(1, SAMPLED // max(1, width)))
+    count = min(rows, CHUNK, max(1, SAMPLED // max(1, width)))
     columns = columns_of([tensors[row % len(tensors)] for row in range(count)], tensors[0])
     if texts is not None:
         columns = {name: column for name, column in columns.items() if name not in ("readable", "weight")}

@@ -163,8 +163,8 @@ class Encoder(ABC):
         """Of one caption's embeddings; None where they change while training."""
 
     @abstractmethod
-    def rest(self) -> None:
-        """The encoders go back to the host: what is in a cache needs them no more."""
+    def to_host(self) -> None:
+        """Move the encoders to the host: a run that reads from a cache does not need them on the device."""
 
     @abstractmethod
     def use_captions(self, lookup: Callable[[str], Mapping[str, np.ndarray] | None]) -> None:

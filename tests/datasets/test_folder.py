@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffengine.datasets import ImageTextDataset, UnreadableImage
 from diffengine.errors import UserError
+from tests.support.photos import all_captions
 
 
 def image(file, shade=0):
@@ -31,7 +32,7 @@ def test_text_files_beside_images_sorted_with_subfolders(tmp_path):
         file = image(tmp_path / name, number)
         file.with_suffix(".txt").write_text(f" {name}\n")
     dataset = ImageTextDataset(str(tmp_path))
-    assert list(dataset.captions()) == ["a/y.JPG", "a/z.png", "b.png", "c.webp"]
+    assert all_captions(dataset) == ["a/y.JPG", "a/z.png", "b.png", "c.webp"]
     assert shades(dataset) == [pytest.approx(2, abs=3), 1, 0, pytest.approx(3, abs=3)]
     assert dataset.size(0) == (3, 2)
 
@@ -53,7 +54,7 @@ def test_metadata_csv_in_any_script(tmp_path, byte_order_mark, line_end):
     lines = ["file_name,text"] + [f'{number}.png,"{text}"' for number, text in enumerate(captions)]
     lines[3] = f"2.png,{captions[2]}"  # unquoted: Python's splitlines would break it here
     (tmp_path / "metadata.csv").write_bytes(byte_order_mark + line_end.join(lines).encode())
-    assert list(ImageTextDataset(str(tmp_path)).captions()) == captions
+    assert all_captions(ImageTextDataset(str(tmp_path))) == captions
 
 
 def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
@@ -64,10 +65,10 @@ def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
     (tmp_path / "two" / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/a.png", "text": "second"}) + "\n")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\ntop.png,third\n")
     dataset = ImageTextDataset(str(tmp_path))
-    assert list(dataset.captions()) == ["first", "third", "second"]
+    assert all_captions(dataset) == ["first", "third", "second"]
     assert shades(dataset) == [1, 3, 2]
     roundabout = ImageTextDataset(str(tmp_path / "one" / ".." / "one"))
-    assert list(roundabout.captions()) == ["first"]
+    assert all_captions(roundabout) == ["first"]
 
 
 def test_lists_of_captions_and_several_rows_of_an_image(tmp_path):
@@ -78,14 +79,14 @@ def test_lists_of_captions_and_several_rows_of_an_image(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = ImageTextDataset(str(tmp_path), prefix="my ")
     assert [dataset[index]["text"] for index in range(3)] == [["my two", "my three"], ["my one"], ["my four"]]
-    assert list(dataset.captions()) == ["my two", "my three", "my one", "my four"]
+    assert all_captions(dataset) == ["my two", "my three", "my one", "my four"]
 
 
 def test_columns_of_metadata_by_name(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("image,text,title\na.png,long,short\n")
     dataset = ImageTextDataset(str(tmp_path), image_column="image", caption_column="title")
-    assert list(dataset.captions()) == ["short"]
+    assert all_captions(dataset) == ["short"]
     refused("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
     options = {"image_column": "image", "caption_column": "txt"}
     refused("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
@@ -94,8 +95,8 @@ def test_columns_of_metadata_by_name(tmp_path):
 def test_one_caption_or_the_file_names(tmp_path):
     for name in ("red_fox.png", "blue  whale_2.jpg", "cafe\u0301.png"):
         image(tmp_path / name)
-    assert list(ImageTextDataset(str(tmp_path), caption="x", prefix="p ").captions()) == ["p x"] * 3
-    assert list(ImageTextDataset(str(tmp_path), caption="").captions()) == [""] * 3
+    assert all_captions(ImageTextDataset(str(tmp_path), caption="x", prefix="p ")) == ["p x"] * 3
+    assert all_captions(ImageTextDataset(str(tmp_path), caption="")) == [""] * 3
     named = ImageTextDataset(str(tmp_path), captions_from_file_names=True, max_samples=2)
     assert [named[0]["text"], named[1]["text"]] == ["blue whale 2", "caf\u00e9"]
     assert len(named) == 2
@@ -133,7 +134,7 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
     refused("1 of 3 images in .* the first is .*b.png; give each a row", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nnope.png,y\n")
-    refused("metadata.csv, line 3 names the image 'nope.png', which is no file", str(tmp_path))
+    refused("metadata.csv, line 3 names the image 'nope.png', which does not exist", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png\n")
     refused("metadata.csv, line 2: 'text' got None; expected a text", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("")
@@ -168,7 +169,7 @@ def test_linked_folders_are_read_once(tmp_path):
         ('["a.png", "x"]', "line 1 got .*; expected an object"),
         ('{"file_name": "a.png", "text": 5}', "line 1: 'text' got 5; expected a text"),
         ('{"file_name": "a.png", "text": []}', "line 1: 'text' got \\[\\]; expected a text"),
-        ('{"file_name": 5, "text": "x"}', "line 1 names the image 5, which is no file"),
+        ('{"file_name": 5, "text": "x"}', "line 1 names the image 5, which does not exist"),
     ],
 )
 def test_problems_of_json_lines(tmp_path, content, match):

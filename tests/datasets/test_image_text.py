@@ -21,6 +21,7 @@ from diffengine.datasets import (
     make_loader,
 )
 from diffengine.errors import UserError
+from tests.support.photos import all_captions
 
 REVISION = "0123456789" * 4
 
@@ -84,8 +85,8 @@ def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
 
 
 def test_problems_of_hub_names_are_one_line(hub):
-    refused("no folder owner/other is here, and as a hub data set it cannot be loaded: .*network", "owner/other")
-    refused("owner/name .*Unknown split .test.", hub, split="test")
+    refused("there is no folder owner/other, and as a hub data set it cannot be loaded: .*network", "owner/other")
+    refused("owner/name, .*Unknown split .test.", hub, split="test")
     # `datasets` itself would read the cached revision without a word
     refused(f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40)
 
@@ -132,7 +133,7 @@ def test_parquet_file_and_folder(tmp_path):
     whole = ImageTextDataset(str(folder))
     assert shades(whole[index] for index in range(4)) == [0, 1, 2, 3]
     assert len(ImageTextDataset(str(folder), split="test")) == 1
-    assert list(ImageTextDataset(str(folder / "train-00001-of-00002.parquet")).captions()) == [
+    assert all_captions(ImageTextDataset(str(folder / "train-00001-of-00002.parquet"))) == [
         "caption 2",
         "caption 3",
     ]
@@ -169,7 +170,7 @@ def test_columns_are_found_or_named(tmp_path):
 def test_one_caption_needs_no_column(tmp_path):
     rows(2, label=[0, 1]).save_to_disk(tmp_path / "it")
     dataset = ImageTextDataset(str(tmp_path / "it"), caption="x", prefix="an ")
-    assert [dataset[1]["text"], *dataset.captions()] == ["an x", "an x", "an x"]
+    assert [dataset[1]["text"], *all_captions(dataset)] == ["an x", "an x", "an x"]
 
 
 def test_a_column_named_text_does_not_clash_with_the_caption_column(tmp_path):
@@ -181,7 +182,7 @@ def test_lists_of_captions(tmp_path):
     rows(2, text=[["a", "b"], ["c"]]).save_to_disk(tmp_path / "it")
     dataset = ImageTextDataset(str(tmp_path / "it"), prefix="the ")
     assert dataset[0]["text"] == ["the a", "the b"]
-    assert list(dataset.captions()) == ["the a", "the b", "the c"]
+    assert all_captions(dataset) == ["the a", "the b", "the c"]
 
 
 @pytest.mark.parametrize("texts", [["a", None, None], [["a"], [], ["b", None]]])
@@ -209,7 +210,7 @@ def test_size_and_captions_decode_nothing(tmp_path):
     hf.Dataset.from_dict({"image": [header], "text": ["x"]}).save_to_disk(tmp_path / "it")
     dataset = ImageTextDataset(str(tmp_path / "it"))
     assert dataset.size(0) == (50, 40)
-    assert list(dataset.captions()) == ["x"]
+    assert all_captions(dataset) == ["x"]
 
 
 def test_no_rows(tmp_path):

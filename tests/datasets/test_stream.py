@@ -10,6 +10,7 @@ from diffengine.datasets import (
     Domain,
     DropCaption,
     Flip,
+    ImageDataset,
     PositionSampler,
     Resize,
     Stream,
@@ -23,11 +24,11 @@ from diffengine.datasets import (
 from diffengine.errors import UserError
 
 
-class Photos:
+class Photos(ImageDataset):
     """Images of noise that tell their index in the caption; some cannot be read."""
 
     def __init__(self, count, broken=(), size=(14, 11), captions=1):
-        self.count, self.broken, self.size, self.captions = count, set(broken), size, captions
+        self.count, self.broken, self.shape, self.num_captions = count, set(broken), size, captions
 
     def __len__(self):
         return self.count
@@ -35,9 +36,9 @@ class Photos:
     def __getitem__(self, index):
         if index in self.broken:
             raise UnreadableImage(f"image {index} cannot be read")
-        pixels = np.random.default_rng(index).integers(0, 256, (*self.size[::-1], 3), dtype=np.uint8)
-        texts = [f"{index}.{number}" for number in range(self.captions)]
-        return {"image": Image.fromarray(pixels), "text": texts if self.captions > 1 else str(index)}
+        pixels = np.random.default_rng(index).integers(0, 256, (*self.shape[::-1], 3), dtype=np.uint8)
+        texts = [f"{index}.{number}" for number in range(self.num_captions)]
+        return {"image": Image.fromarray(pixels), "text": texts if self.num_captions > 1 else str(index)}
 
 
 class Batched(Photos):
@@ -174,17 +175,17 @@ def test_fewer_samples_than_processes():
 
 def test_image_variations_repeat_the_image_but_not_the_rest():
     ours = stream(Photos(6, size=(90, 20)), seed=1, image_variations=2)
-    forms, rest = {}, {}
+    variations, rest = {}, {}
     for position in range(6 * 8):
         epoch, index = ours.locate(position)
         sample = ours[position]
-        forms.setdefault((index, epoch % 2), set()).add(sample["image"].numpy().tobytes())
+        variations.setdefault((index, epoch % 2), set()).add(sample["image"].numpy().tobytes())
         rest.setdefault(index, set()).add((sample["t"], sample["num_targets"]))
-        cached = ours.image_forms([2 * index + epoch % 2])[0]
+        cached = ours.read_variations([2 * index + epoch % 2])[0]
         assert torch.equal(cached["image"], sample["image"])
         assert torch.equal(cached["micro_conds"], sample["micro_conds"])
-    assert all(len(images) == 1 for images in forms.values())
-    assert len(set().union(*forms.values())) == 12
+    assert all(len(images) == 1 for images in variations.values())
+    assert len(set().union(*variations.values())) == 12
     assert all(len(draws) == 8 for draws in rest.values())
     free = stream(Photos(6, size=(90, 20)))
     assert len({free[position]["image"].numpy().tobytes() for position in range(48)}) > 40
@@ -219,7 +220,7 @@ def test_unreadable_images_are_an_error_or_replaced_and_counted(kind):
             assert (int(sample["text"]), sample["skipped"]) == replacement[index]
 
 
-class Measured:
+class Measured(ImageDataset):
     """Knows the sizes of its images: those with an index in `long` are no squares."""
 
     def __init__(self, count, long=(), broken=()):
@@ -229,6 +230,9 @@ class Measured:
     def __len__(self):
         return len(self.sizes)
 
+    def __getitem__(self, index):
+        raise AssertionError("no image is read")
+
     def size(self, index):
         if index in self.broken:
             raise UnreadableImage(f"image {index} cannot be read")
@@ -236,7 +240,7 @@ class Measured:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "image_transforms", "forms"),
+    ("dataset", "image_transforms", "variations"),
     [
         (Measured(3), [Resize(8), Crop(8), ToTensor()], 1),  # squares: a random crop has no room
         (Measured(3, long=[2]), [Resize(8), Crop(8), ToTensor()], 4),
@@ -249,9 +253,9 @@ class Measured:
         (Photos(3), [Resize(8), ToTensor()], 1),
     ],
 )
-def test_an_image_has_one_form_where_no_draw_changes_any(dataset, image_transforms, forms):
-    assert Stream(dataset, image_transforms, [], image_variations=4).forms == forms
-    assert Stream(dataset, image_transforms, []).forms == (1 if forms == 1 else None)
+def test_an_image_has_one_variation_where_no_draw_changes_any(dataset, image_transforms, variations):
+    assert Stream(dataset, image_transforms, [], image_variations=4).variations == variations
+    assert Stream(dataset, image_transforms, []).variations == (1 if variations == 1 else None)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (14, 11), (11, 14), (3, 200), (1000, 1), (8, 8), (5, 7)])
@@ -263,11 +267,11 @@ def test_the_size_that_a_transform_foretells(size):
         assert sample["image"].size == size
 
 
-def test_a_replaced_image_takes_the_forms_of_its_own_index():
+def test_a_replaced_image_takes_the_variations_of_its_own_index():
     ours = stream(Photos(3, broken=[0]), image_variations=1, skip_unreadable=True)
     for position in range(6):
         _, index = ours.locate(position)
-        assert torch.equal(ours[position]["image"], ours.image_forms([index or 1])[0]["image"])
+        assert torch.equal(ours[position]["image"], ours.read_variations([index or 1])[0]["image"])
 
 
 def test_no_image_can_be_read():

@@ -6,6 +6,7 @@ from PIL import Image
 
 from diffengine.datasets import Stream, SubjectDataset, collate
 from diffengine.errors import UserError
+from tests.support.photos import all_captions
 
 
 def write(folder, names, size=(8, 6)):
@@ -44,7 +45,7 @@ def test_subject_and_class_take_turns_and_the_shorter_half_repeats(dogs):
     assert {(sample["text"], sample["weight"]) for sample in samples[::2]} == {("a photo of sks dog", 1.0)}
     assert {(sample["text"], sample["weight"]) for sample in samples[1::2]} == {("a photo of a dog", 0.5)}
     assert [dataset.size(place) for place in (0, 1)] == [(8, 6), (4, 4)]
-    assert list(dataset.captions()) == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 4
+    assert all_captions(dataset) == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 4
     few = subject(dogs, num_class_images=2)
     assert len(few) == 6
     assert reds(few[place] for place in range(1, 6, 2)) == [0, 1, 0]
@@ -61,7 +62,7 @@ def test_without_class_images(dogs):
     dataset = SubjectDataset(dogs[0], "sks")
     assert len(dataset) == 3
     assert reds(dataset[place] for place in range(3)) == [0, 1, 2]
-    assert list(dataset.captions()) == ["sks"] * 3
+    assert all_captions(dataset) == ["sks"] * 3
     assert dataset.missing_images() is None
 
 
@@ -78,7 +79,7 @@ def test_missing_images_have_the_first_free_numbers(dogs, tmp_path):
     absent = subject((dogs[0], str(tmp_path / "new" / "class")), num_class_images=2)
     assert absent.missing_images().numbers == [0, 1]
     assert len(absent) == 6
-    assert len(list(absent.captions())) == 5
+    assert len(all_captions(absent)) == 5
 
 
 def test_class_images_are_looked_for_when_they_are_read(dogs, tmp_path):
@@ -107,10 +108,10 @@ def test_options_that_make_no_sense(dogs, options, text):
 
 def test_folders_that_are_none_or_hold_one_another(dogs, tmp_path):
     for folders in [(dogs[0], str(Path(dogs[0], "class"))), (dogs[0], str(tmp_path)), (dogs[0], dogs[0])]:
-        with pytest.raises(UserError, match="one inside the other; expected folders apart"):
+        with pytest.raises(UserError, match="one inside the other; expected separate folders"):
             subject(folders)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file', which is no folder"):
+    with pytest.raises(UserError, match="file', which is not a folder"):
         subject((dogs[0], str(tmp_path / "file"))).missing_images()
 
 
@@ -133,7 +134,7 @@ def test_drawn_images_are_kept_for_what_drew_them_alone(dogs):
     drawing = subject(dogs, class_drawing={"strip": True}).missing_images()
     for wrong, base, text in [
         (other, "base", "prompt was 'a photo of a dog' and is 'a cat'; choose another class_data, delete"),
-        (missing, "new", "2 class images that were drawn otherwise: base was 'base' and is 'new'; choose"),
+        (missing, "new", "2 class images that were generated differently: base was 'base' and is 'new'; choose"),
         (drawing, "base", r"options was \{\} and is \{'strip': True\}; .* or delete drawn.json to keep them"),
     ]:
         with pytest.raises(UserError, match=text):

@@ -1,16 +1,19 @@
 import pytest
 
-from diffengine.datasets import UnreadableImage, survey, survey_captions
+from diffengine.datasets import ImageDataset, UnreadableImage, survey, survey_captions
 from diffengine.errors import UserError
 
 
-class Sizes:
+class Sizes(ImageDataset):
     def __init__(self, sizes):
         self.sizes = sizes
         self.asked = []
 
     def __len__(self):
         return len(self.sizes)
+
+    def __getitem__(self, index):
+        raise AssertionError("no image is read")
 
     def size(self, index):
         self.asked.append(index)
@@ -27,7 +30,7 @@ def test_area_cut_off_and_share_enlarged():
 
 def test_many_images_are_sampled_evenly():
     sizes = Sizes([(10, 10)] * 1001)
-    assert survey(sizes, 8, limit=11).startswith("1001 images, 11 of them looked at; the 8 px square cuts off 0.0%")
+    assert survey(sizes, 8, limit=11).startswith("1001 images, 11 of them sampled; the 8 px square cuts off 0.0%")
     assert sizes.asked == list(range(0, 1001, 100))
 
 
@@ -61,6 +64,6 @@ def test_many_captions_are_sampled_evenly():
         asked.extend(captions)
         return [5] * len(captions), 4
 
-    said = "1001 captions, 11 of them looked at: 11 are longer than 4 tokens"
+    said = "1001 captions, 11 of them sampled: 11 are longer than 4 tokens"
     assert survey_captions(map(str, range(1001)), lengths, limit=11).startswith(said)
     assert asked == [str(place) for place in range(0, 1001, 100)]

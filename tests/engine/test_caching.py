@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 
 from diffengine import cli
-from diffengine.datasets import ImageTextDataset, cache
-from diffengine.datasets.cache import Table, TableBuilder
-from diffengine.engine import caching
+from diffengine.cache import tables as cache_tables
+from diffengine.cache import token_cache
+from diffengine.cache.tables import Table, TableBuilder
+from diffengine.datasets import ImageTextDataset
 from diffengine.errors import UserError
 from diffengine.models.amused.encoder import AmusedEncoder
 from tests.engine import runs
 from tests.engine.runs import assert_equal_checkpoints, build, first_step, in_child, metrics, on_ranks, train
 
-V = 3  # forms of each image
+V = 3  # variations of each image
 CACHED = {"image_variations": V, "batch_size": 4, "max_iters": 30, "caption_dropout": 0.3}
 
 
@@ -40,10 +41,10 @@ def test_samples_from_the_cache_are_those_encoded_at_each_step(toy, tmp_path):
     online = pieces(toy, tmp_path / "online", cache=False, flip=0.5).train_loop.stream
     runner = pieces(toy, tmp_path / "cached", cache=True)
     cached, encoder = runner.train_loop.stream, runner.trainable.encoder
-    assert cached.cache is not None
-    assert online.cache is None
+    assert cached.cached_sample is not None
+    assert online.cached_sample is None
     ids = set()
-    for position in range(0, 10 * (V + 1), 4):  # past the epoch in which forms begin again
+    for position in range(0, 10 * (V + 1), 4):  # past the epoch in which variations begin again
         positions = range(position, position + 4)
         plain = online.__getitems__(positions)
         (kept,) = [cached.__getitems__(positions)]
@@ -56,7 +57,7 @@ def test_samples_from_the_cache_are_those_encoded_at_each_step(toy, tmp_path):
             assert (one["text"], one["num_targets"]) == (other["text"], other["num_targets"])
             assert "image" not in other
             ids.add(other["token_ids"].numpy().tobytes())
-    assert len(ids) > 15  # 10 images, most in several forms
+    assert len(ids) > 15  # 10 images, most in several variations
 
 
 @pytest.mark.parametrize("train_text", [True, False])
@@ -108,13 +109,13 @@ def test_the_table_opens_as_a_data_set_and_holds_the_smallest_types(toy, tmp_pat
 # -------------------------------------------------------------------------------------------------- "auto"
 
 
-FIXED = {"image_variations": None, "flip": 0.0, "random_crop": False}  # nothing varies: one form
+FIXED = {"image_variations": None, "flip": 0.0, "random_crop": False}  # nothing varies: one variation
 
 
 @pytest.mark.parametrize(
     ("settings", "on"),
     [
-        ({"max_iters": 8}, True),  # 32 samples of 10 images in 3 forms
+        ({"max_iters": 8}, True),  # 32 samples of 10 images in 3 variations
         ({"max_iters": 7}, False),
         ({"max_iters": 8, "image_variations": None}, False),
         (
@@ -124,15 +125,15 @@ FIXED = {"image_variations": None, "flip": 0.0, "random_crop": False}  # nothing
         ({"max_iters": 2, "image_variations": None, "flip": 0.0, "random_crop": False}, False),
     ],
 )
-def test_auto_is_on_where_a_form_is_taken_more_than_once(toy, tmp_path, capsys, settings, on):
+def test_auto_is_on_where_a_variation_is_taken_more_than_once(toy, tmp_path, capsys, settings, on):
     runner = pieces(toy, tmp_path / "run", **settings)
-    assert (runner.train_loop.stream.cache is not None) == on
+    assert (runner.train_loop.stream.cached_sample is not None) == on
     assert ("token cache: 10 images in" in capsys.readouterr().out) == on
     assert (tmp_path / "cache").exists() == on
 
 
 def test_what_cannot_be_cached_says_so_when_asked(toy, tmp_path):
-    with pytest.raises(UserError, match=r"crop and flip are drawn anew .* set image_variations"):
+    with pytest.raises(UserError, match=r"crop and flip are drawn again .* set image_variations"):
         pieces(toy, tmp_path / "run", cache=True, image_variations=None)
     with pytest.raises(UserError, match="text_embeddings=True, but the text encoder is trained"):
         pieces(toy, tmp_path / "run", "token_cache.text_embeddings=True", runs.TEXT_TOO, cache=True)
@@ -155,15 +156,15 @@ class Named:
 
 def test_samples_that_no_table_keeps_are_encoded_at_each_step(toy, tmp_path):
     data = f"train_dataloader.dataset={{'type': 'tests.engine.test_caching.Named', 'path': {str(toy.data)!r}}}"
-    assert pieces(toy, tmp_path / "auto", data).train_loop.stream.cache is None
-    with pytest.raises(UserError, match=r"it keeps tensors and numbers, but .* name of type str"):
+    assert pieces(toy, tmp_path / "auto", data).train_loop.stream.cached_sample is None
+    with pytest.raises(UserError, match=r"it stores tensors and numbers, but .* name of type str"):
         pieces(toy, tmp_path / "asked", data, cache=True)
 
 
 def test_a_full_disk_is_told_before_the_build(toy, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"the cache needs .* free; make room, set cache_path"):
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the cache needs .* free; free space, set cache_path"):
         pieces(toy, tmp_path / "run", cache=True)
 
 
@@ -284,7 +285,7 @@ def test_a_table_that_holds_other_tokens_is_found_out(own, encoded, capsys):
     assert bad.tobytes() in content
     file.write_bytes(content.replace(bad.tobytes(), (63 - bad).astype(np.uint8).tobytes()))
     assert start(own, encoded) == (CHECK + BUILD, 0)
-    assert "tokens come out otherwise now; encoding 10 images in 3 forms each" in capsys.readouterr().out
+    assert "tokens have changed; encoding 10 images in 3 variations each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["pictures", "captions"])
@@ -353,7 +354,7 @@ def test_another_weight_builds_the_table_anew(own, encoded, capsys, monkeypatch)
     assert start(own, encoded, weighted(own, 1)) == (CHECK, 0)
     monkeypatch.setattr(Weighted, "weight", 0.5)
     assert start(own, encoded, weighted(own, 1)) == (CHECK + BUILD, 0)
-    assert "is another now" in capsys.readouterr().out
+    assert "has changed" in capsys.readouterr().out
     table = Table(own.root / "kept" / "pictures.arrow")
     assert [table[V * index]["weight"].item() for index in (3, 9)] == [0.5, 0.5]
 
@@ -385,10 +386,12 @@ def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
     assert f"training from the cache '{own.root / 'copy'}' alone" in capsys.readouterr().out
     assert_equal_checkpoints(own.root / "here" / "iter_9.pth", own.root / "there" / "iter_9.pth")
     short = ["--cfg-options", f"cache_path={own.root / 'copy'}", "max_iters=1"]
-    assert train(path, own.root / "short", *short) == 0  # though it takes no form twice
+    assert train(path, own.root / "short", *short) == 0  # though it takes no variation twice
     assert "token cache: 10 images" in capsys.readouterr().out
     assert train(path, own.root / "said", *short, "train_dataloader.dataset.prefix='a '") == 2
-    assert "the images to build it anew are not here: changed since it was built: data set" in (capsys.readouterr().err)
+    assert "the images to build it again are not here: changed since it was built: data set" in (
+        capsys.readouterr().err
+    )
     own.data.mkdir()
     assert train(path, own.root / "empty", *short) == 2  # a folder with a problem is not passed over
     assert "training from the cache" not in capsys.readouterr().out
@@ -396,7 +399,7 @@ def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
     other_weights("vqvae", "encoder.conv_in")(own)
     assert train(path, own.root / "other", "--cfg-options", f"cache_path={own.root / 'copy'}") == 2
     error = capsys.readouterr().err
-    assert "does not fit this run, and the images to build it anew are not here" in error
+    assert "does not fit this run, and the images to build it again are not here" in error
     assert "VQ model" in error
     assert error.count("\n") == 1
     (own.root / "copy" / "pictures.json").unlink()  # half of a cache is none
@@ -409,43 +412,43 @@ def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
 
 def build_until(path, work_dir, seconds):
     """Build the cache; die in the middle of it, after so many seconds."""
-    whole = caching._build
+    whole = token_cache._build
 
-    def build_with_a_limit(builder, write):
+    def build_with_a_limit(builder, write, plan, what):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, as SIGKILL does
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        return whole(builder, write)
+        return whole(builder, write, plan, what)
 
-    caching._build = build_with_a_limit
+    token_cache._build = build_with_a_limit
     build(path, work_dir)
 
 
 def test_a_build_killed_at_ten_moments_goes_on_and_ends_equal(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 4)
+    monkeypatch.setattr(cache_tables, "CHUNK", 4)
     path = toy.config("killed", **{**CACHED, "image_variations": 16, "cache": True})
-    took, whole = [], caching._build
+    took, whole = [], token_cache._build
 
-    def timed(builder, write):
+    def timed(builder, write, plan, what):
         began = time.perf_counter()
-        table = whole(builder, write)
+        table = whole(builder, write, plan, what)
         took.append(time.perf_counter() - began)
         return table
 
-    monkeypatch.setattr(caching, "_build", timed)
+    monkeypatch.setattr(token_cache, "_build", timed)
     build(path, tmp_path / "whole" / "run")
-    monkeypatch.setattr(caching, "_build", whole)
+    monkeypatch.setattr(token_cache, "_build", whole)
     moments = random.Random(0)
     codes, parts = [], []
     for _ in range(10):
         codes.append(in_child(build_until, path, tmp_path / "killed" / "run", moments.uniform(0.01, took[0] / 3)))
-        parts.append(len(list(tmp_path.glob("killed/cache/*/*.parts/*.arrow"))))
-        complete = [table.made_of is not None for table in tables(tmp_path / "killed" / "run")]
+        parts.append(len(list(tmp_path.glob("killed/cache/*/*.chunks/*.arrow"))))
+        complete = [table.fingerprint is not None for table in tables(tmp_path / "killed" / "run")]
         assert complete[0] or not complete[1]
     assert codes.count(-signal.SIGALRM) >= 3
     assert len({count for count in parts if 0 < count < 40}) >= 2  # some died in between
     build(path, tmp_path / "killed" / "run")
     assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")
-    assert not list(tmp_path.glob("killed/cache/*/*.part*"))
+    assert not list(tmp_path.glob("killed/cache/*/*.chunks*"))
 
 
 def snapshot(root):
@@ -453,19 +456,19 @@ def snapshot(root):
 
 
 def test_a_part_is_not_encoded_twice(own, encoded, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 4)
+    monkeypatch.setattr(cache_tables, "CHUNK", 4)
     monkeypatch.setattr(TableBuilder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         start(own, encoded)
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "PART", 4)
-    assert len(list(own.root.glob("kept/*.parts/*.arrow"))) == 8
+    monkeypatch.setattr(cache_tables, "CHUNK", 4)
+    assert len(list(own.root.glob("kept/*.chunks/*.arrow"))) == 8
     build(own.config("again", **CACHED, cache=True, cache_path=str(own.root / "kept")), own.root / "run")
     assert len(Table(own.root / "kept" / "pictures.arrow")) == 30
 
 
 def test_a_build_that_goes_on_needs_room_for_the_rest_only(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 4)
+    monkeypatch.setattr(cache_tables, "CHUNK", 4)
     options = {"cache": True, "cache_path": str(tmp_path / "kept")}
     with monkeypatch.context() as killed:
         killed.setattr(TableBuilder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -473,10 +476,10 @@ def test_a_build_that_goes_on_needs_room_for_the_rest_only(toy, tmp_path, monkey
             pieces(toy, tmp_path / "run", **options)
     row = 1 + 8 + 64 + 5 * 4  # readable, weight, token ids, micro-conditions
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row - 1))
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row - 1))
     with pytest.raises(UserError, match="the cache needs"):
         pieces(toy, tmp_path / "run", **options)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row))
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda path: usage._replace(free=10 * V * row))
     pieces(toy, tmp_path / "run", **options)
 
 
@@ -526,7 +529,7 @@ def test_files_of_another_kind_are_not_overwritten(own, name, content):
 @pytest.mark.parametrize("below", ["", "deeper/down"])
 def test_a_file_in_the_place_of_the_folder_is_told(own, below):
     (own.root / "kept").write_text("a file")
-    with pytest.raises(UserError, match=r"the cache .* cannot be there: .*kept' is no folder; set cache_path"):
+    with pytest.raises(UserError, match=r"the cache cannot be in .*: '.*kept' is not a folder; set cache_path"):
         pieces(own, own.root / "run", cache=True, cache_path=str(own.root / "kept" / below))
 
 

@@ -24,6 +24,7 @@ from tests.engine import runs
 from tests.engine.runs import CPU, TEXT_TOO, Toy, on_ranks, train
 from tests.engine.test_class_images import _config, _from_nothing
 from tests.engine.test_micro import TORCH_SAYS
+from tests.support.photos import all_captions
 
 LORA = (
     "model.train=[]",
@@ -130,7 +131,7 @@ def test_the_size_of_the_cache(toy: Toy, tmp_path: Path, options: tuple[str, ...
     assert said.size == pytest.approx(sum(tables), rel=0.05)
     stream = runner.train_loop.stream
     assert said.rows == 3 * len(stream.dataset)
-    assert said.captions == len({"", *stream.dataset.captions()})
+    assert said.captions == len({"", *all_captions(stream.dataset)})
     release()
 
     again = figures(path, tmp_path / "run", *options).cache

@@ -84,7 +84,7 @@ def test_missing_images_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.
     twin = shutil.copytree(toy.model, tmp_path / "twin")
     assert train(path, tmp_path / "run", "--overwrite", "--pretrained", str(twin)) == 2
     said = capsys.readouterr().err
-    assert f"4 class images that were drawn otherwise: base was '{toy.model}' and is '{twin}'; " in said
+    assert f"4 class images that were generated differently: base was '{toy.model}' and is '{twin}'; " in said
 
 
 def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffengine import distributed
+from diffengine.datasets import ImageDataset
 from diffengine.engine.loop import Interrupted, split
 from diffengine.engine.micro import count_micro_batches
 from diffengine.errors import PeerError, UserError
@@ -77,7 +78,7 @@ def _damaged_on_rank_1(toy: Toy, work_dir: Path) -> None:
     bad = {stream.locate(position)[1] for position in (6, 7)}
 
     class Damaged(type(stream.dataset)):  # type: ignore[misc]
-        __getitems__ = None
+        __getitems__ = ImageDataset.__getitems__
 
         def __getitem__(self, index: int) -> Any:
             if index in bad:

@@ -16,6 +16,8 @@ from typing import Literal
 
 from PIL import Image
 
+from diffengine.datasets import ImageDataset
+
 CaptionForm = Literal["csv", "jsonl", "txt"]
 
 # name -> (file, caption). The commas, the quotes and the accent are on purpose: captions have them.
@@ -108,3 +110,8 @@ def write_photo_folder(
     else:
         raise ValueError(f'captions is "csv", "jsonl" or "txt", got {captions!r}')
     return said
+
+
+def all_captions(dataset: ImageDataset) -> list[str]:
+    """Every caption of a data set, in order."""
+    return [text for texts in dataset.all_captions() for text in texts]

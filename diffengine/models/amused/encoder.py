@@ -79,7 +79,7 @@ class AmusedEncoder(Encoder):
         length, sizes = self._preprocessor.tokenizer.model_max_length, self._text_config
         return 4 * (length * sizes.hidden_size + sizes.projection_dim)
 
-    def rest(self) -> None:
+    def to_host(self) -> None:
         for frozen in (self._vqvae, self._text_encoder):
             if frozen is not None:
                 frozen.back({})

@@ -1,0 +1,90 @@
+"""Digests of what a cache was made from: images, captions, settings."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffengine.datasets import ImageDataset, UnreadableImage
+from diffengine.errors import UserError
+from diffengine.files import write_text
+
+FileNote = list[Any]  # path, size in bytes, modification time in nanoseconds, digest
+
+
+def digest_of(value: Any) -> str:
+    """A digest of plain values, by their JSON."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_of_texts(texts: Iterable[list[str]]) -> str:
+    """A digest of lists of texts, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in texts:
+        encoded = [text.encode() for text in item]
+        for number in (len(encoded), *map(len, encoded)):
+            digest.update(number.to_bytes(8, "little"))
+        digest.update(b"".join(encoded))
+    return digest.hexdigest()
+
+
+def digest_of_images(dataset: ImageDataset, notes: Path) -> str:
+    """A digest of the bytes of a data set's images, in order.
+
+    Args:
+        dataset: one without `files()` is read image by image.
+        notes: a JSON file: files with the path, size and time noted there by an earlier call are not read again.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    files = dataset.files()
+    if files is None:
+        return digest_of_texts([_pixels(dataset, index)] for index in range(len(dataset)))
+    known = _read_notes(notes)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        noted = list(pool.map(lambda file: _note(file, known.get(str(file))), files))
+    if {note[0]: note for note in noted} != known:
+        write_text(notes, json.dumps(noted))
+    return digest_of([note[3] for note in noted])
+
+
+def _pixels(dataset: ImageDataset, index: int) -> str:
+    try:
+        pixels = np.asarray(dataset[index]["image"])
+    except UnreadableImage:  # the stream reports it
+        return "unreadable"
+    return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
+
+
+def _read_notes(notes: Path) -> dict[str, FileNote]:
+    try:
+        return {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}
+
+
+def _note(file: Path, known: FileNote | None) -> FileNote:
+    try:
+        info = file.stat()
+        if known is not None and known[1:3] == [info.st_size, info.st_mtime_ns]:
+            return known
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read '{file}': {error.strerror}") from error
+    return [str(file), info.st_size, info.st_mtime_ns, digest]
+
+
+def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """Why a table with the fingerprint `before` has to be built again; None if it need not be."""
+    if before is None:
+        return "there is none yet"
+    names = [
+        name for name in dict.fromkeys([*now, *before]) if json.dumps(before.get(name)) != json.dumps(now.get(name))
+    ]
+    return f"changed since it was built: {', '.join(names)}" if names else None
