@@ -23,10 +23,7 @@ import torch
 from mmengine.hooks import Hook
 
 from benchmarks import common
-from diffengine import config
-from diffengine.engine.assemble import build_run
-from diffengine.engine.runner import Runner
-from diffengine.engine.workdir import claim, release
+from diffengine.engine.run import Run
 
 WAYS = ("online", "cached")
 PARTS = ("data", "VQ", "text", "forward", "head", "backward", "optimizer", "rest")
@@ -86,10 +83,10 @@ class Watch(Hook):
         self.clock.restart()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.steps.append({**self.clock.restart(), "data": outputs.data_wait})
+        self.steps.append({**self.clock.restart(), "data": outputs.seconds["data"]})
 
 
-def watch(runner: Runner) -> Watch:
+def watch(runner: Run) -> Watch:
     """Put clocks around the parts of a run of an AmusedModel."""
     clock, model, optim = Clock(), runner.trainable, runner.optim_wrapper
     transformer = model.module("transformer")
@@ -112,12 +109,10 @@ def watch(runner: Runner) -> Watch:
 def measure(model: Path, data: Path, work_dir: Path, resolution: int, settings: list[str]) -> list[dict[str, float]]:
     """The seconds of the parts, step by step."""
     named = {"data": str(data), "pretrained": str(model)}
-    loaded = config.load(f"amused_{resolution}_own", [*common.STEPS_ONLY, "log_every=1000", *settings], named)
-    claim(work_dir, None, False)
-    runner = build_run(*loaded, "breakdown", work_dir, common.DEVICE)
-    hook = watch(runner)
-    runner.train()
-    release()
+    options = [*common.STEPS_ONLY, "log_every=1000", *settings]
+    run = common.build(f"amused_{resolution}_own", work_dir, options, named)
+    hook = watch(run)
+    run.train()
     return hook.steps
 
 

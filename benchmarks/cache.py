@@ -16,29 +16,28 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from diffengine import config
 from diffengine.cache import TokenCache
-from diffengine.cache.token_cache import attach
-from diffengine.datasets import collate
-from diffengine.engine.assemble import Parts, prepare
+from diffengine.datasets import Stream, collate
+from diffengine.engine.run import Run
 
 
-def build(parts: Parts, resolved: dict, root: Path) -> tuple[float, float]:
+def build(run: Run, root: Path) -> tuple[float, float]:
     """Seconds to build the cache, and to find it good at the next start."""
-    seconds = []
+    seconds, optim = [], run.optim_wrapper
     for _ in range(2):
         started = time.perf_counter()
-        attach(
-            TokenCache(use=True, path=str(root / "cache")), parts.loop.stream, parts.model.encoder,
-            resolved["train_dataloader"], root / "run", 1, parts.optim.precision, parts.optim.autocast,
-        )  # fmt: skip
+        TokenCache(
+            use=True, path=str(root / "cache"), stream=run.train_loop.stream, encoder=run.trainable.encoder,
+            data=run.job.resolved["train_dataloader"], work_dir=root / "run", precision=optim.precision,
+            autocast=optim.autocast,
+        ).attach(1)  # fmt: skip
         seconds.append(time.perf_counter() - started)
     return seconds[0], seconds[1]
 
 
-def read(parts: Parts, options: argparse.Namespace) -> list[float]:
+def read(stream: Stream, options: argparse.Namespace) -> list[float]:
     """Seconds for each batch."""
-    stream, seconds = parts.loop.stream, []
+    seconds = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for index in range(options.batches):
@@ -53,21 +52,21 @@ def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[st
     """The cells of one resolution."""
     model = common.make_model(root / "model", options.size, resolution)
     data = common.write_images(root / "data", options.images)
-    _, resolved = config.load(
+    run = common.build(
         f"amused_{resolution}_own",
+        root / "run",
         [*common.STEPS_ONLY, f"image_variations={options.variations}", "cache=False",
          f"num_workers={options.workers}"],
         {"data": str(data), "pretrained": str(model)},
     )  # fmt: skip
-    parts = prepare(resolved, root / "run", common.DEVICE)
-    built, again = build(parts, resolved, root)
+    built, again = build(run, root)
     images, captions = (root / "cache" / f"{name}.arrow" for name in ("pictures", "captions"))
-    forms = options.images * options.variations
+    rows = options.images * options.variations
     return [
-        f"{forms / built:.3g}",
-        f"{images.stat().st_size / forms:.0f}",
+        f"{rows / built:.3g}",
+        f"{images.stat().st_size / rows:.0f}",
         f"{captions.stat().st_size / (options.images + 1):,.0f}",  # one row is of no caption
-        f"{options.batch / statistics.median(read(parts, options)):,.0f}",
+        f"{options.batch / statistics.median(read(run.train_loop.stream, options)):,.0f}",
         f"{again:.2f}",
     ]
 
@@ -77,14 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=common.SIZES, default="tiny")
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--variations", type=int, default=4, help="forms of each image")
+    parser.add_argument("--variations", type=int, default=4, help="of each image")
     parser.add_argument("--batch", type=int, default=64, help="samples that are read at once")
     parser.add_argument("--batches", type=int, default=200, help="that are read")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images while building")
     options = parser.parse_args(arguments)
-    print(f"{options.images} images in {options.variations} forms each on {common.machine()}\n")
+    print(f"{options.images} images in {options.variations} variations each on {common.machine()}\n")
     table = common.Table(
-        "size", "px", "forms/s built", "bytes/form", "bytes/caption", "samples/s read", "s at the next start"
+        "size", "px", "rows/s built", "bytes/row", "bytes/caption", "samples/s read", "s at the next start"
     )
     for resolution in options.resolution:
         with tempfile.TemporaryDirectory() as folder, common.aside():

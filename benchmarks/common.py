@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ import torch
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from diffengine.engine import workdir
+from diffengine.engine.build import load_config, make_job
+from diffengine.engine.run import Run, build_run
 from tests.support import models, photos
 
 SIZES = ("tiny", "mid", "full")
@@ -87,8 +90,15 @@ def write_images(path: Path, count: int) -> Path:
 # ------------------------------------------------------------------------------------------- timed runs
 
 
+def build(name: str, work_dir: Path, options: Sequence[str], settings: dict[str, Any]) -> Run:
+    """A run in this process that is ready to train; what the work dir holds is deleted."""
+    job = replace(make_job(name, *load_config(name, options, settings), DEVICE), work_dir=work_dir)
+    with workdir.claimed(work_dir, None, overwrite=True):
+        return build_run(job)
+
+
 @dataclass
-class Run:
+class Timings:
     """What a program did up to its last timed optimizer step.
 
     Attributes:
@@ -119,7 +129,7 @@ def python(*arguments: str, executable: str = sys.executable, **environment: str
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def timed(command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str) -> Run | str:
+def timed(command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str) -> Timings | str:
     """Run a script (its path first) or a module ("-m", its name) until it has taken `steps` optimizer steps.
 
     Returns:
@@ -133,7 +143,7 @@ def timed(command: Sequence[str], steps: int, executable: str = sys.executable, 
         if not out.exists():
             return problem or f"it ended before step {steps}"
         found = json.loads(out.read_text(encoding="utf-8"))
-        return Run(found["ended"] - started, found["seconds"], found["memory_gb"], found["torch"])
+        return Timings(found["ended"] - started, found["seconds"], found["memory_gb"], found["torch"])
 
 
 def diffengine(command: str, config: str, model: Path, data: Path, work_dir: Path, *rest: str) -> list[str]:

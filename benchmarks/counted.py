@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffengine.engine.assemble import build_model
+from diffengine.engine.build import build_model
 from diffengine.models.amused import AmusedModel
 
 MASKED = 2 / math.pi  # of the tokens, in the mean of the cosine schedule

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, counted
-from diffengine import config as configs
+from diffengine.engine.build import load_config
 
 # (config, images per step, images at once, published GB)
 ROWS = [
@@ -55,7 +55,7 @@ def measure(config: str, model: Path, data: Path, *settings: str) -> dict[str, f
 
 def count(config: str, model: Path, at_once: int, *settings: str) -> dict[str, float] | str:
     """As `measure`, by `counted`: no speed."""
-    _, resolved = configs.load(config, list(settings), {"pretrained": str(model)})
+    _, resolved = load_config(config, list(settings), {"pretrained": str(model)})
     return {"memory_gb": counted.peak_of(resolved, at_once) / 1e9}
 
 

@@ -28,11 +28,8 @@ import torch
 from mmengine.hooks import Hook
 
 from benchmarks import common
-from diffengine import config
 from diffengine.datasets import PositionSampler, make_loader
-from diffengine.engine.assemble import build_run
-from diffengine.engine.runner import Runner
-from diffengine.engine.workdir import claim, release
+from diffengine.engine.run import Run
 from tests.engine.test_metrics import Close, CountReads
 from tests.support import models, photos
 
@@ -126,7 +123,7 @@ class Turns(Hook):
         self.ours.start()
 
 
-def bare_loop(runner: Runner, loader: Iterable) -> Iterator[None]:
+def bare_loop(runner: Run, loader: Iterable) -> Iterator[None]:
     """A plain training loop over the run's own model and optimizer; stops after each step."""
     model, optimizer = runner.trainable, runner.optim_wrapper.optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -147,21 +144,19 @@ SMALLEST = {
 }  # fmt: skip
 
 
-def build(root: Path, start: int, steps: int) -> Runner:
+def build(root: Path, start: int, steps: int) -> Run:
     """A run of so many steps of one image each that has taken `start` before."""
-    settings, resolved = config.load(
+    run = common.build(
         "amused_512_own",
+        root / f"run-{start}",
         [*common.STEPS_ONLY, *common.tokens("cached", root / "cache"), "resolution=32", "batch_size=1",
          f"model.transformer={SMALLEST}",
          "num_workers=0", "precision=fp32", f"max_iters={start + steps}", f"log_every={start + steps + 1}"],
         {"data": str(root / "data"), "pretrained": str(root / "model")},
     )  # fmt: skip
-    work_dir = root / f"run-{start}"
-    claim(work_dir, None, True)
-    runner = build_run(settings, resolved, "overhead", work_dir, common.DEVICE)
-    runner.train_loop.start_at(start)
-    runner.train_loop.dataloader.batch_sampler.start_step = start
-    return runner
+    run.train_loop.start_at(start)
+    run.train_loop.dataloader.batch_sampler.start_step = start
+    return run
 
 
 def compare(root: Path, start: int, count: int, hollow: bool) -> tuple[Clock, Clock]:
@@ -221,7 +216,6 @@ def main(arguments: list[str] | None = None) -> None:
             )  # fmt: skip
             micros = [statistics.median(some) for some in columns]
             table.row(f"{start:,}", *[f"{1e6 * value:.0f}" for value in micros], f"{waits:g}")
-        release()
 
 
 if __name__ == "__main__":

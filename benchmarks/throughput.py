@@ -23,7 +23,7 @@ from diffusers import UVit2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import Run
+from benchmarks.common import Timings
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("reference", "online", "cached")
@@ -87,7 +87,7 @@ def ours(way: str, cache: Path, options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(way: str, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> Run | str:
+def measure(way: str, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> Timings | str:
     """One run. A cache is built ahead of the first one that needs it, and is not timed."""
     steps = options.warm_up + options.steps
     if way == "reference":
@@ -106,14 +106,14 @@ def measure(way: str, model: Path, data: Path, scratch: Path, options: argparse.
 def compare(table: common.Table, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> None:
     """The rows of one size, resolution and batch."""
     ways = [way for way in options.ways if way != "reference" or options.script]
-    runs: dict[str, list[Run | str]] = {way: [] for way in ways}
+    runs: dict[str, list[Timings | str]] = {way: [] for way in ways}
     for _ in range(options.repeats):
         for way in ways:
             runs[way].append(measure(way, model, data, scratch, options))
     slowest = None
     for way in ways:
         problems = [run for run in runs[way] if isinstance(run, str)]
-        good = [run for run in runs[way] if isinstance(run, Run)]
+        good = [run for run in runs[way] if isinstance(run, Timings)]
         cell = (options.size, options.resolution, options.batch, options.precision, way)
         if problems:
             table.row(*cell, problems[0].replace("|", "/"), *[""] * 4)

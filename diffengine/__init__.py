@@ -1,8 +1,22 @@
-"""diffengine: a config-driven trainer for aMUSEd, on mmengine and diffusers."""
+"""diffengine: a config-driven trainer for aMUSEd, on mmengine and diffusers.
 
+run = diffengine.train("amused_512_own_lora", data="photos", batch_size=4)
+run.pipeline()("a dog in the snow").images[0]
+"""
+
+import importlib
 import logging
+from typing import Any
 
-# Diffusers and peft import bitsandbytes where it is installed, and it tells of what it lacks.
+# Diffusers and peft import bitsandbytes if it is installed, and it logs what it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
+__all__ = ["UserError", "cache", "check", "convert", "sample", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of api.py, imported on first use: `import diffengine` stays instant."""
+    if name in __all__:
+        return getattr(importlib.import_module("diffengine.api"), name)
+    raise AttributeError(f"module 'diffengine' has no attribute '{name}'")

@@ -11,27 +11,28 @@ from typing import NoReturn
 
 from diffengine import __version__
 from diffengine.errors import PeerError, UserError, disk_errors
+from diffengine.text import one_line
 
 COMMANDS = {
     "train": "train a config",
     "check": "say what time, memory and disk a config takes",
     "cache": "encode a config's images and captions ahead of training",
-    "convert": "write a checkpoint's trained components in diffusers' form",
-    "sample": "draw images with a pipeline folder or a work dir",
+    "convert": "write a checkpoint's trained components in diffusers' format",
+    "sample": "generate images with a pipeline folder or a work dir",
     "list-cfg": "list the shipped configs",
     "copy-cfg": "write a config of your own that extends a shipped one",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake in one line."""
+    """argparse that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows what it takes\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; each command's arguments are added by its own module's `arguments`."""
+    """The command line; each command's module adds its own arguments."""
     top = Parser(prog="diffengine", description="Train aMUSEd, text-to-image by masked image modelling.")
     top.add_argument("--version", action="version", version=f"diffengine {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -47,7 +48,7 @@ def _module(command: str) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for what the user can mend, 1 for a bug of ours."""
+    """Run a command and return the exit code: 0, 2 for what the user can fix, 1 for a bug of ours."""
     try:
         options = parser().parse_args(argv)
     except SystemExit as error:  # argparse: 2 for a mistake, 0 for --help
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _module(options.command).run(options)
     except UserError as error:
         if not isinstance(error, PeerError):
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: stopped at once", file=sys.stderr)
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """The entry point of the installed command."""
-    # CPU threads that wait for one another spin for microseconds only, then sleep: as fast on a free machine,
-    # up to five times faster beside other work. OpenMP reads it once, when torch is imported.
+    # CPU threads that wait for one another spin for microseconds, then sleep: as fast on a free machine, up to five
+    # times faster next to other work. OpenMP reads it once, when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(main())

@@ -1,68 +1,57 @@
-"""Config files: find them by name, extend, override, validate, resolve.
+"""Config files: find them by name, extend, override, resolve, validate.
 
-A config is a Python file. It opens with its everyday settings (`batch_size = 8`); below them are the
-sections (`model = dict(type=AmusedModel, ...)`), which refer to a setting as "${batch_size}". A setting so
-stands in one place, and changing it, by flag or in a file that extends this one, acts wherever it is used.
+A config is a Python file. It opens with its everyday settings (`batch_size = 8`); below them are the sections
+(`model = dict(type=AmusedModel, ...)`), which refer to a setting as "${batch_size}". So a setting has one value, and
+changing it, by flag or in a file that extends this one, acts wherever it is used.
 
     extends = "amused_512_own"     # a shipped name, or a path from this file's folder
     resolution = 256               # replaces the setting
     model = dict(mask_schedule="linear")   # merges into the section; another `type` replaces it
 
-Reading a config imports nothing: an imported class becomes its dotted name, and a loaded config is plain
-data.
+Reading a config imports nothing: an imported class becomes its dotted name, and a loaded config is plain data.
 """
 
 import ast
 import builtins
 import fnmatch
+import inspect
 import json
 import math
 import pprint
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffengine.errors import UserError
 from diffengine.text import did_you_mean
 
-# Sections without a `type` of their own, and what builds each: its signature is the section's vocabulary.
-BUILDERS = {
-    "train_dataloader": "diffengine.engine.assemble.build_dataloader",
-    "optim_wrapper": "diffengine.engine.optim.build_optim_wrapper",
-    "param_scheduler": "diffengine.engine.optim.build_param_scheduler",
-    "train_cfg": "diffengine.engine.loop.StepLoop",
-    "token_cache": "diffengine.cache.TokenCache",
-}
-SECTIONS = {"model", "default_hooks", "custom_hooks", "vis_backends", *BUILDERS}
+Plain = dict[str, Any]
+
+SECTIONS = {
+    "model", "train_dataloader", "token_cache", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
+    "custom_hooks", "vis_backends",
+}  # fmt: skip
 NEEDED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
 LISTS = ("custom_hooks", "vis_backends")
-# What only a run knows, and passes when it builds a section: no option of a config.
-GIVEN = {
-    "model": {"assets", "seed"},
-    "train_dataloader": {"model", "seed", "start_iter"},
-    "optim_wrapper": {"model"},
-    "param_scheduler": {"optimizer", "num_iters"},
-    "train_cfg": {"dataloader"},
-    "vis_backends": {"save_dir"},
-}
-# Where a part stands, which names the class that it configures.
-PARTS = (
+# What the run passes to the classes of a section: no option of a config.
+GIVEN = {"model": {"assets", "seed"}, "vis_backends": {"save_dir"}}
+# Where a dict must name the class that it configures.
+TYPED = (
     "model", "default_hooks.*", "custom_hooks.*", "vis_backends.*", "optim_wrapper.optimizer",
     "train_dataloader.dataset", "train_dataloader.image_transforms.*", "train_dataloader.transforms.*",
 )  # fmt: skip
-PLAIN = {"seed": 0, "work_dir": None}  # read by the engine as they are; with the value where none is set
+PLAIN = {"seed": 0, "work_dir": None}  # settings that the engine reads itself, with their defaults
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
-Plain = dict[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------- finding
+# -------------------------------------------------------------------------------------------------------- finding
 
 
 def config_dirs() -> list[Path]:
-    """Where shipped configs lie: inside the wheel, or beside the package in a checkout."""
+    """The folders of shipped configs: inside the wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parent
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
@@ -73,28 +62,28 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
-def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a shipped name, or of a path (relative to the folder `beside`, else to the current one).
+def find(name: str, folder: Path | None = None) -> Path:
+    """The file of a shipped name, or of a path relative to `folder` (default: the current one).
 
     Raises:
-        UserError: there is no such config; the nearest names are given.
+        UserError: there is no such config; the nearest name is given.
     """
     path = Path(name).expanduser()
     if path.suffix == ".py":
-        path = beside / path if beside else path
+        path = folder / path if folder else path
         if path.is_file():
             return path
         raise UserError(f"config file '{path}' does not exist; `diffengine list-cfg` lists the shipped ones")
     known = shipped()
     if name in known:
         return known[name]
-    for folder in config_dirs():
-        if (base := folder / "_base_" / f"{name}.py").is_file():
+    for configs in config_dirs():
+        if (base := configs / "_base_" / f"{name}.py").is_file():
             return base
     raise UserError(f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all")
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------- reading
 
 
 class Imported:
@@ -112,9 +101,9 @@ class Imported:
         raise TypeError(f"'{self._name}' is only a name here and cannot be called: write dict(type=...)")
 
 
-def read(name: str, beside: Path | None = None) -> Plain:
-    """A config as plain data: what it extends merged in, references still unresolved; its own keys first."""
-    return _read(find(name, beside), [])
+def read(name: str) -> Plain:
+    """A config as plain data: what it extends merged in, references unresolved; its own keys first."""
+    return _read(find(name), [])
 
 
 def _read(path: Path, chain: list[Path]) -> Plain:
@@ -126,51 +115,43 @@ def _read(path: Path, chain: list[Path]) -> Plain:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"config '{path}': extends got {base!r}; expected a config's name or path")
-        merged = _extend_in_front(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
-    return _extend_in_front(merged, config)
-
-
-def _extend_in_front(below: Plain, above: Plain) -> Plain:
-    """As `extend`, with the keys of `above` first: what is closest to the config is read first."""
-    merged = extend(below, above)
-    return {key: merged[key] for key in dict.fromkeys([*above, *merged])}
+        merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
+    return extend(merged, config)
 
 
 def _read_file(path: Path) -> Plain:
-    """What one file says. It runs as Python, but what it imports are names only."""
+    """What one file defines. It runs as Python, but what it imports are names only."""
+
+    def import_name(name: str, space: Any = None, local: Any = None, wanted: Any = None, level: int = 0) -> Imported:
+        if level or (wanted and "*" in wanted):
+            raise ImportError('imports here are names of classes only; to build on another config: extends = "NAME"')
+        return Imported(name if wanted else name.partition(".")[0])
+
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))
-        space: Plain = {"__builtins__": {**vars(builtins), "__import__": _import_name}}
+        space: Plain = {"__builtins__": {**vars(builtins), "__import__": import_name}}
         exec(compile(tree, str(path), "exec"), space)
     except UnicodeDecodeError as error:
         raise UserError(f"config '{path}' is not UTF-8 text: {error}") from error
     except SyntaxError as error:
         raise UserError(f"config '{path}' line {error.lineno}: {error.msg}") from error
     except (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-        RuntimeError, TypeError, ValueError,
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+        TypeError, ValueError,
     ) as error:  # fmt: skip
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f" line {lines[-1]}" if lines else ""
         raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from error
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-    own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
     try:
-        return {key: _plain(value) for key, value in own.items()}
+        return {key: _plain(value) for key, value in space.items() if key not in names and not key.startswith("_")}
     except TypeError as error:
         raise UserError(f"config '{path}' holds more than plain values and imported classes: {error}") from error
 
 
-def _import_name(name: str, space: Any = None, local: Any = None, wanted: Any = None, level: int = 0) -> Imported:
-    """In place of `__import__`: the dotted name only."""
-    if level or (wanted and "*" in wanted):
-        raise ImportError('imports here are names of classes only; to build on another config: extends = "NAME"')
-    return Imported(name if wanted else name.partition(".")[0])
-
-
 def _plain(value: Any) -> Any:
-    """Plain data only (what JSON holds); tuples become lists, and imported classes their dotted names."""
+    """Plain data only (what JSON can hold); tuples become lists, and imported classes their dotted names."""
     if isinstance(value, Imported):
         return value._name
     if isinstance(value, Mapping):
@@ -185,9 +166,10 @@ def _plain(value: Any) -> Any:
 
 
 def extend(base: Plain, update: Plain) -> Plain:
-    """A config over the one that it extends: a setting replaces, a section merges."""
+    """A config over the one that it extends: settings replace, sections merge; the keys of `update` come first."""
     settings = {key: value for key, value in update.items() if key not in SECTIONS}
-    return merge({**base, **settings}, update)
+    merged = merge({**base, **settings}, update)
+    return {key: merged[key] for key in dict.fromkeys([*update, *merged])}
 
 
 def merge(base: Plain, update: Mapping[str, Any]) -> Plain:
@@ -203,7 +185,7 @@ def merge(base: Plain, update: Mapping[str, Any]) -> Plain:
     return merged
 
 
-# ---------------------------------------------------------------------------------------------- overriding
+# ----------------------------------------------------------------------------------------------------- overriding
 
 
 def override(config: Plain, options: Iterable[str]) -> Plain:
@@ -215,62 +197,60 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
     config = json.loads(json.dumps(config))
     for option in options:
         key, equals, text = option.partition("=")
+        key = key.strip()
         if not equals or not key:
             raise UserError(f"--cfg-options got '{option}'; expected KEY=VALUE, as in batch_size=4")
-        _assign(config, key.strip(), text)
+        *parents, last = key.split(".")
+        target: Any = config
+        for depth, name in enumerate(parents):
+            target = _child(target, name, ".".join(parents[: depth + 1]))
+        if not isinstance(target, Mapping):
+            _child(target, last, key)  # an item of a list must exist
+            target[int(last)] = _literal(text, target[int(last)], key)
+            continue
+        known = {*config, *SECTIONS, *PLAIN}
+        if target is config and last not in known:
+            raise UserError(f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
+        target[last] = _literal(text, target.get(last), key)  # type: ignore[index]
     return config
 
 
-def _assign(config: Plain, key: str, text: str) -> None:
-    *parents, last = key.split(".")
-    target: Any = config
-    for depth, part in enumerate(parents):
-        target = _child(target, part, ".".join(parents[: depth + 1]))
-    if not isinstance(target, Mapping):
-        _child(target, last, key)  # a list's place must be there
-        target[int(last)] = _literal(text, target[int(last)], key)
-        return
-    if target is config and last not in {*config, *SECTIONS, *PLAIN}:
-        raise UserError(f"--cfg-options: unknown key '{key}'{did_you_mean(last, [*config, *SECTIONS, *PLAIN])}")
-    target[last] = _literal(text, target.get(last), key)  # type: ignore[index]
-
-
-def _child(target: Any, part: str, path: str) -> Any:
-    if isinstance(target, list) and part.lstrip("-").isdigit() and -len(target) <= int(part) < len(target):
-        return target[int(part)]
-    if isinstance(target, Mapping) and part in target:
-        return target[part]
+def _child(target: Any, name: str, path: str) -> Any:
+    if isinstance(target, list) and name.lstrip("-").isdigit() and -len(target) <= int(name) < len(target):
+        return target[int(name)]
+    if isinstance(target, Mapping) and name in target:
+        return target[name]
     known = target if isinstance(target, Mapping) else []
     inside = "" if isinstance(target, Mapping) else f", whose parent is {target!r}"
     size = f", in a list of {len(target)}" if isinstance(target, list) else inside
-    raise UserError(f"--cfg-options: there is no '{path}' in this config{size}{did_you_mean(part, known)}")
+    raise UserError(f"--cfg-options: there is no '{path}' in this config{size}{did_you_mean(name, known)}")
 
 
 def _literal(text: str, old: Any, key: str) -> Any:
-    """`text` as the type that `old` has, where both are single values; else what it says itself."""
+    """`text` as a value of `old`'s type, if both are single values; else as its own."""
     if isinstance(old, str) and not REFERENCE.fullmatch(old) and text not in ("None", "True", "False"):
         return text
     try:
         value = _plain(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    single = (bool, int, float, str)
     if type(old) is float and type(value) is int:
         return float(value)
+    single = (bool, int, float, str)
     if type(old) in single[:3] and type(value) in single and type(value) is not type(old):
         expected = f"expected {type(old).__name__}, as in {key}={old!r}"
         raise UserError(f"--cfg-options: {key} got {value!r} ({type(value).__name__}); {expected}")
     return value
 
 
-# ---------------------------------------------------------------------------------------------- resolving
+# ------------------------------------------------------------------------------------------------------ resolving
 
 
 def resolve(config: Plain) -> Plain:
     """The config with every "${setting}" replaced by the setting's value.
 
     Raises:
-        UserError: a reference to no setting, or a setting that nothing refers to, all in one error.
+        UserError: references to no setting, and settings that nothing refers to, all in one error.
     """
     resolved, problems = _resolved(config)
     _raise(_unused(config, config) + problems)
@@ -278,7 +258,7 @@ def resolve(config: Plain) -> Plain:
 
 
 def substitute(config: Plain) -> Plain:
-    """As `resolve`, but settings may be unused, and a reference to no setting stays as it is."""
+    """As `resolve`, but settings may be unused, and a reference to no setting is left as it is."""
     return _resolved(config)[0]
 
 
@@ -293,8 +273,11 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
         if isinstance(value, list):
             return [replace(item, f"{path}.{index}", chain) for index, item in enumerate(value)]
         names = REFERENCE.findall(value) if isinstance(value, str) else []
-        wrong = [f"{path} refers to setting '{name}', which there is not{did_you_mean(name, settings)}"
-                 for name in names if name not in settings]  # fmt: skip
+        wrong = [
+            f"{path} refers to setting '{name}', which does not exist{did_you_mean(name, settings)}"
+            for name in names
+            if name not in settings
+        ]
         wrong += [f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain]
         problems.extend(wrong)
         if wrong or not names:
@@ -309,7 +292,7 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
 
 
 def _used(config: Plain) -> set[str]:
-    """The settings that a section refers to, itself or by way of other settings."""
+    """The settings that a section refers to, directly or by way of other settings."""
 
     def references(value: Any) -> set[str]:
         if isinstance(value, Mapping | list):
@@ -326,9 +309,8 @@ def _used(config: Plain) -> set[str]:
 
 
 def _unused(config: Plain, names: Iterable[str]) -> list[str]:
-    """A problem for each of these settings that acts nowhere in the config."""
-    used = _used(config)
-    others = [*used, *PLAIN, *SECTIONS]
+    """A message for each of these settings that acts nowhere in the config."""
+    others = [*_used(config), *PLAIN, *SECTIONS]
     return [
         f"unknown setting '{name}'{did_you_mean(name, others)} (nothing in this config uses it)"
         for name in names
@@ -338,27 +320,46 @@ def _unused(config: Plain, names: Iterable[str]) -> list[str]:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise UserError("; ".join(["the config has errors: " + problems[0], *problems[1:]]))
+        raise UserError("the config has errors: " + "; ".join(dict.fromkeys(problems)))
 
 
-# ---------------------------------------------------------------------------------------------- validating
+# ----------------------------------------------------------------------------------------------------- validating
+
+Builders = Mapping[str, Callable]  # what builds a section that names no class
 
 
-def validate(resolved: Plain) -> None:
-    """Check every part of a resolved config against the signature of the class that it configures.
+def validate(resolved: Plain, builders: Builders) -> None:
+    """Check every section of a resolved config against the signature of the class that it configures.
 
     Imports the classes, builds nothing, reads no weights.
+
+    Args:
+        builders: by section; their parameters are its options, and keyword-only parameters are given by the run.
 
     Raises:
         UserError: every unknown key (with the nearest), wrong type and missing value, in one error.
     """
-    _raise(_problems(resolved))
+    _raise(_problems(resolved, builders))
 
 
-def _problems(resolved: Plain) -> list[str]:
+def _problems(resolved: Plain, builders: Builders) -> list[str]:
+    from diffengine.signatures import problems_against, problems_of
+
     problems = [f"no section '{name}'" for name in NEEDED if name not in resolved]
     for key in [key for key in resolved if key in SECTIONS]:
-        problems += _section_problems(key, resolved[key])
+        section = resolved[key]
+        fitting = isinstance(section, list if key in LISTS else dict)
+        if not fitting:
+            problems.append(f"section '{key}' got {section!r}; expected a {'list' if key in LISTS else 'dict'}")
+        elif key not in builders:
+            problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
+        elif "type" in section:
+            problems.append(f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it")
+        else:
+            parameters = inspect.signature(builders[key]).parameters.values()
+            given = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+            problems += problems_against(builders[key], section, key, given)
+            problems += problems_of(section, key) + _untyped(section, key)
     seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
     if type(seed) is not int or not 0 <= seed < 2**32:
         problems.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
@@ -367,60 +368,58 @@ def _problems(resolved: Plain) -> list[str]:
     return problems
 
 
-def _section_problems(key: str, section: Any) -> list[str]:
-    from diffengine.signatures import problems_of
-
-    kind = list if key in LISTS else dict
-    fitting = isinstance(section, kind)
-    if not fitting:
-        return [f"section '{key}' got {section!r}; expected a {kind.__name__}"]
-    if key in BUILDERS and "type" in section:
-        return [f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it"]
-    typed = dict(section, type=BUILDERS[key]) if key in BUILDERS else section
-    return problems_of(typed, key, GIVEN.get(key, set())) + _typeless(section, key)
-
-
-def _typeless(value: Any, path: str) -> list[str]:
-    """A problem for each place in a section where a part belongs, but what stands there names no class."""
-    if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in PARTS):
-        absent = value is None and path.startswith("default_hooks.")  # None switches a hook off
-        if not absent and not (isinstance(value, Mapping) and "type" in value):
+def _untyped(value: Any, path: str) -> list[str]:
+    """A message for each value in a section that must name a class and names none."""
+    if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in TYPED):
+        off = value is None and path.startswith("default_hooks.")  # None switches a hook off
+        if not off and not (isinstance(value, Mapping) and "type" in value):
             return [f"{path} got {value!r}; expected dict(type=...) with the class that it configures"]
         return []
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [problem for key, item in items for problem in _typeless(item, f"{path}.{key}")]
+    return [problem for key, item in items for problem in _untyped(item, f"{path}.{key}")]
 
 
-def load(name: str, options: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> tuple[Plain, Plain]:
-    """Read, apply the settings of flags and then `--cfg-options`, resolve, validate.
+def load(
+    name: str, options: Iterable[str], settings: Mapping[str, Any] | None, builders: Builders
+) -> tuple[Plain, Plain]:
+    """Read a config, apply settings and then `--cfg-options`, resolve, validate.
 
-    A setting that acts nowhere is a mistake of whoever wrote it, in the file or by a flag. One that is
-    inherited, or that an override put out of use, is dropped.
+    A setting that acts nowhere is a mistake of whoever wrote it, in the file or by a flag. One that is inherited, or
+    that an override put out of use, is dropped.
+
+    Args:
+        name: a shipped name, or a path.
+        options: `key=value`, as of `override`.
+        settings: values by name; None leaves a setting as it is. A section merges.
+        builders: as of `validate`.
 
     Returns:
-        The config as written (with references; it is what a run keeps) and as resolved.
+        The config as written (with references; a run keeps it) and as resolved.
+
+    Raises:
+        UserError: everything that is wrong, in one error.
     """
-    options, config = list(options), _extend_in_front(PLAIN, read(name))
+    options, config = list(options), extend(PLAIN, read(name))
     problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
-    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    given = {key: _plain(value) for key, value in (settings or {}).items() if value is not None}
     for key in given:
-        if key not in config:
+        if key not in {*config, *SECTIONS}:
             known = ", ".join(name for name in config if name not in SECTIONS)
             raise UserError(f"config '{name}' has no setting '{key}'; it has {known}")
-    config = override({**config, **given}, options)
+    merged = extend(config, given)
+    config = override({key: merged[key] for key in dict.fromkeys([*config, *merged])}, options)
     changed = [*given, *(option.partition("=")[0].strip() for option in options)]
     problems += _unused(config, [key for key in changed if key in config])
     used = _used(config) | PLAIN.keys() | SECTIONS
     config = {key: value for key, value in config.items() if key in used}
     resolved, unresolved = _resolved(config)
-    problems += unresolved or _problems(resolved)
-    _raise(list(dict.fromkeys(problems)))
+    _raise(problems + (unresolved or _problems(resolved, builders)))
     return config, resolved
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------- writing
 
 
 def to_text(config: Plain, comment: str = "") -> str:

@@ -1,6 +1,7 @@
-"""The errors that are meant for the user."""
+"""The errors that are meant for the user, and the end of a run by a signal."""
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,14 @@ class UserError(Exception):
 
 class PeerError(UserError):
     """A UserError of another rank, which reports it. This process exits with the same code and prints nothing."""
+
+
+class Interrupted(Exception):
+    """A signal asked a run to stop; the step was finished and saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
 
 
 # Errors of a disk that is full or may not be written.

@@ -1,8 +1,8 @@
-"""Trained modules as diffusers folders, checked by loading them back."""
+"""Trained modules as diffusers folders: written, loaded back, compared."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,30 +13,28 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffengine import __version__, config
+from diffengine import __version__
 from diffengine.errors import UserError
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.models.loading import load_module
-from diffengine.registry import resolve
-from diffengine.signatures import kinds_in
 
-MARK = "_diffengine_version"  # in a pipeline's index
+MARK = "_diffengine_version"  # in the index of a pipeline that we wrote; diffusers ignores it
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# The largest difference of outputs, over the largest output, from the live model's with its weights rounded
-# as they are written. The same sums are the same bits; a merged adapter's are sums in another order.
+# The largest difference of outputs, over the largest output, from the live model's with its weights rounded as they are
+# written. Equal sums are equal bits; a merged adapter's are sums in another order.
 LOADED, MERGED = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, loaded back, and held against the live model on a fixed input.
+    """What was written, loaded back, and compared with the live model for a fixed input.
 
     Attributes:
         folder: where it is.
-        difference: the largest difference of an output from the live model's: what rounding costs.
+        difference: the largest difference of an output from the live model's: the effect of rounding.
         relative: the same, over the largest output.
         lines: Python that opens it.
     """
@@ -48,8 +46,8 @@ class Exported:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}, loaded back: its outputs differ from the live model's by at most "
-            f"{self.difference:.1e} ({self.relative:.1e} of the largest)"
+            f"{self.folder}, loaded back: its outputs differ from the live model's by at most {self.difference:.1e} "
+            f"({self.relative:.1e} of the largest)"
         )
 
 
@@ -61,19 +59,19 @@ def export_components(
     merge: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> list[Exported]:
-    """Write `out/<key>/` for the model's exportable components: safetensors in diffusers' form.
+    """Write `out/<key>/` for the model's exportable components: safetensors in diffusers' format.
 
-    A component with an adapter gives a folder of the adapter, which peft and (LoRA, LoKr) diffusers load.
-    Each is written beside, checked, and then renamed, so what stands under its name is always whole.
+    A component with an adapter becomes a folder of the adapter, which peft and (LoRA, LoKr) diffusers load. Each is
+    written to a temporary folder, checked and then renamed, so what is under its name is always complete.
 
     Args:
         keys: which; None for all.
-        merge: write whole components, adapters added to their base.
+        merge: write whole components, adapters merged into their base.
         dtype: of what is written.
 
     Raises:
-        UserError: a key the model does not train, nothing to merge, a folder that may not be replaced, a full
-            disk, or a component that does not load back as it is.
+        UserError: a key that the model does not train, nothing to merge, a folder that must not be replaced, a full
+            disk, or a component that does not load back equal.
     """
     modules = model.exportable
     for key in keys or []:
@@ -86,17 +84,17 @@ def export_components(
     exported = []
     with _writing(out):
         for key, target in targets.items():
-            beside = _fresh(out / f".{key}.tmp")
+            temporary = _fresh(out / f".{key}.tmp")
             if adapters.config_of(modules[key]) is not None and not merge:
-                difference = _write_adapter(model, key, beside, dtype)
+                difference = _write_adapter(model, key, temporary, dtype)
             else:
                 with _as_written(whole := _whole(model, key, out), dtype):
-                    whole.save_pretrained(beside, safe_serialization=True)
-                _opens_as_fp32(beside)
-                difference = _check_whole(model, key, whole, beside, dtype)
-            lines = _lines(model, key, target, merge)
-            _readable(beside)
-            _replace(beside, target)
+                    whole.save_pretrained(temporary, safe_serialization=True)
+                _open_as_fp32(temporary)
+                difference = _check_whole(model, key, whole, temporary, dtype)
+            lines = _opening_lines(model, key, target, merge)
+            _make_readable(temporary)
+            _replace(temporary, target)
             exported.append(Exported(target, *difference, lines))
     return exported
 
@@ -107,7 +105,7 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     Adapters are merged. `dtype` is that of what was trained; the rest is written as it was loaded.
 
     Raises:
-        UserError: the model has no pipeline; a pipeline is there that we did not write; else as
+        UserError: the model has no pipeline; a pipeline exists there that we did not write; else as
             `export_components`.
     """
     if not isinstance(model, MaskedImageModel):
@@ -118,28 +116,30 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     index = out / "model_index.json"
     if index.exists() and MARK not in index.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
-            f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another "
-            "folder, or delete it"
+            f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another folder, or "
+            "delete it"
         )
     with _writing(out):
         whole = {key: _whole(model, key, out) for key in model.exportable}
         pipeline.register_modules(**whole)
-        beside = _fresh(out / ".pipeline.tmp")
+        temporary = _fresh(out / ".pipeline.tmp")
         with ExitStack() as written:
             for module in whole.values():
                 written.enter_context(_as_written(module, dtype))
-            pipeline.save_pretrained(beside, safe_serialization=True)
+            pipeline.save_pretrained(temporary, safe_serialization=True)
         for key in whole:
-            _opens_as_fp32(beside / key)
-        differences = [_check_whole(model, key, whole[key], beside / key, dtype) for key in whole]
+            _open_as_fp32(temporary / key)
+        differences = [_check_whole(model, key, whole[key], temporary / key, dtype) for key in whole]
         for name, component in pipeline.components.items():
             if name not in whole:
-                _check(component, type(component).from_pretrained(beside / name, local_files_only=True), beside)
-        _readable(beside)
-        _mark(beside / index.name)
-        for part in sorted(beside.iterdir()):
-            _replace(part, out / part.name)
-        beside.rmdir()
+                back = type(component).from_pretrained(temporary / name, local_files_only=True)
+                _check_equal(component, back, temporary)
+        _make_readable(temporary)
+        settings = {**json.loads((temporary / index.name).read_text(encoding="utf-8")), MARK: __version__}
+        (temporary / index.name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for item in sorted(temporary.iterdir()):
+            _replace(item, out / item.name)
+        temporary.rmdir()
     return Exported(out, *max(differences), (f"{type(pipeline).__name__}.from_pretrained({str(out)!r})",))
 
 
@@ -153,28 +153,28 @@ def check_targets(model: TrainableModel, targets: Iterable[Path]) -> None:
     for target in targets:
         if target.resolve() in sources:
             raise UserError(
-                f"'{target}' is the {sources[target.resolve()]} that this model was made from, and would be "
-                "lost; write to another folder"
+                f"'{target}' is the {sources[target.resolve()]} that this model was made from, and would be lost; "
+                "write to another folder"
             )
         ours = target.is_dir() and (list(target.glob("*config.json")) or not list(target.iterdir()))
         if target.exists() and not ours:
             raise UserError(f"'{target}' exists and holds no exported component; write to another folder")
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Errors of the disk, for the user; whatever is raised, nothing half-written stays."""
+    """Turn errors of the disk into the user's; whatever is raised, no temporary folder stays."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to '{out}': {error}") from error
     finally:
-        for part in out.glob(".*.tmp"):
-            shutil.rmtree(part, ignore_errors=True)
+        for temporary in out.glob(".*.tmp"):
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fresh(folder: Path) -> Path:
@@ -182,36 +182,30 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _replace(beside: Path, target: Path) -> None:
-    """Two renames: what stood there is deleted only when the new one is in its place."""
+def _replace(temporary: Path, target: Path) -> None:
+    """Two renames: the old folder is deleted only when the new one has its name."""
     if not target.is_dir():
-        beside.replace(target)
+        temporary.replace(target)
         return
     old = target.rename(_fresh(target.with_name(f".{target.name}.old.tmp")))
     try:
-        beside.rename(target)
+        temporary.rename(target)
     except OSError:
         old.rename(target)
         raise
     shutil.rmtree(old)
 
 
-def _mark(index: Path) -> None:
-    """Note in a pipeline's index that it is ours; diffusers passes over such a key."""
-    settings = {**json.loads(index.read_text(encoding="utf-8")), MARK: __version__}
-    index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _opens_as_fp32(folder: Path) -> None:
-    """Let transformers load fp32 unless it is asked for more, as diffusers does; a pipeline mixes none."""
+def _open_as_fp32(folder: Path) -> None:
+    """Let transformers load fp32 unless asked for another dtype, as diffusers does: a pipeline must not mix them."""
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("dtype", "float32") != "float32":
         path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def _readable(folder: Path) -> None:
-    """Files as the umask says: safetensors writes for the owner alone."""
+def _make_readable(folder: Path) -> None:
+    """Give files the permissions of the umask: safetensors writes for the owner alone."""
     (sample := folder / ".mode").touch()
     mode = sample.stat().st_mode
     sample.unlink()
@@ -220,15 +214,15 @@ def _readable(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _lines(model: TrainableModel, key: str, target: Path, merge: bool) -> tuple[str, ...]:
+def _opening_lines(model: TrainableModel, key: str, target: Path, merge: bool) -> tuple[str, ...]:
     """Python that opens an exported component."""
     module = model.exportable[key]
-    kind, config = type(module).__name__, adapters.config_of(module)
+    name, config = type(module).__name__, adapters.config_of(module)
     if config is None or merge:
-        return (f"{kind}.from_pretrained({str(target.parent)!r}, subfolder={key!r})",)
+        return (f"{name}.from_pretrained({str(target.parent)!r}, subfolder={key!r})",)
     base = str(config.base_model_name_or_path)
-    apart = Path(base).is_dir() and not (Path(base) / key).is_dir()
-    load = f"{key} = {kind}.from_pretrained({base!r}{'' if apart else f', subfolder={key!r}'})"
+    alone = Path(base).is_dir() and not (Path(base) / key).is_dir()
+    load = f"{key} = {name}.from_pretrained({base!r}{'' if alone else f', subfolder={key!r}'})"
     with_peft = f"{key} = peft.PeftModel.from_pretrained({key}, {str(target)!r})"
     if not adapters.loads_in_diffusers(module):
         return load, with_peft
@@ -236,88 +230,82 @@ def _lines(model: TrainableModel, key: str, target: Path, merge: bool) -> tuple[
     return load, f"{key}.load_lora_adapter({str(target)!r}, weight_name={weights!r})  # or {with_peft}"
 
 
-# --------------------------------------------------------------------------------------------- checking
+# ------------------------------------------------------------------------------------------------------- checking
 
 
 def _whole(model: TrainableModel, key: str, out: Path) -> nn.Module:
-    """A component as one plain module: the live one, or its adapter merged into a base loaded anew.
+    """A component as one plain module: the live one, or its adapter merged into a base loaded again.
 
     Raises:
-        UserError: the method cannot be merged, or the sum is not what the live one computes.
+        UserError: the method cannot be merged, or the sum does not compute what the live one does.
     """
     live = model.exportable[key]
     if adapters.config_of(live) is None:
         return live
-    beside = _fresh(out / ".adapter.tmp")
-    adapters.write(live, key, beside)
-    merged = adapters.merge(model.base(key), beside)
-    shutil.rmtree(beside)
+    temporary = _fresh(out / ".adapter.tmp")
+    adapters.write(live, key, temporary)
+    merged = adapters.merge(model.base(key), temporary)
+    shutil.rmtree(temporary)
     with _as_written(live):
-        _hold(model.probe(key, live), model.probe(key, merged), MERGED, f"the merged {key}")
+        _check_close(model.probe(key, live), model.probe(key, merged), MERGED, f"the merged {key}")
     return merged
 
 
-def _write_adapter(model: TrainableModel, key: str, beside: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """Write an adapter and load it by each loader that takes it; its outputs' difference from the live ones.
+def _write_adapter(model: TrainableModel, key: str, folder: Path, dtype: torch.dtype) -> tuple[float, float]:
+    """Write an adapter and load it with each loader that takes it; its outputs' difference from the live ones.
 
     Raises:
-        UserError: a loader gives another model.
+        UserError: a loader returns another model.
     """
     live = model.exportable[key]
     with _as_written(live, dtype):
-        adapters.write(live, key, beside)
+        adapters.write(live, key, folder)
     with _as_written(live, dtype, again=torch.float32):
         rounded = model.probe(key, live)
     base = model.base(key)
-    loaded = adapters.load_with_peft(base, beside)
+    loaded = adapters.load_with_peft(base, folder)
     outputs = model.probe(key, base)
-    _hold(rounded, outputs, LOADED, f"'{beside}', loaded by peft,")
+    _check_close(rounded, outputs, LOADED, f"'{folder}', loaded by peft,")
     if adapters.loads_in_diffusers(live):
         base = loaded.unload()
-        adapters.load_with_diffusers(base, beside)
-        _hold(rounded, model.probe(key, base), LOADED, f"'{beside}', loaded by diffusers,")
-    return _from_live(model, key, outputs)
+        adapters.load_with_diffusers(base, folder)
+        _check_close(rounded, model.probe(key, base), LOADED, f"'{folder}', loaded by diffusers,")
+    with _as_written(live):
+        return _difference(model.probe(key, live), outputs)
 
 
 def _check_whole(
     model: TrainableModel, key: str, whole: nn.Module, folder: Path, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Load a component as anyone would and hold it, bit for bit, against what was to be written.
+    """Load a component as anyone would and compare it, bit for bit, with what was to be written.
 
     Returns:
         Its outputs' difference from the live ones.
 
     Raises:
-        UserError: something does not come back.
+        UserError: something is not equal.
     """
     back = load_module(str(folder), key, type(whole))
     with _as_written(whole, dtype, again=torch.float32):
-        _check(whole, back, folder)
-    return _from_live(model, key, model.probe(key, back))
-
-
-def _from_live(model: TrainableModel, key: str, outputs: Tensor) -> tuple[float, float]:
+        _check_equal(whole, back, folder)
     live = model.exportable[key]
     with _as_written(live):
-        return _difference(model.probe(key, live), outputs)
+        return _difference(model.probe(key, live), model.probe(key, back))
 
 
 def _difference(live: Tensor, other: Tensor) -> tuple[float, float]:
-    """The largest difference, and the same over the largest of `live`. Of broken weights both may be NaN."""
+    """The largest difference, and the same over the largest of `live`. For broken weights both may be NaN."""
     difference = float((live - other).abs().max())
     return difference, difference / max(float(live.abs().max()), 1e-12)
 
 
-def _hold(live: Tensor, other: Tensor, tolerance: float, name: str) -> None:
-    """
-    Raises:
-        UserError: outputs that differ by more than the tolerance, over the largest; NaN equals NaN.
-    """
+def _check_close(live: Tensor, other: Tensor, tolerance: float, name: str) -> None:
+    """Refuse outputs that differ by more than the tolerance, over the largest; NaN equals NaN."""
     difference, relative = _difference(live.nan_to_num(), other.nan_to_num())
     if not relative <= tolerance:
         raise UserError(
-            f"{name} is not the model that was trained: its outputs differ by {difference:.1e}, "
-            f"{relative:.1e} of the largest, where at most {tolerance:.0e} is rounding"
+            f"{name} is not the model that was trained: its outputs differ by {difference:.1e}, {relative:.1e} of the "
+            f"largest, where at most {tolerance:.0e} is rounding"
         )
 
 
@@ -325,7 +313,7 @@ def _hold(live: Tensor, other: Tensor, tolerance: float, name: str) -> None:
 def _as_written(
     module: nn.Module, dtype: torch.dtype = torch.float32, again: torch.dtype | None = None
 ) -> Iterator[None]:
-    """Inside, the module lies on the host and what is written of it is `dtype` (then `again`).
+    """Inside, the module is on the host and its written tensors are `dtype` (then `again`).
 
     After, its tensors are the same as before: on a GPU they never left it.
     """
@@ -341,112 +329,26 @@ def _as_written(
             tensor.data = data
 
 
-def _check(component: Any, back: Any, folder: Path) -> None:
-    """Hold the tensors, tokens or settings that came back against the live component's.
+def _check_equal(component: Any, back: Any, folder: Path) -> None:
+    """Compare the tensors, tokens or settings of a component with those that came back, bit for bit."""
 
-    Raises:
-        UserError: something does not come back bit for bit.
-    """
-    live, loaded = _parts(component), _parts(back)
-    wrong = [name for name in live.keys() & loaded.keys() if not _equal(live[name], loaded[name])]
+    def content(item: Any) -> dict[str, Any]:
+        if isinstance(item, nn.Module):
+            return item.state_dict()
+        if isinstance(item, PreTrainedTokenizerBase):
+            return item.get_vocab()
+        return {key: value for key, value in item.config.items() if not key.startswith("_")}
+
+    def equal(live: Any, loaded: Any) -> bool:
+        if not isinstance(live, Tensor):
+            return live == loaded
+        bits = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (live, loaded)]
+        return live.dtype == loaded.dtype and live.shape == loaded.shape and torch.equal(*bits)  # NaN too
+
+    live, loaded = content(component), content(back)
+    wrong = [name for name in live.keys() & loaded.keys() if not equal(live[name], loaded[name])]
     wrong += live.keys() ^ loaded.keys()
     if wrong:
-        raise UserError(f"'{folder}' does not load back what was written: {len(wrong)} parts, first {min(wrong)}")
-
-
-def _parts(component: Any) -> dict[str, Any]:
-    """What makes a component: its tensors, tokens or settings, by name."""
-    if isinstance(component, nn.Module):
-        return component.state_dict()
-    if isinstance(component, PreTrainedTokenizerBase):
-        return component.get_vocab()
-    return {key: value for key, value in component.config.items() if not key.startswith("_")}
-
-
-def _equal(live: Any, back: Any) -> bool:
-    """Equality; of tensors bit for bit, NaN too."""
-    if not isinstance(live, Tensor):
-        return live == back
-    bits = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (live, back)]
-    return live.dtype == back.dtype and live.shape == back.shape and torch.equal(*bits)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def model_of(state: Mapping[str, Any], resolved: Mapping[str, Any], source: str) -> TrainableModel:
-    """The model of a checkpoint, with its weights, on the host.
-
-    Args:
-        state: what `checkpoint.read` gave.
-        resolved: the resolved config to build it by.
-        source: the checkpoint's path, for errors.
-
-    Raises:
-        UserError: the config names no model, a component is not there any more, or the weights do not fit.
-    """
-    options = {key: value for key, value in resolved["model"].items() if key != "type"}
-    kind = resolve(resolved["model"]["type"])
-    if not (isinstance(kind, type) and issubclass(kind, TrainableModel)):
-        raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
-    try:
-        model = kind(**options, assets=state["assets"], seed=resolved["seed"])
-    except UserError as error:
-        folder = state.get("folder", str(Path.cwd()))
-        if folder == str(Path.cwd()):
-            raise
         raise UserError(
-            f"{error}; {source} was trained in '{folder}', where relative paths in its config start: "
-            "go there, and try again"
-        ) from error
-    model.load_trained_state(state["model"], source)
-    return model.eval()
-
-
-def trusted_config(state: Mapping[str, Any], given: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
-    """Resolve the config that a checkpoint carries, and judge it before any class that it names is imported.
-
-    A checkpoint is data. A class that its resolved config names is used only if it is on a closed list, or if
-    the CONFIG that the user names uses it too.
-
-    Args:
-        state: the checkpoint.
-        given: the user's CONFIG with its references; None if the command got none.
-        source: what errors call the checkpoint.
-
-    Returns:
-        The resolved config.
-
-    Raises:
-        UserError: `given` is of another model, or the checkpoint names a class that is not trusted.
-    """
-    own = config.resolve(json.loads(state["config"]))
-    theirs = config.substitute(dict(given)) if given is not None else None
-    types = [item["model"].get("type") for item in (own, theirs) if item is not None]
-    if len(set(types)) > 1:
-        raise UserError(
-            f"{source} is of another model: got {types[0]}, the config has {types[1]}; use the config it was "
-            f"trained with ('{state['name']}')"
+            f"'{folder}' does not load back what was written: {len(wrong)} entries differ, first {min(wrong)}"
         )
-    trusted = {*trusted_classes(), *(kinds_in(theirs["model"]) if theirs else ())}
-    for name in kinds_in(own["model"]):
-        if name not in trusted:
-            raise UserError(
-                f"{source} names the class '{name}', which is not run on a checkpoint's word; give the "
-                "CONFIG that uses it"
-            )
-    return own
-
-
-def trusted_classes() -> set[str]:
-    """The classes that a checkpoint may name: our models, what they are built from, and peft's configs."""
-    import peft
-
-    return {
-        "diffengine.models.amused.AmusedModel",
-        "diffengine.models.vq.VQTokenizerModel",
-        "diffusers.UVit2DModel",
-        "diffusers.VQModel",
-        "transformers.CLIPTextConfig",
-        *(f"peft.{name}" for name in peft.__all__ if name.endswith("Config")),
-    }

@@ -15,7 +15,7 @@ MORE = "…"
 
 
 def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
-    """Captioned images in rows, as near to a square as they come.
+    """Captioned images in rows.
 
     Args:
         images: (caption, RGB image); captions are wrapped to the image's width.
@@ -27,26 +27,26 @@ def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int 
     width, height = (max(image.size[axis] for _, image in shown) for axis in (0, 1))
     font = ImageFont.load_default(size=max(11, min(width // 18, 20)))
     lines = [wrap(caption, font, width) for caption, _ in shown]
-    line = math.ceil(sum(font.getmetrics()) * 1.1)  # type: ignore[union-attr]
-    foot = line * max(map(len, lines)) + line // 2
+    line_height = math.ceil(sum(font.getmetrics()) * 1.1)  # type: ignore[union-attr]
+    foot = line_height * max(map(len, lines)) + line_height // 2
     gap = 8
     rows = math.ceil(len(shown) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), PAPER)
-    ink = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for index, ((_, image), words) in enumerate(zip(shown, lines)):
         left = gap + (index % columns) * (width + gap)
         top = gap + (index // columns) * (height + foot + gap)
         sheet.paste(image, (left, top))
         for number, text in enumerate(words):
-            ink.text((left, top + height + 2 + number * line), text, INK, font)
+            draw.text((left, top + height + 2 + number * line_height), text, INK, font)
     return sheet
 
 
 def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
-    """Write a grid as PNG; captions that the font cannot draw become numbers, listed in `captions.txt`."""
+    """Write a grid as PNG; captions that the font cannot render become numbers, listed in `captions.txt`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = [
-        (caption if drawable(caption) else f"[{index + 1}]", image) for index, (caption, image) in enumerate(images)
+        (caption if renderable(caption) else f"[{index + 1}]", image) for index, (caption, image) in enumerate(images)
     ]
     if any(new != old for (new, _), (old, _) in zip(numbered, images)):
         lines = [f"[{index + 1}] {caption}\n" for index, (caption, _) in enumerate(images)]
@@ -57,27 +57,27 @@ def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = Non
     return sheet
 
 
-def stack(parts: Sequence[Captioned]) -> Image.Image:
+def stack(images: Sequence[Captioned]) -> Image.Image:
     """Images one above the other, each under its title."""
     font = ImageFont.load_default(size=16)
-    title, width = 26, max(image.width for _, image in parts)
-    sheet = Image.new("RGB", (width, sum(image.height + title for _, image in parts)), PAPER)
-    ink, top = ImageDraw.Draw(sheet), 0
-    for caption, image in parts:
-        ink.text((8, top + 4), caption, INK, font)
+    title, width = 26, max(image.width for _, image in images)
+    sheet = Image.new("RGB", (width, sum(image.height + title for _, image in images)), PAPER)
+    draw, top = ImageDraw.Draw(sheet), 0
+    for caption, image in images:
+        draw.text((8, top + 4), caption, INK, font)
         sheet.paste(image, (0, top + title))
         top += image.height + title
     return sheet
 
 
 def enlarge(image: Image.Image, smallest: int) -> Image.Image:
-    """A small image, enlarged by a whole factor without smoothing, so that its own pixels are seen."""
+    """A small image, enlarged by a whole factor without smoothing, so that its own pixels are visible."""
     factor = max(1, math.ceil(smallest / image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def drawable(caption: str) -> bool:
-    """Whether the font has a sign for every letter: those it lacks are all drawn as one box."""
+def renderable(caption: str) -> bool:
+    """Whether the font has a glyph for every letter: those it lacks all become the same box."""
     font = ImageFont.load_default(size=14)
     box = font.getmask("\U0010ffff")
     return all(
@@ -86,7 +86,15 @@ def drawable(caption: str) -> bool:
 
 
 def wrap(caption: str, font: Font, width: int, most: int = 4) -> list[str]:
-    """Lines no wider than `width` pixels, at most `most`; broken at spaces, or within a word too long."""
+    """At most `most` lines no wider than `width` pixels, broken at spaces, or within a word that is too long."""
+
+    def fitting(text: str, room: int) -> int:
+        """How many letters fit; at least one."""
+        count = len(text)
+        while count > 1 and font.getlength(text[:count]) > room:
+            count -= 1
+        return count
+
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -94,17 +102,9 @@ def wrap(caption: str, font: Font, width: int, most: int = 4) -> list[str]:
             lines[-1] = longer
             continue
         lines = [*lines, word] if lines[-1] else [word]
-        while (fitting := _fitting(lines[-1], font, width)) < len(lines[-1]):
-            lines[-1:] = [lines[-1][:fitting], lines[-1][fitting:]]
+        while (count := fitting(lines[-1], width)) < len(lines[-1]):
+            lines[-1:] = [lines[-1][:count], lines[-1][count:]]
     if len(lines) > most:
         last = lines[most - 1]
-        lines = [*lines[: most - 1], last[: _fitting(last, font, width - int(font.getlength(MORE)))] + MORE]
+        lines = [*lines[: most - 1], last[: fitting(last, width - int(font.getlength(MORE)))] + MORE]
     return lines
-
-
-def _fitting(text: str, font: Font, width: int) -> int:
-    """How many letters fit into `width` pixels; at least one."""
-    count = len(text)
-    while count > 1 and font.getlength(text[:count]) > width:
-        count -= 1
-    return count

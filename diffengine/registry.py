@@ -1,7 +1,7 @@
-"""Building the parts that a config names.
+"""From the names in a config to objects.
 
-A config imports a class and writes `dict(type=Class, option=value, ...)`; once loaded, `type` is the class's
-dotted name. Any importable class serves, so a stranger's data set or model needs no entry in a list here.
+A config imports a class and writes `dict(type=Class, option=value, ...)`; once loaded, `type` is the class's dotted
+name. Any importable class serves, so a stranger's data set or model needs no entry in a list here.
 """
 
 import importlib
@@ -15,7 +15,7 @@ EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of o
 
 
 def import_from_here() -> None:
-    """Let a config of the user's name modules in the current folder, as under `python -m`.
+    """Let a user's config name modules in the current folder, as under `python -m`.
 
     For commands that were given a config: a checkpoint alone never makes the current folder importable.
     """
@@ -24,7 +24,11 @@ def import_from_here() -> None:
 
 
 def resolve(type_name: str) -> Any:
-    """The class or function that a dotted name stands for; UserError when there is none."""
+    """The class or function of a dotted name.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
     module, _, name = type_name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -36,9 +40,9 @@ def resolve(type_name: str) -> Any:
         raise UserError(f"type '{type_name}' cannot be imported ({error}): {check}") from error
 
 
-def build(part: Any, **given: Any) -> Any:
-    """Build `dict(type=..., ...)`, with `given` for what only the run knows; pass anything else through."""
-    if not isinstance(part, Mapping) or "type" not in part:
-        return part
-    options = {key: value for key, value in part.items() if key != "type"}
-    return resolve(part["type"])(**options, **given)
+def build(section: Any, **given: Any) -> Any:
+    """Build `dict(type=..., ...)`, with `given` for what only the run knows; return anything else unchanged."""
+    if not isinstance(section, Mapping) or "type" not in section:
+        return section
+    options = {key: value for key, value in section.items() if key != "type"}
+    return resolve(section["type"])(**options, **given)

@@ -1,9 +1,9 @@
-"""Holding a part of a config against the signature of the class that it configures."""
+"""Checking a section of a config against the signature of the class that it configures."""
 
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from diffengine.errors import UserError
@@ -11,76 +11,82 @@ from diffengine.registry import resolve
 from diffengine.text import did_you_mean
 
 
-def problems_of(part: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
-    """Every problem in a (nested) part of a resolved config: unknown keys, wrong types, missing values.
+def problems_of(section: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
+    """Every problem in a (nested) section of a resolved config: unknown keys, wrong types, missing values.
 
-    `given` names the parameters that the run passes itself; an optimizer's `params` always is.
+    Args:
+        section: a dict with `type` is checked against that class.
+        path: of the section, for messages.
+        given: the parameters that the run passes itself; an optimizer's `params` always is.
     """
-    if isinstance(part, list):
-        parts = [(item, f"{path}.{index}") for index, item in enumerate(part)]
-        return [problem for item, index in parts for problem in problems_of(item, index, given)]
-    if not isinstance(part, Mapping):
+    if isinstance(section, list):
+        return [
+            problem for index, item in enumerate(section) for problem in problems_of(item, f"{path}.{index}", given)
+        ]
+    if not isinstance(section, Mapping):
         return []
-    nested = [problem for key, item in part.items() for problem in problems_of(item, f"{path}.{key}")]
-    if "type" not in part:
+    nested = [problem for key, item in section.items() for problem in problems_of(item, f"{path}.{key}")]
+    if "type" not in section:
         return nested
-    if not isinstance(part["type"], str):
-        return [f"{path}.type got {part['type']!r}; expected an imported class", *nested]
+    if not isinstance(section["type"], str):
+        return [f"{path}.type got {section['type']!r}; expected an imported class", *nested]
     try:
-        target = resolve(part["type"])
+        target = resolve(section["type"])
     except UserError as error:
         return [f"{path}: {error}", *nested]
-    return _against(target, part, path, {*given, "self", "params"}) + nested
+    return problems_against(target, section, path, {*given, "self", "params"}) + nested
 
 
-def _against(target: Callable, part: Mapping[str, Any], path: str, given: Set[str]) -> list[str]:
+def problems_against(target: Callable, section: Mapping[str, Any], path: str, given: Set[str]) -> list[str]:
+    """The problems of one dict of options against a class or function; arguments as of `problems_of`."""
     name = getattr(target, "__name__", str(target))
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a module, or written in C
-        return [] if callable(target) else [f"{path}: type got {part['type']}; expected a class or a function"]
+        return [] if callable(target) else [f"{path}: type got {section['type']}; expected a class or a function"]
     many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in many}
     options = [key for key in named if key not in given]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    hints = _hints(target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # a third party's annotations that only a type checker can read
+        hints = {}
     problems = []
-    for key, value in part.items():
+    for key, value in section.items():
         if key == "type":
             continue
         if key not in options:
             if not open_ended:
-                problems.append(f"{path}: unknown key '{key}' for {name}{_suggest(key, options)}")
+                takes = f"; it takes {', '.join(options) or 'no options'}"
+                problems.append(f"{path}: unknown key '{key}' for {name}{did_you_mean(key, options) or takes}")
         elif key in hints and not fits(value, hints[key]):
-            kind = type(value).__name__
-            problems.append(f"{path}.{key} got {value!r} ({kind}); expected {_spell(hints[key])}")
-    missing = [key for key in options if named[key].default is inspect.Parameter.empty and key not in part]
+            expected = describe_hint(hints[key])
+            problems.append(f"{path}.{key} got {value!r} ({type(value).__name__}); expected {expected}")
+    missing = [key for key in options if named[key].default is inspect.Parameter.empty and key not in section]
     return problems + [f"{path}: {name} needs '{key}'" for key in missing]
 
 
-def kinds_in(part: Any) -> list[str]:
-    """The dotted names of the classes that a (nested) part names."""
-    if isinstance(part, Mapping):
-        own = [str(part["type"])] if "type" in part else []
-        return own + [name for value in part.values() for name in kinds_in(value)]
-    return [name for item in part for name in kinds_in(item)] if isinstance(part, list) else []
+def types_in(section: Any) -> list[str]:
+    """The dotted names of the classes that a (nested) section names."""
+    if isinstance(section, Mapping):
+        own = [str(section["type"])] if "type" in section else []
+        return own + [name for value in section.values() for name in types_in(value)]
+    return [name for item in section for name in types_in(item)] if isinstance(section, list) else []
 
 
-def with_defaults(part: Any, known: Set[str]) -> Any:
-    """A (nested) part of a resolved config with the options that it leaves to its class.
-
-    Only of classes in `known`; no other is imported.
-    """
-    if isinstance(part, list):
-        return [with_defaults(item, known) for item in part]
-    if not isinstance(part, Mapping):
-        return part
-    nested = {key: with_defaults(item, known) for key, item in part.items()}
-    return {**defaults_of(resolve(part["type"])), **nested} if str(part.get("type")) in known else nested
+def with_defaults(section: Any, known: Set[str]) -> Any:
+    """A (nested) section of a resolved config with the defaults of the classes in `known`; no other is imported."""
+    if isinstance(section, list):
+        return [with_defaults(item, known) for item in section]
+    if not isinstance(section, Mapping):
+        return section
+    nested = {key: with_defaults(item, known) for key, item in section.items()}
+    return {**defaults_of(resolve(section["type"])), **nested} if str(section.get("type")) in known else nested
 
 
 def defaults_of(target: Callable) -> dict[str, Any]:
-    """What a class takes where an option is not given; lists for tuples, as in a config."""
+    """The defaults of a class's options; lists for tuples, as in a config."""
     try:
         options = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # written in C
@@ -89,20 +95,8 @@ def defaults_of(target: Callable) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
 
 
-def _suggest(key: str, options: Sequence[str]) -> str:
-    known = f"; it takes {', '.join(options)}" if options else "; it takes no options"
-    return did_you_mean(key, options) or known
-
-
-def _hints(target: Callable) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):  # a third party's annotations that only a type checker can read
-        return {}
-
-
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value can be what the annotation says; an annotation not known here admits all."""
+    """Whether a plain value satisfies an annotation; an annotation that is not known here admits everything."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in inner)
@@ -115,22 +109,20 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, str, bool):
         return type(value) is hint
     if origin in (list, tuple) or hint in (list, tuple):
-        return isinstance(value, list) and _items_fit(value, inner)
+        if not isinstance(value, list):
+            return False
+        if len(inner) > 1 and inner[1] is not Ellipsis:  # tuple[X, Y], a list in a config
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return not inner or all(fits(item, inner[0]) for item in value)
     if origin is dict or hint is dict:
         return isinstance(value, Mapping)
     return True
 
 
-def _items_fit(values: list, inner: tuple) -> bool:
-    """Whether a list holds what `list[X]`, `tuple[X, ...]` or `tuple[X, Y]` says (lists, in a config)."""
-    if len(inner) > 1 and inner[1] is not Ellipsis:
-        return len(values) == len(inner) and all(map(fits, values, inner))
-    return not inner or all(fits(value, inner[0]) for value in values)
-
-
-def _spell(hint: Any) -> str:
+def describe_hint(hint: Any) -> str:
+    """An annotation as a person would write it: "int or None", "'cosine' or 'linear'"."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_spell, typing.get_args(hint)))
+        return " or ".join(map(describe_hint, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

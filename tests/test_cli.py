@@ -11,8 +11,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffengine import __version__, cli, config
-from diffengine.commands import convert
-from diffengine.engine import launch
+from diffengine.commands import convert, launch
 from diffengine.errors import PeerError, UserError
 from tests.support.models import make_model_folder
 from tests.support.photos import write_photo_folder
@@ -219,7 +218,7 @@ def test_a_signal_reaches_two_processes_which_finish_the_step_and_save(toy, monk
     threading.Thread(target=stop_after_two_steps, daemon=True).start()
     assert cli.main(["train", "toy.py", "--cfg-options", "max_iters=100000"]) == code
     out, err = capfd.readouterr()
-    assert err.splitlines()[-1] == f"diffengine train: stopped by {signum.name}; go on with --resume"
+    assert err.splitlines()[-1] == f"diffengine train: stopped by {signum.name}; continue with --resume"
     assert "Traceback" not in err
     assert "2 x cpu" in out
     assert [path.name for path in toy.glob("*.pth")] == [f"iter_{steps(toy)[-1]}.pth"]

@@ -4,6 +4,7 @@ import pytest
 
 from diffengine import config
 from diffengine.cli import main
+from diffengine.engine.build import BUILDERS, load_config
 from diffengine.errors import UserError
 from diffengine.signatures import fits, problems_of
 
@@ -46,7 +47,7 @@ def test_shipped_names():
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_every_shipped_config_loads(name):
-    settings, resolved = config.load(name)
+    settings, resolved = load_config(name)
     assert "${" in repr(settings)
     assert "${" not in repr(resolved)
     assert resolved["seed"] == 0
@@ -122,7 +123,7 @@ def test_a_missing_package_is_a_problem_of_validation(folder):
         "train_dataloader = dict(dataset=dict(type=Images))\n",
     )
     config.read(path)
-    message = refusal(config.load, path)
+    message = refusal(load_config, path)
     assert "train_dataloader.dataset: type 'no_such_package.Images' cannot be imported" in message
     assert "No module named 'no_such_package'" in message
 
@@ -257,20 +258,20 @@ def test_all_problems_of_references_in_one_error():
         "the config has errors: "
         "unknown setting 'rate'; did you mean 'rat'? (nothing in this config uses it); "
         "unknown setting 'batch'; did you mean 'batc'? (nothing in this config uses it); "
-        "model.x refers to setting 'rat', which there is not; did you mean 'rate'?; "
-        "model.y.0 refers to setting 'batc', which there is not; did you mean 'batch'?"
+        "model.x refers to setting 'rat', which does not exist; did you mean 'rate'?; "
+        "model.y.0 refers to setting 'batc', which does not exist; did you mean 'batch'?"
     )
 
 
 def test_a_misspelt_setting_in_a_file_and_by_flag(folder):
     path = write(folder / "c.py", "extends = 'amused_512_own'\nresolutoin = 256\n")
-    assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in refusal(config.load, path)
-    message = refusal(config.load, "vq_32_emoji", (), {"data": "images"})
+    assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in refusal(load_config, path)
+    message = refusal(load_config, "vq_32_emoji", (), {"data": "images"})
     assert "config 'vq_32_emoji' has no setting 'data'; it has " in message
 
 
 def test_what_an_override_puts_out_of_use_is_dropped(folder):
-    settings, resolved = config.load("amused_512_own", ["train_dataloader.batch_size=2"])
+    settings, resolved = load_config("amused_512_own", ["train_dataloader.batch_size=2"])
     assert resolved["train_dataloader"]["batch_size"] == 2
     assert "batch_size" not in settings
     path = write(
@@ -278,10 +279,10 @@ def test_what_an_override_puts_out_of_use_is_dropped(folder):
         "extends = 'amused_512_own'\nfrom diffengine.datasets import EmojiDataset\n"
         "train_dataloader = dict(dataset=dict(type=EmojiDataset, size=64))\n",
     )
-    settings, _ = config.load(path)
+    settings, _ = load_config(path)
     assert "data" not in settings
-    assert "unknown setting 'data'" in refusal(config.load, path, (), {"data": "images"})
-    assert "unknown setting 'caption'" in refusal(config.load, path, ["caption=it"])
+    assert "unknown setting 'data'" in refusal(load_config, path, (), {"data": "images"})
+    assert "unknown setting 'caption'" in refusal(load_config, path, ["caption=it"])
 
 
 # ---------------------------------------------------------------------------------------------- validating
@@ -295,7 +296,7 @@ def test_all_problems_of_a_config_in_one_error(folder):
         "optim_wrapper = dict(optimizer=dict(lrr=1))\n"
         "default_hooks = dict(previews=dict(every=2))\n",
     )
-    message = refusal(config.load, path)
+    message = refusal(load_config, path)
     for problem in (
         "unknown setting 'resolutoin'; did you mean 'resolution'?",
         "train_dataloader.batch_size got 2.5 (float); expected int",
@@ -335,21 +336,21 @@ def test_all_problems_of_a_config_in_one_error(folder):
     ],
 )
 def test_problems_of_sections(option, says):
-    assert says in refusal(config.load, "amused_512_own", [option])
+    assert says in refusal(load_config, "amused_512_own", [option])
 
 
 def test_missing_section_and_missing_option():
-    assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}) == (
+    assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}, BUILDERS) == (
         "the config has errors: no section 'train_dataloader'; no section 'optim_wrapper'; no section 'train_cfg'"
     )
     assert problems_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
 
 
 def test_visualizer_backends_are_checked():
-    _, resolved = config.load("vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"])
+    _, resolved = load_config("vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"])
     assert resolved["vis_backends"] == [{"type": "mmengine.visualization.LocalVisBackend"}]
     option = "vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend', 'img_save': 1}]"
-    assert "unknown key 'img_save' for LocalVisBackend" in refusal(config.load, "vq_32_emoji", [option])
+    assert "unknown key 'img_save' for LocalVisBackend" in refusal(load_config, "vq_32_emoji", [option])
 
 
 @pytest.mark.parametrize(
@@ -380,10 +381,10 @@ def test_fits(value, hint, fit):
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_what_is_written_loads_as_the_same(folder, name):
-    settings, resolved = config.load(name, [], {"work_dir": "some 'where'"})
+    settings, resolved = load_config(name, [], {"work_dir": "some 'where'"})
     path = write(folder / "config.py", config.to_text(settings, "line one\nline two"))
-    assert config.load(path) == (settings, resolved)
-    assert sorted(settings, key=config.SECTIONS.__contains__) == list(config.load(path)[0])
+    assert load_config(path) == (settings, resolved)
+    assert sorted(settings, key=config.SECTIONS.__contains__) == list(load_config(path)[0])
     text = (folder / "config.py").read_text(encoding="utf-8")
     assert text.startswith(f"# line one\n# line two\n{next(iter(settings))} = ")
     assert text.index("batch_size = ") < text.index("model = ")
@@ -402,15 +403,15 @@ def test_copied_config(folder, monkeypatch, name, capsys):
     assert capsys.readouterr().out == "wrote mine/my.py; train it with: diffengine train mine/my.py\n"
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
-    assert config.load("../mine/my.py") == config.load(name)
+    assert load_config("../mine/my.py") == load_config(name)
     text = (folder / "mine" / "my.py").read_text(encoding="utf-8")
     switched = [line.removeprefix("# ") if " = " in line else line for line in text.splitlines()]
     path = write(folder / "all.py", "\n".join(switched))
-    shipped, everything = config.load(name)[1], config.load(path)[1]
+    shipped, everything = load_config(name)[1], load_config(path)[1]
     assert everything.pop("train_dataloader") == {**shipped.pop("train_dataloader"), "skip_unreadable": True}
     assert everything == shipped
     edited = write(folder / "edited.py", text.replace("# batch_size = ", "batch_size = 1") + "\n")
-    assert config.load(edited)[1]["train_dataloader"]["batch_size"] != shipped["batch_size"]
+    assert load_config(edited)[1]["train_dataloader"]["batch_size"] != shipped["batch_size"]
 
 
 # ---------------------------------------------------------------------------------------------- law 8
@@ -465,7 +466,7 @@ def test_no_setting_stands_twice(name):
 
 
 def test_resolution_acts_in_every_part():
-    _, resolved = config.load("amused_512_own", ["resolution=256", "data=here", "caption=it", "batch_size=2"])
+    _, resolved = load_config("amused_512_own", ["resolution=256", "data=here", "caption=it", "batch_size=2"])
     assert resolved["train_dataloader"] == {
         "dataset": {
             "type": "diffengine.datasets.ImageTextDataset", "path": "here", "caption": "it", "prefix": "",

@@ -15,8 +15,9 @@ from transformers import CLIPTextModelWithProjection
 
 from diffengine import __version__, cli, export
 from diffengine.engine.checkpoint import FORMAT, write
+from diffengine.engine.state import model_of, trusted_config
 from diffengine.errors import UserError
-from diffengine.export import export_components, export_pipeline, model_of, trusted_config
+from diffengine.export import export_components, export_pipeline
 from diffengine.models.amused import AmusedModel
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.vq import VQTokenizerModel
@@ -109,7 +110,7 @@ def test_what_does_not_load_back_is_an_error(toy: Path, tmp_path: Path) -> None:
     bits = state["embed.conv.weight"].view(torch.int32)
     bits.view(-1)[0] ^= 1  # the last bit of one value
     save_file(state, weights, {"format": "pt"})
-    with pytest.raises(UserError, match=r"does not load back what was written: 1 parts, first embed\.conv"):
+    with pytest.raises(UserError, match=r"does not load back what was written: 1 entries differ, first embed\.conv"):
         export._check_whole(model, "transformer", model.transformer, folder, torch.float32)
 
 

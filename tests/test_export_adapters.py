@@ -18,7 +18,7 @@ from diffengine.errors import UserError
 from diffengine.export import export_components, export_pipeline
 from diffengine.models import adapters
 from diffengine.models.amused import AmusedModel
-from diffengine.models.base import evaluating
+from diffengine.models.frozen import evaluating
 from tests.models.test_adapters import LORA, TEXT, WAYS, adapter
 from tests.support import models
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from diffengine.grids import drawable, enlarge, grid, save_grid, stack, wrap
+from diffengine.grids import enlarge, grid, renderable, save_grid, stack, wrap
 
 FONT = ImageFont.load_default(size=14)
 
@@ -54,9 +54,9 @@ def test_lines_fit() -> None:
 
 
 def test_captions_the_font_lacks_become_numbers(tmp_path: Path) -> None:
-    assert drawable("A cat, “quoted” …")
-    assert not drawable("猫")
-    assert not drawable("кот")
+    assert renderable("A cat, “quoted” …")
+    assert not renderable("猫")
+    assert not renderable("кот")
     path = tmp_path / "new" / "grid.png"
     numbered = save_grid([("a cat", plain(32)), ("ねこ 🐱", plain(32))], path)
     assert (path.parent / "captions.txt").read_text(encoding="utf-8") == "[1] a cat\n[2] ねこ 🐱\n"

@@ -267,7 +267,7 @@ MISTAKES = {
     "work dir is a file": (work_dir_is_a_file, "cannot use work dir 'new'"),
     "existing run": (
         lambda here: ["train", "toy.py", "--work-dir", "run"],
-        "'run' holds a run; --resume goes on .* --work-dir DIR .* --overwrite deletes",
+        "'run' holds a run; --resume continues it, --work-dir DIR .* --overwrite deletes",
     ),
     "resume and overwrite": (
         lambda here: train("--overwrite", "--resume"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffengine import cli, config
+from diffengine.engine.build import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -35,7 +36,7 @@ def test_a_command_of_the_readme_parses(line: str) -> None:
     if options.command in ("train", "copy-cfg") or (options.command == "convert" and options.checkpoint):
         name = options.name if options.command == "copy-cfg" else options.config
         changes = getattr(options, "cfg_options", [])
-        _, resolved = config.load(name, changes)
+        _, resolved = load_config(name, changes)
         assert resolved["model"]["type"]
 
 
@@ -56,7 +57,7 @@ def test_snippets_are_python(tmp_path: Path) -> None:
     assert len(snippets) == 3
     ast.parse(snippets[1])
     (tmp_path / "mine.py").write_text(snippets[2], encoding="utf-8")
-    _, resolved = config.load(str(tmp_path / "mine.py"))
+    _, resolved = load_config(str(tmp_path / "mine.py"))
     assert resolved["custom_hooks"] == [{"type": "diffengine.engine.hooks.EMAHook", "decay": 0.999}]
     assert resolved["model"]["adapters"]["transformer"]["r"] == 16
     assert (resolved["seed"], resolved["train_dataloader"]["num_workers"]) == (1, 2)

@@ -15,9 +15,9 @@ from diffusers import AmusedPipeline
 
 from diffengine import cli, config
 from diffengine.engine import checkpoint
-from diffengine.export import model_of
+from diffengine.engine.state import model_of
 from diffengine.models.base import MaskedImageModel
-from diffengine.models.drawing import draw
+from diffengine.models.generation import generate
 from tests.engine.runs import assert_equal_checkpoints, in_child, signal_at
 from tests.support import models, photos
 
@@ -131,8 +131,8 @@ def test_a_way_holds_its_contract(toy: Path, way: str, tmp_path: Path) -> None:
     opened = AmusedPipeline.from_pretrained(out)
     assert_same_weights(live, opened)
     options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
-    drawn = np.asarray(draw(opened, "a cat", seed=1, **options))
-    expected = np.asarray(draw(live.build_pipeline(), "a cat", seed=1, **options))
+    drawn = np.asarray(generate(opened, "a cat", seed=1, **options))
+    expected = np.asarray(generate(live.build_pipeline(), "a cat", seed=1, **options))
     assert np.abs(drawn.astype(int) - expected).max() <= 1  # merging an adapter rounds
     base = AmusedPipeline.from_pretrained(toy / "model")
     trained = {"transformer", "text_encoder"} & set(live.exportable)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from diffengine.datasets import EmojiDataset
 from diffengine.grids import enlarge, grid, stack
-from diffengine.models.drawing import draw_strip
+from diffengine.models.generation import generate_steps
 from diffengine.models.loading import quiet_libraries
 
 
@@ -111,7 +111,7 @@ def save_images(
               pair(originals[index], drawn[index], bool(held_out[index]))) for index in chosen]  # fmt: skip
     grid(cells, columns=8).save(options.out / "grid.png")
     index = int(np.flatnonzero(held_out)[0])
-    strip = draw_strip(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
+    strip = generate_steps(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
     steps = grid([(f"step {step + 1}", image) for step, image in enumerate(strip)], columns=12, smallest=64)
     stack([(captions[index], steps)]).save(options.out / "strip.png")
     inpaint(pipeline, captions[index], originals[index], options).save(options.out / "inpaint.png")

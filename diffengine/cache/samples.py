@@ -13,8 +13,10 @@ from diffengine.errors import UserError
 
 
 @final
-class CachedSamples:
+class CachedDataset(ImageDataset):
     """Every variation of every image, as the stream has it after the image transforms.
+
+    As a data set it has the captions alone: all that training needs of it if the images are elsewhere.
 
     Args:
         table: has the row `index * variations + variation`.
@@ -22,16 +24,25 @@ class CachedSamples:
     """
 
     def __init__(self, table: Table, variations: int) -> None:
-        self.table = table
-        self.variations = variations
+        self._table = table
+        self.variations: int = variations
 
-    def __call__(self, index: int, epoch: int) -> Sample:
+    def __len__(self) -> int:
+        return len(self._table) // self.variations
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"text": self.sample(index, 0)["text"]}
+
+    def all_captions(self) -> Iterator[list[str]]:
+        return self._table.texts(step=self.variations)
+
+    def sample(self, index: int, epoch: int) -> Sample:
         """The sample of an image in an epoch: its variations take turns. Tensors own their memory; `text` is a list.
 
         Raises:
             UnreadableImage: the image could not be read when the table was built.
         """
-        row = self.table[index * self.variations + epoch % self.variations]
+        row = self._table[index * self.variations + epoch % self.variations]
         if not row.pop("readable"):
             raise UnreadableImage(f"image {index} could not be read when the cache was built")
         text = row.pop("text")
@@ -40,24 +51,6 @@ class CachedSamples:
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}  # type: ignore[union-attr]
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers}
         return {**tensors, **numbers, "text": text}
-
-
-@final
-class CachedDataset(ImageDataset):
-    """The captions of a cache whose images are elsewhere: all that training from it needs of a data set."""
-
-    def __init__(self, samples: CachedSamples) -> None:
-        self._samples = samples
-        self.variations = samples.variations
-
-    def __len__(self) -> int:
-        return len(self._samples.table) // self._samples.variations
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"text": self._samples(index, 0)["text"]}
-
-    def all_captions(self) -> Iterator[list[str]]:
-        return self._samples.table.texts(step=self._samples.variations)
 
 
 def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, np.ndarray | list[list[str]]]:

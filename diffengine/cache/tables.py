@@ -47,6 +47,11 @@ class Table:
         """Bytes on disk."""
         return self.file.stat().st_size
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the values alone."""
+        return sum(batch.nbytes for batch in self._batches)
+
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches)
 

@@ -1,17 +1,17 @@
 """Take a config's first steps, and say what time, memory and disk all of it will take.
 
-Nothing is drawn and nothing stays, and the work dir may be in use.
+Nothing is generated, nothing stays, and the work dir may be in use.
 """
 
 import argparse
-import os
-import sys
 from typing import TYPE_CHECKING
 
-from diffengine.engine import launch
+from diffengine.commands import launch
+from diffengine.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from diffengine.engine.rehearsal import Figures
+    from diffengine.engine.build import Job
+    from diffengine.engine.check import Report
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,115 +22,88 @@ def run(options: argparse.Namespace) -> int:
     return launch.run(options, check)
 
 
-def check(job: launch.Job) -> int:
-    """One process's part of it."""
-    from diffengine import distributed
-    from diffengine.engine.loop import Interrupted
-    from diffengine.engine.rehearsal import rehearse
+def check(job: "Job", options: argparse.Namespace) -> None:
+    from diffengine.distributed import print_once
+    from diffengine.engine.check import check
 
-    try:
-        figures = rehearse(job.settings, job.resolved, job.name, job.work_dir, job.device)
-    except Interrupted as error:
-        if launch.LAUNCHED not in os.environ:
-            print(f"diffengine check: {error}", file=sys.stderr)
-        return 128 + error.signum
-    if distributed.rank() == 0:
-        print("\n".join([*table(figures), *(f"warning: {line}" for line in warnings(figures))]), flush=True)
-    return 0
+    report = check(job)
+    print_once("\n".join([*table(report), *(f"warning: {line}" for line in warnings(report))]))
 
 
-def table(figures: "Figures") -> list[str]:
-    """One figure a line: what it is of, the figure, and what to know of it."""
+def table(report: "Report") -> list[str]:
+    """One number per line: its name, the number, and what to know of it."""
     from datetime import datetime, timedelta
 
-    from diffengine.text import format_bytes, format_duration
-
-    seconds, memory, cache = figures.seconds, figures.memory, figures.cache
-    building = cache.seconds if cache else 0.0
-    checkpoints = figures.checkpoint * figures.checkpoints
-    end = datetime.now() + timedelta(seconds=building + figures.training)
-    awaited = f", {figures.awaited} of them to be drawn before training" if figures.awaited else ""
+    seconds, memory, clock, cache = report.seconds, report.memory, report.clock, report.cache
+    building = cache["seconds"] if isinstance(cache, dict) else 0.0
+    end = datetime.now() + timedelta(seconds=building + report.training)
+    missing = f", {report.missing} of them to be generated before training" if report.missing else ""
+    epochs = clock.max_iters * clock.batch_size / clock.num_samples
+    names = {"data": "data", "prepare": "prepare", "forward_backward": "forward, backward", "optimizer": "optimizer"}
     rows = [
-        ("images", f"{figures.images:,}{awaited}"),
-        ("steps", f"{figures.steps:,} of {figures.batch_size} images: {figures.epochs:.4g} epochs"),
-        ("images at once", f"{figures.at_once}"),
-        ("trained", f"{figures.parameters:,} parameters"),
-        ("runs in", figures.how),
+        ("images", f"{report.images:,}{missing}"),
+        ("steps", f"{clock.max_iters:,} of {clock.batch_size} images: {epochs:.4g} epochs"),
+        ("images at once", f"{report.images_at_once}"),
+        ("trained", f"{report.parameters:,} parameters"),
+        ("runs in", report.description),
         ("", ""),
-        ("a step", f"{seconds.step:.3g} s, {figures.batch_size / seconds.step:.3g} images/s"),
-        ("  data", f"{seconds.data:.3g} s"),
-        ("  prepare", f"{seconds.prepare:.3g} s" + ("" if cache else ": images and captions to tokens")),
-        ("  forward, backward", f"{seconds.passes:.3g} s"),
-        ("  optimizer", f"{seconds.optimizer:.3g} s"),
-        ("  the first step", f"{seconds.first:.3g} s"),
+        ("a step", f"{report.step:.3g} s, {clock.batch_size / report.step:.3g} images/s"),
+        *((f"  {name}", f"{seconds[key]:.3g} s") for key, name in names.items()),
+        ("  the first step", f"{report.first_step:.3g} s"),
         ("", ""),
-        ("peak memory", f"{format_bytes(figures.peak)} of {format_bytes(figures.available)}, previews apart"),
-        ("  trained weights", format_bytes(memory.trained)),
-        ("  frozen weights", format_bytes(memory.frozen)),
-        ("  gradients", format_bytes(memory.gradients)),
-        ("  optimizer", format_bytes(memory.optimizer)),
-        *([("  average", format_bytes(memory.average))] if memory.average else []),
-        ("  activations", format_bytes(figures.activations)),
+        ("peak memory", f"{format_bytes(report.peak)} of {format_bytes(report.available)}, without previews"),
+        *((f"  {name}", format_bytes(size)) for name, size in memory.items() if size),
         ("", ""),
-        ("a checkpoint", format_bytes(figures.checkpoint)),
-        ("checkpoints", f"{format_bytes(checkpoints)}: {figures.checkpoints} at a time"),
-    ]  # fmt: skip
-    if cache is None:
-        rows.append(("token cache", f"none: {figures.no_cache}"))
+        ("a checkpoint", format_bytes(report.checkpoint)),
+        ("checkpoints", f"{format_bytes(report.checkpoint * report.checkpoints)}: {report.checkpoints} at a time"),
+    ]
+    if isinstance(cache, str):
+        rows.append(("token cache", f"none: {cache}"))
     else:
-        rows += [
-            ("token cache", f"{format_bytes(cache.size)} in {cache.folder}{', there already' * cache.there}"),
-            ("  holds", f"{cache.rows:,} forms of images, {cache.captions:,} captions"),
-        ]
-    rows.append(("free on disk", format_bytes(figures.free)))
-    if figures.free_for_cache is not None:
-        rows.append(("  for the cache", format_bytes(figures.free_for_cache)))
+        there = ", exists already" if cache["exists"] else ""
+        rows.append(("token cache", f"{format_bytes(cache['bytes'])} in {cache['folder']}{there}"))
+        rows.append(("  holds", f"{cache['rows']:,} variations of images, {cache['captions']:,} captions"))
+    rows.append(("free on disk", format_bytes(report.free)))
+    if report.cache_free is not None:
+        rows.append(("  for the cache", format_bytes(report.cache_free)))
     rows.append(("", ""))
     if building:
         rows.append(("building the cache", format_duration(building)))
-    rows += [
-        ("training", f"{format_duration(figures.training)}, previews and checkpoints apart"),
-        ("done at", f"{end:%Y-%m-%d %H:%M}, if started now"),
-    ]
+    rows.append(("training", f"{format_duration(report.training)}, without previews and checkpoints"))
+    rows.append(("done at", f"{end:%Y-%m-%d %H:%M}, if started now"))
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {value}".rstrip() for name, value in rows]
 
 
-def warnings(figures: "Figures") -> list[str]:
-    """What will not do, each with what to do about it."""
-    from diffengine.text import format_bytes
-
-    lines = []
-    if figures.halved:
+def warnings(report: "Report") -> list[str]:
+    """What will not work, each with what to do about it."""
+    lines, cache = [], report.cache
+    if report.halved:
         lines.append(
-            f"memory ran out with more than {figures.at_once} images at once: training will split its "
-            f"steps alike; set micro_batch_size={figures.at_once} to start with it"
+            f"memory ran out with more than {report.images_at_once} images at once: training will split its steps "
+            f"alike; set micro_batch_size={report.images_at_once} to start with it"
         )
-    if figures.peak > figures.available:
+    if report.peak > report.available:
         lines.append(
-            f"{format_bytes(figures.peak)} of memory are more than the {format_bytes(figures.available)} that "
-            "there are: lower micro_batch_size, or set model.gradient_checkpointing=True"
+            f"{format_bytes(report.peak)} of memory are more than the {format_bytes(report.available)} that there are: "
+            "lower micro_batch_size, or set model.gradient_checkpointing=True"
         )
-    cache = figures.cache
-    building = 2 * cache.size if cache and not cache.there else 0  # its parts, and then the whole
-    kept = cache.size if building and cache else 0
-    checkpoints = figures.checkpoint * figures.checkpoints
-    if figures.free_for_cache is None:
+    kept = cache["bytes"] if isinstance(cache, dict) and not cache["exists"] else 0
+    building = 2 * kept  # its chunks, and then the whole table
+    checkpoints = report.checkpoint * report.checkpoints
+    has = f"the disk has {format_bytes(report.free)} free, and"
+    if report.cache_free is None:
         needed = max(building, kept + checkpoints)
-        if needed > figures.free:
+        if needed > report.free:
             lines.append(
-                f"the disk has {format_bytes(figures.free)} free, and {format_bytes(needed)} are needed: keep "
-                "fewer checkpoints, or choose another --work-dir"
+                f"{has} {format_bytes(needed)} are needed: keep fewer checkpoints, or choose another --work-dir"
             )
         return lines
-    if checkpoints > figures.free:
+    if checkpoints > report.free:
+        lines.append(f"{has} checkpoints need {format_bytes(checkpoints)}: keep fewer, or choose another --work-dir")
+    if building > report.cache_free:
         lines.append(
-            f"the disk has {format_bytes(figures.free)} free, and checkpoints need {format_bytes(checkpoints)}: "
-            "keep fewer, or choose another --work-dir"
-        )
-    if building > figures.free_for_cache:
-        lines.append(
-            f"the cache's disk has {format_bytes(figures.free_for_cache)} free, and {format_bytes(building)} are "
-            "needed to build it: set cache_path to another disk, or cache=False"
+            f"the cache's disk has {format_bytes(report.cache_free)} free, and {format_bytes(building)} are needed to "
+            "build it: set cache_path to another disk, or cache=False"
         )
     return lines

@@ -1,7 +1,7 @@
-"""Write a checkpoint's trained components in diffusers' form: OUT/transformer and so on.
+"""Write a checkpoint's trained components in diffusers' format: OUT/transformer and so on.
 
-`diffengine convert CONFIG CKPT OUT`; or `diffengine convert WORK_DIR` for a run's newest checkpoint, into
-WORK_DIR itself, in the place of what an earlier conversion left there.
+`diffengine convert CONFIG CKPT OUT`; or `diffengine convert WORK_DIR` for a run's newest checkpoint, into WORK_DIR
+itself, replacing what an earlier conversion wrote there.
 """
 
 import argparse
@@ -13,33 +13,24 @@ NO_OUT = "convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="the config that was trained, or a run's work dir alone")
-    parser.add_argument("checkpoint", nargs="?", help="a .pth file of the run")
-    parser.add_argument("out", nargs="?", help="the folder to write to; of a work dir alone, that one")
-    parser.add_argument(
-        "--save-keys",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
+    add = parser.add_argument
+    add("config", nargs="?", help="the config that was trained, or a run's work dir alone")
+    add("checkpoint", nargs="?", help="a .pth file of the run")
+    add("out", nargs="?", help="the folder to write to; for a work dir alone, that one")
+    add(
+        "--save-keys", nargs="+", action="extend", metavar="KEY",
         help="components to write; default all that was trained",
-    )
-    parser.add_argument(
-        "--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained"
-    )
-    parser.add_argument("--merge", action="store_true", help="write whole components, adapters added to their base")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)"
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="write the averaged weights of a run that kept them (EMAHook)"
-    )
+    )  # fmt: skip
+    add("--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained")
+    add("--merge", action="store_true", help="write whole components, adapters merged into their base")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)")
+    add("--ema", action="store_true", help="write the averaged weights of a run that kept them (EMAHook)")
 
 
 def run(options: argparse.Namespace) -> int:
     from diffengine import config
-    from diffengine.engine import checkpoint
-    from diffengine.engine.state import with_average
-    from diffengine.export import DTYPES, export_components, export_pipeline, model_of, trusted_config
+    from diffengine.engine.state import load_model
+    from diffengine.export import DTYPES, export_components, export_pipeline
     from diffengine.models.loading import quiet_libraries
     from diffengine.registry import import_from_here
 
@@ -50,14 +41,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--pipeline merges adapters by itself; leave out --merge")
     words, keys = _words(options)
     given, path, out = _sources(words)
-    state, source = checkpoint.read(path), f"checkpoint '{path}'"
-    checkpoint.verify(path)
-    if options.ema:
-        state = with_average(state, source)
     if given:
         import_from_here()
-    resolved = trusted_config(state, config.read(given) if given else None, source)
-    model = model_of(state, resolved, source)
+    model = load_model(path, config.read(given) if given else None, options.ema)
     if keys != options.save_keys and str(out) in model.exportable:
         raise UserError(NO_OUT)
     dtype = DTYPES[options.dtype]
@@ -89,8 +75,8 @@ def _sources(words: list[str]) -> tuple[str | None, Path, Path]:
     if len(words) < 2:
         work_dir = Path(words[0] if words else "")
         if not words or not work_dir.is_dir():
-            lost = "" if work_dir.exists() else ", which does not exist"
-            got = f"only '{work_dir}'{lost}" if words else "nothing to convert"
+            absent = "" if work_dir.exists() else ", which does not exist"
+            got = f"only '{work_dir}'{absent}" if words else "nothing to convert"
             raise UserError(f"convert got {got}; expected CONFIG CKPT OUT, or the work dir of a run")
         newest = checkpoint.newest(work_dir)
         if newest is None:

@@ -16,32 +16,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.name not in config.shipped():
-        config.find(options.name)  # says what is near
+        config.find(options.name)  # names the nearest
         raise UserError(f"copy-cfg got '{options.name}'; expected a shipped name, see `diffengine list-cfg`")
     path = Path(options.file)
     if path.suffix != ".py":
         raise UserError(f"copy-cfg got '{path}'; expected a file name that ends in .py")
     if path.exists():
         raise UserError(f"'{path}' exists; choose another name, or delete it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_text(options.name, path), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error}") from error
-    print(f"wrote {path}; train it with: diffengine train {path}")
-    return 0
-
-
-def _text(name: str, path: Path) -> str:
-    settings = {key: value for key, value in config.read(name).items() if key not in config.SECTIONS}
+    settings = {key: value for key, value in config.read(options.name).items() if key not in config.SECTIONS}
     lines = [
-        f"# My own {name}. Remove the # before a line to change it; all else stays as shipped.",
+        f"# My own {options.name}. Remove the # before a line to change it; all else is as shipped.",
         f"# Train it: diffengine train {path}",
-        f"extends = {name!r}",
+        f"extends = {options.name!r}",
         "",
         *(f"# {key} = {value!r}" for key, value in settings.items()),
         "",
         "# A section merges into the shipped one:",
         SECTION,
     ]
-    return "\n".join(lines) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error}") from error
+    print(f"wrote {path}; train it with: diffengine train {path}")
+    return 0

@@ -1,4 +1,4 @@
-"""List the shipped configs, with the first line of what each says of itself."""
+"""List the shipped configs, each with the first line of its description."""
 
 import argparse
 import ast

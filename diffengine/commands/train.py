@@ -1,10 +1,12 @@
 """Train a config. With NPROC_PER_NODE set, on several GPUs by torchrun."""
 
 import argparse
-import os
-import sys
+from typing import TYPE_CHECKING
 
-from diffengine.engine import launch
+from diffengine.commands import launch
+
+if TYPE_CHECKING:
+    from diffengine.engine.build import Job
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", nargs="?", const="newest", metavar="CKPT",
-        help="go on from the run's newest checkpoint, or CKPT",
+        help="continue from the run's newest checkpoint, or CKPT",
     )  # fmt: skip
     start.add_argument("--overwrite", action="store_true", help="delete the run that the work dir holds")
 
@@ -21,19 +23,7 @@ def run(options: argparse.Namespace) -> int:
     return launch.run(options, train)
 
 
-def train(job: launch.Job) -> int:
-    """One process's part of the run."""
-    from diffengine.engine.assemble import build_run
-    from diffengine.engine.loop import Interrupted
-    from diffengine.engine.workdir import claim, release
+def train(job: "Job", options: argparse.Namespace) -> None:
+    from diffengine.engine import run
 
-    try:
-        resume = claim(job.work_dir, job.options.resume, job.options.overwrite)
-        build_run(job.settings, job.resolved, job.name, job.work_dir, job.device, resume).train()
-    except Interrupted as error:
-        if launch.LAUNCHED not in os.environ:
-            print(f"diffengine train: {error}; go on with --resume", file=sys.stderr)
-        return 128 + error.signum
-    finally:
-        release()
-    return 0
+    run.train(job, options.resume, options.overwrite)

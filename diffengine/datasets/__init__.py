@@ -4,12 +4,12 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 `__len__` and `__getitem__(index) -> {"image": RGB PIL image, "text": str}` serves as well.
 """
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, as_list
+from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.loader import Batch, PositionSampler, collate, make_loader, variation_loader
+from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 from diffengine.datasets.missing import MissingImages
-from diffengine.datasets.stream import Domain, Stream, generator, steps_for_epochs
+from diffengine.datasets.stream import Stream, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import survey, survey_captions
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform
@@ -17,7 +17,6 @@ from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTe
 __all__ = [
     "Batch",
     "Crop",
-    "Domain",
     "DropCaption",
     "EmojiDataset",
     "Flip",
@@ -32,13 +31,15 @@ __all__ = [
     "ToTensor",
     "Transform",
     "UnreadableImage",
+    "WrappedDataset",
     "as_dataset",
     "as_list",
+    "batches_of",
     "collate",
     "generator",
     "make_loader",
     "steps_for_epochs",
     "survey",
     "survey_captions",
-    "variation_loader",
+    "variation_batches",
 ]

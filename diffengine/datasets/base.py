@@ -63,16 +63,24 @@ class ImageDataset(ABC):
 
 @final
 class WrappedDataset(ImageDataset):
-    """Any object with `__len__` and `__getitem__` as an ImageDataset."""
+    """Any object with `__len__` and `__getitem__` as an ImageDataset; or some of its items.
 
-    def __init__(self, dataset: Any) -> None:
+    Args:
+        dataset: the object.
+        indices: of the items; None for all.
+        variations: of each image, if that is known.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[int] | None = None, variations: int | None = None) -> None:
         self._dataset = dataset
+        self._indices = range(len(dataset)) if indices is None else indices
+        self.variations = variations
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._dataset[index]
+        return self._dataset[self._indices[index]]
 
 
 def as_dataset(dataset: Any) -> ImageDataset:

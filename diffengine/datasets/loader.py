@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -121,19 +121,8 @@ class StreamReader(Dataset):
             return error
 
 
-@final
-class _Loader(DataLoader):
-    """Raises in the main process the UserErrors that workers return."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-
-
 def make_loader(stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A loader of collated batches. Its workers live as long as its iterator and use one thread each.
+    """A loader of collated batches, to be read by `batches_of`. Its workers use one thread each.
 
     Args:
         stream, sampler: what to read, in which order.
@@ -148,9 +137,21 @@ def make_loader(stream: Stream, sampler: PositionSampler, num_workers: int = 0, 
     return _load(StreamReader(stream, _read_batch), sampler, num_workers, pin_memory)
 
 
-def variation_loader(stream: Stream, chunks: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
-    """A loader of `stream.read_variations` of each chunk of rows, in order."""
-    return _load(StreamReader(stream, Stream.read_variations), chunks, num_workers)
+def batches_of(loader: DataLoader) -> Generator[Any]:
+    """The batches of a loader. Closing the generator ends its workers.
+
+    Raises:
+        UserError: one that a worker returned.
+    """
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def variation_batches(stream: Stream, batches: Sequence[list[int]], num_workers: int = 0) -> Generator[Any]:
+    """`stream.read_variations` of each batch of rows, in order."""
+    return batches_of(_load(StreamReader(stream, Stream.read_variations), batches, num_workers))
 
 
 def _read_batch(stream: Stream, positions: Sequence[int]) -> Batch:
@@ -164,7 +165,7 @@ def cores() -> int:
 
 def _load(reader: StreamReader, batches: Any, num_workers: int, pin_memory: bool = False) -> DataLoader:
     workers = min(num_workers, cores())
-    return _Loader(
+    return DataLoader(
         reader,
         batch_sampler=batches,
         collate_fn=_identity,

@@ -8,7 +8,6 @@ change nothing.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from enum import IntEnum
 from functools import cached_property
 from typing import Any, final
 
@@ -22,12 +21,8 @@ from diffengine.errors import UserError
 ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
 
 
-class Domain(IntEnum):
-    """What a generator draws for. Equal counters in two domains give unrelated draws."""
-
-    ORDER = 0
-    IMAGE = 1
-    SAMPLE = 2
+# What a generator draws for: equal counters in two domains give unrelated draws.
+ORDER, IMAGE, SAMPLE = 0, 1, 2
 
 
 @final
@@ -104,8 +99,8 @@ class Stream(Dataset):
         self.skip_unreadable = skip_unreadable
         self.cached_sample: Callable[[int, int], Sample] | None = None
         self._orders: dict[int, np.ndarray] = {}
-        self._of_images = Generators(seed, Domain.IMAGE)
-        self._of_samples = Generators(seed, Domain.SAMPLE)
+        self._of_images = Generators(seed, IMAGE)
+        self._of_samples = Generators(seed, SAMPLE)
 
     @cached_property
     def variations(self) -> int | None:
@@ -134,7 +129,7 @@ class Stream(Dataset):
         if epoch not in self._orders:
             if len(self._orders) == ORDERS_KEPT:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = generator(self.seed, Domain.ORDER, epoch).permutation(len(self.dataset))
+            self._orders[epoch] = generator(self.seed, ORDER, epoch).permutation(len(self.dataset))
         return epoch, int(self._orders[epoch][rank])
 
     def __getitem__(self, position: int) -> Sample:

@@ -1,1 +1,1 @@
-"""Training: the only room that knows mmengine's inside."""
+"""Training: from a config to a trained model."""

@@ -1,23 +1,20 @@
-"""Where numbers and previews are shown: mmengine's visualizer backends, written anew where its own fall
-short.
+"""Where numbers and previews are shown: visualizer backends that write what they get at the step they get it.
 
-The `vis_backends` section lists them: `[dict(type=TensorboardBackend), dict(type=WandbBackend,
-project="pokemon")]`.
+The `vis_backends` section lists them: `[dict(type=TensorboardBackend), dict(type=WandbBackend, project="pokemon")]`.
 """
 
 import importlib.util
 from typing import Any, final
 
 import numpy as np
-from mmengine.config import Config
-from mmengine.visualization import BaseVisBackend
 
+from diffengine.engine.mmengine_seam import BaseVisBackend, Config
 from diffengine.errors import UserError
 
 
 @final
 class TensorboardBackend(BaseVisBackend):
-    """`WORK_DIR/tensorboard`. A resumed run replaces what was drawn beyond the step it goes on from.
+    """`WORK_DIR/tensorboard`. A resumed run replaces what was written beyond the step that it continues from.
 
     Args:
         save_dir: given by the run.
@@ -28,11 +25,11 @@ class TensorboardBackend(BaseVisBackend):
         self._writer: Any = None
 
     def _init_env(self) -> None:
-        """Nothing: the writer is opened by the first value, whose step says what it replaces."""
+        """Do nothing: the first value opens the writer, since its step says what is replaced."""
 
     @property
     def experiment(self) -> Any:
-        """torch's SummaryWriter, or None while nothing is written."""
+        """torch's SummaryWriter; None while nothing is written."""
         return self._writer
 
     def _at(self, step: int) -> Any:

@@ -1,16 +1,18 @@
-"""Checkpoints: plain, only what training changes, written beside and renamed.
+"""Checkpoint files: plain, atomic, found by steps.
 
-    {"format", "name", "config"   the config as JSON text, references and all
+    {"format", "name", "config"   the config as JSON text, with its references
      "folder"     where its relative paths start
      "model"      what training changes, by name
      "assets"     learnt text files
      "optimizer", "param_scheduler", "scaler"
-     "counters"   {"iter": optimizer steps taken, "epoch": passes over the data completed}
-     "micro_batch_size"   {"asked", "found"}, only where memory ran out
+     "counters"   {"iter": optimizer steps taken, "epoch": epochs completed}
+     "num_samples"        images of the data set
+     "micro_batch_size"   {"asked", "found"}, only if memory ran out
      "ema"        {"updates", "weights"}, of EMAHook
      ...}         what hooks add in `before_save_checkpoint`
 
-`torch.load(weights_only=True)` accepts it, and reading one executes nothing.
+`torch.load(weights_only=True)` accepts one, and reading it executes nothing. state.py says what is in one, and puts it
+back into a run.
 """
 
 import pickle
@@ -29,15 +31,14 @@ from diffengine.files import atomic_write
 from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
-_NAME = re.compile(r"(epoch|iter)_\d+\.pth")
+NAME = re.compile(r"(epoch|iter)_\d+\.pth")
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Stream to a file beside `path`, flush it to disk, then rename: a crash leaves the old one whole.
+    """Write a checkpoint atomically; its tensors are streamed to the file without a copy in memory.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or a hook put in what could not be read
-            back.
+        UserError: the disk is full, the folder cannot be written, or a hook added what could not be read back.
     """
     problems = _not_plain(checkpoint, "checkpoint")
     if problems:
@@ -55,10 +56,8 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 def _not_plain(value: Any, where: str) -> list[str]:
     """What `torch.load(weights_only=True)` would refuse, and where. By exact type: np.float64 is a float."""
     if type(value) in (dict, OrderedDict):
-        inside = [*value, *value.values()]
-        names = [f"{where}[{key!r}]" for key in value]
-        return [problem for item, name in zip(inside, [f"a key of {where}"] * len(value) + names)
-                for problem in _not_plain(item, name)]  # fmt: skip
+        keys = [problem for key in value for problem in _not_plain(key, f"a key of {where}")]
+        return keys + [problem for key, item in value.items() for problem in _not_plain(item, f"{where}[{key!r}]")]
     if type(value) in (list, tuple):
         return [problem for index, item in enumerate(value) for problem in _not_plain(item, f"{where}[{index}]")]
     if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor):
@@ -67,7 +66,7 @@ def _not_plain(value: Any, where: str) -> list[str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, mapped into memory: tensors are read when they are used.
+    """A checkpoint, memory-mapped: tensors are read when they are used.
 
     Raises:
         UserError: no such file, a broken or foreign one, or one that holds code.
@@ -82,8 +81,8 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"checkpoint '{path}' is broken or cut off ({path.stat().st_size} bytes); move it away, "
-            "and use the one before"
+            f"checkpoint '{path}' is broken or cut off ({path.stat().st_size} bytes); move it away, and use the one "
+            "before"
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}")
@@ -91,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Read all of a checkpoint and hold it against its checksums, which `read` alone does not.
+    """Read a whole checkpoint and compare it with its checksums, which `read` does not.
 
     Raises:
         UserError: a byte is not what was written.
@@ -107,11 +106,11 @@ def verify(path: Path) -> None:
 
 def paths(work_dir: Path) -> list[Path]:
     """The files of a work dir that are named as our checkpoints are, in no order."""
-    return [path for path in work_dir.glob("*.pth") if _NAME.fullmatch(path.name)]
+    return [path for path in work_dir.glob("*.pth") if NAME.fullmatch(path.name)]
 
 
 def steps(path: Path) -> int:
-    """How many optimizer steps a checkpoint stands for.
+    """The optimizer steps that a checkpoint stands for.
 
     Raises:
         UserError: it is broken or foreign, or its counter is no step.
@@ -120,8 +119,8 @@ def steps(path: Path) -> int:
     count = counters.get("iter") if isinstance(counters, dict) else None
     if type(count) is not int or count < 0:
         raise UserError(
-            f"checkpoint '{path}' got counters {counters!r}; expected 'iter' of at least 0; move it away, "
-            "and use the one before"
+            f"checkpoint '{path}' got counters {counters!r}; expected 'iter' of at least 0; move it away, and use the "
+            "one before"
         )
     return count
 
@@ -130,14 +129,13 @@ def newest(work_dir: Path) -> Path | None:
     """The checkpoint that is furthest in training, or None.
 
     Raises:
-        UserError: one is broken or foreign; it might be the newest, so an older one is not taken in its
-            place.
+        UserError: one is broken or foreign; it might be the newest, so no older one is used instead.
     """
     return max(paths(work_dir), key=steps, default=None)
 
 
 def prune(work_dir: Path, keep: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints; None keeps all. What cannot be read is left alone."""
+    """Delete all but the `keep` newest checkpoints; None keeps all. Files that cannot be read are left alone."""
     if keep is None:
         return
     ours = []
@@ -153,8 +151,8 @@ def check_disk(work_dir: Path, size: int, count: int) -> None:
 
     Args:
         size: bytes of one checkpoint, at most.
-        count: checkpoints on the disk at once, the one being written counted in. Those that a resumed run has
-            left here already are among them.
+        count: the most checkpoints on the disk at once, the one being written included. Those that a resumed run has
+            left already are among them.
 
     Raises:
         UserError: what is free, and what is needed.

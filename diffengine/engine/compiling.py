@@ -9,16 +9,16 @@ import torch
 from diffengine.errors import UserError
 from diffengine.models.base import TrainableModel
 
-PAYS_FROM = 1000  # steps: an estimate of a minute to compile against 0.05 s saved per step
+PAYS_FROM = 1000  # steps: an estimate, of a minute to compile against 0.05 s saved per step
 Compile = bool | Literal["auto"]
 
 
 def compile_model(compile: Compile, model: TrainableModel, steps: int, device: torch.device) -> str:
-    """Compile the blocks of `model` where that is asked for or pays; how they run and why, in words.
+    """Compile the blocks of `model` if that is asked for or pays; return how they run and why.
 
     Args:
         compile: "auto" compiles on a GPU, in a run of `PAYS_FROM` steps or more; on a CPU it gains little.
-        steps: that this process has before it.
+        steps: that are left.
 
     Raises:
         UserError: True, but this machine cannot compile, or the model has no blocks.
@@ -43,15 +43,14 @@ def compile_model(compile: Compile, model: TrainableModel, steps: int, device: t
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile needs for this device and does not find, if anything."""
-    compilers = ("CXX", "g++", "clang++")
+    """What torch.compile needs for this device and does not find; None if it has all."""
+    variable, *names = ("CXX", "g++", "clang++")
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         if not has_triton():
             return "Triton that works with this GPU"
-        compilers = ("CC", "gcc", "clang")  # Triton's own
-    variable, *names = compilers
+        variable, *names = ("CC", "gcc", "clang")  # Triton's own
     if any(shutil.which(name) for name in (os.environ.get(variable, ""), *names)):
         return None
     return f"compiler ({', '.join(names)} or {variable})"

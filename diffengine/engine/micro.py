@@ -1,8 +1,9 @@
-"""How many samples one forward takes: as configured, or as many as the memory holds."""
+"""How many samples one forward pass takes: as configured, or as many as fit into memory."""
 
 import gc
 import math
-from typing import final
+from collections.abc import Callable
+from typing import TypeVar, final
 
 import torch
 
@@ -10,18 +11,24 @@ from diffengine import distributed
 from diffengine.errors import UserError
 from diffengine.text import format_bytes
 
+T = TypeVar("T")
+TRIALS = 2  # steps that several ranks try before they take them
+
 
 @final
 class MicroBatches:
-    """The equal parts in which every rank takes its share of a step. Out of memory, they halve.
+    """The equal micro-batches in which every rank takes its share of a step. Out of memory, they halve.
 
     Args:
         batch_size: samples of a step, of all ranks together.
         asked: `micro_batch_size` of the config, to start with; None for a rank's whole share.
 
     Attributes:
-        count: parts of a step, the same on all ranks: a model may talk to other ranks in `forward`.
-        found: samples of a part at most, once memory ran out; else None. The checkpoint keeps it.
+        count: micro-batches per step, the same on all ranks: a model may talk to other ranks in `forward`.
+        found: the most samples of a micro-batch, once memory ran out; else None. The checkpoint stores it.
+
+    Raises:
+        UserError: `asked` is below 1, or cannot split every rank's share into the same number.
     """
 
     def __init__(self, batch_size: int, asked: int | None) -> None:
@@ -29,15 +36,92 @@ class MicroBatches:
         self.found: int | None = None
         world = distributed.world_size()
         self._smallest, self._largest = batch_size // world, math.ceil(batch_size / world)  # shares of ranks
-        self.count = count_micro_batches(batch_size, asked)
+        self._untested = TRIALS if world > 1 else 0
+        if asked is not None and asked < 1:
+            raise UserError(f"micro_batch_size got {asked}; expected at least 1, or None")
+        self.count = 1 if asked is None else math.ceil(self._largest / asked)
+        if self._smallest < self.count:
+            raise UserError(
+                f"batch_size {batch_size} over {world} processes gives shares of {self._smallest} and "
+                f"{self._smallest + 1}, which micro_batch_size {asked} cannot split alike; set it to "
+                f"{(asked or 0) + 1}, or batch_size to a multiple of {world}"
+            )
 
     @property
     def size(self) -> int:
-        """Samples of a part, at most."""
+        """Samples of a micro-batch, at most."""
         return math.ceil(self._largest / self.count)
 
+    def fit(
+        self,
+        attempt: Callable[[bool], T],
+        snapshot: Callable[[], Callable[[], None]],
+        report: Callable[[str], None],
+        step: int,
+    ) -> T:
+        """Take a step's gradients, in smaller micro-batches as long as memory runs out on any rank.
+
+        Ranks exchange gradients inside the backward pass, and one that fails there leaves the others waiting. So with
+        several ranks the first steps of a process are tried without an exchange before they are taken: two steps,
+        since the optimizer's state is allocated in the first.
+
+        Args:
+            attempt: does it; takes whether gradients are exchanged.
+            snapshot: returns what undoes an attempt.
+            report: logs a line.
+            step: its number, for messages.
+
+        Raises:
+            UserError: not even the smallest micro-batch fits; or memory ran out on one of several ranks later.
+        """
+        if distributed.world_size() == 1:
+            return self._search(lambda: attempt(True), snapshot, report, step, keep=True)
+        if self._untested:
+            self._search(lambda: attempt(False), snapshot, report, step, keep=False)
+            self._untested -= 1
+        try:
+            return attempt(True)
+        except torch.OutOfMemoryError as error:  # in the middle of an exchange, which cannot be repeated
+            raise UserError(
+                f"process {distributed.rank()} ran out of memory in step {step} ({_first_sentences(str(error))}), "
+                f"after {self.size} images at a time had fitted; continue with --resume --cfg-options "
+                f"micro_batch_size={max(1, self.size // 2)}"
+            ) from error
+
+    def _search(
+        self,
+        attempt: Callable[[], T],
+        snapshot: Callable[[], Callable[[], None]],
+        report: Callable[[str], None],
+        step: int,
+        keep: bool,
+    ) -> T:
+        """The first attempt that fits on all ranks; undone again unless `keep`."""
+        while True:
+            undo = snapshot()
+            reason, result = None, None
+            try:
+                result = attempt()
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            (failed,) = distributed.add_counts(int(reason is not None))
+            if failed or not keep:
+                undo()
+            if not failed:
+                return result  # type: ignore[return-value]
+            gc.collect()  # reference cycles of the failed attempt hold memory
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            before = self.size
+            if not self.halve():
+                distributed.share_error(None if reason is None else self.too_large(reason))
+            report(
+                f"out of memory with {before} images at a time: step {step} is taken again with {self.size}, and so "
+                "are all after it (micro_batch_size)"
+            )
+
     def halve(self) -> bool:
-        """Twice as many parts, or one for each sample; False where that is so already."""
+        """Twice as many micro-batches, or one per sample; False if that is so already."""
         if self.count >= self._smallest:
             return False
         self.count = min(2 * self.count, self._smallest)
@@ -45,19 +129,16 @@ class MicroBatches:
         return True
 
     def too_large(self, reason: str) -> UserError:
-        """Not even the smallest part fits."""
-        one = self.size == 1
-        return too_large(
-            "even one image at a time does" if one else f"{self.size} images, the fewest at a time, do",
-            reason,
-        )
+        """The error if not even the smallest micro-batch fits."""
+        fewest = "even one image at a time does" if self.size == 1 else f"{self.size} images, the fewest at a time, do"
+        return too_large(fewest, reason)
 
     def state(self) -> dict[str, int | None] | None:
-        """What was found, and what the config asked for then; None where all fitted."""
+        """What was found, and what the config asked for then; None if everything fitted."""
         return None if self.found is None else {"asked": self.asked, "found": self.found}
 
     def restore(self, state: dict[str, int | None] | None) -> None:
-        """Go on with what was found, unless the config now asks for another start."""
+        """Continue with what was found, unless the config now asks for another size."""
         if state is None or state["asked"] != self.asked:
             return
         assert state["found"] is not None
@@ -65,64 +146,26 @@ class MicroBatches:
         self.count = max(self.count, min(math.ceil(self._largest / self.found), self._smallest))
 
 
-def count_micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
-    """Parts of a step, the same on all ranks.
-
-    Raises:
-        UserError: the size is below 1, or a rank's share has fewer samples than that.
-    """
-    if micro_batch_size is None:
-        return 1
-    if micro_batch_size < 1:
-        raise UserError(f"micro_batch_size got {micro_batch_size}; expected at least 1, or None")
-    world = distributed.world_size()
-    count = math.ceil(math.ceil(batch_size / world) / micro_batch_size)
-    if batch_size // world < count:
-        raise UserError(
-            f"batch_size {batch_size} over {world} processes gives shares of {batch_size // world} and "
-            f"{batch_size // world + 1}, which micro_batch_size {micro_batch_size} cannot split alike; "
-            f"set it to {micro_batch_size + 1}, or batch_size to a multiple of {world}"
-        )
-    return count
-
-
-def free_memory() -> None:
-    """Give back what a failed try has left: what reference cycles still hold, and the allocator's blocks."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def too_large(what: str, reason: str) -> UserError:
-    """What was needed, what the device has, and what would fit.
+    """The error for what does not fit into memory: what was needed, what the device has, and what would fit.
 
     Args:
-        what: does, or do, not fit.
-        reason: what torch said.
+        what: "X does" or "X do".
+        reason: torch's message.
     """
-    has = ""
+    device = ""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        held = torch.cuda.max_memory_allocated()
-        has = (
-            f"; {format_bytes(held)} were in use at most, the GPU has {format_bytes(total)} ({format_bytes(free)} free)"
+        used = torch.cuda.max_memory_allocated()
+        device = (
+            f"; {format_bytes(used)} were in use at most, the GPU has {format_bytes(total)} ({format_bytes(free)} free)"
         )
     return UserError(
-        f"{what} not fit into memory ({_first_sentences(reason)}){has}: set "
-        "model.gradient_checkpointing=True, take an 8-bit optimizer (bitsandbytes.optim.AdamW8bit), or train "
-        "adapters (a config whose name ends in _lora)"
+        f"{what} not fit into memory ({_first_sentences(reason)}){device}: set model.gradient_checkpointing=True, "
+        "take an 8-bit optimizer (bitsandbytes.optim.AdamW8bit), or train adapters (a config whose name ends in _lora)"
     )
 
 
-def out_of_step(rank: int, step: int, micro: MicroBatches, reason: str) -> UserError:
-    """Memory ran out on one of several ranks in the middle of an exchange, which cannot be repeated."""
-    return UserError(
-        f"process {rank} ran out of memory in step {step} ({_first_sentences(reason)}), after {micro.size} "
-        "images at a time had fitted; go on with --resume --cfg-options "
-        f"micro_batch_size={max(1, micro.size // 2)}"
-    )
-
-
-def _first_sentences(reason: str, count: int = 2) -> str:
+def _first_sentences(reason: str) -> str:
     """The start of torch's message: what it tried to allocate, and what the GPU has."""
-    return ". ".join(" ".join(reason.split()).split(". ")[:count]).rstrip(".") or "out of memory"
+    return ". ".join(" ".join(reason.split()).split(". ")[:2]).rstrip(".") or "out of memory"

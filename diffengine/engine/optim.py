@@ -1,4 +1,4 @@
-"""The optimizer, its two groups, its schedule, and the precision a step runs in."""
+"""The optimizer, its two groups, its schedule, and the precision of a step."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,9 +6,9 @@ from typing import Any, Literal, final
 
 import torch
 from diffusers.optimization import get_scheduler
-from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
+from diffengine.engine.mmengine_seam import OptimWrapper
 from diffengine.errors import UserError
 from diffengine.registry import build, resolve
 
@@ -18,9 +18,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 ha
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, str]:
-    """What a step computes in, and why.
+    """(the precision that a step computes in, why).
 
-    "auto" is bf16 where the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
+    "auto" is bf16 if the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
+
+    Raises:
+        UserError: fp16 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
@@ -33,33 +36,29 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     return "fp16", "auto, this GPU has no bf16"
 
 
-def decays(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a module's parameter.
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters in two groups: with the optimizer's weight decay, and without.
 
-    It does on matrices and kernels. It does not on embeddings and on what is a vector once axes of size 1 are
+    Matrices and kernels decay. Embeddings do not, and neither do parameters that are vectors once axes of size 1 are
     dropped: norms, biases, and GRN's gamma and beta of shape (1,1,1,C), which names alone would miss.
     """
-    return not isinstance(module, nn.Embedding) and parameter.squeeze().ndim >= 2
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters in two groups: with the optimizer's weight decay, and without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups[decays(module, parameter)].append(parameter)
+                decays = not isinstance(module, nn.Embedding) and parameter.squeeze().ndim >= 2
+                groups[decays].append(parameter)
     return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    """Any torch-style optimizer class; those that can on every device are fused: one kernel for all.
+    """Build any torch-style optimizer; those that can on every device are fused: one kernel for all parameters.
 
     Args:
         optimizer: `dict(type=AdamW, lr=...)`.
-        groups: the parameters, as `parameter_groups` gives them.
+        groups: the parameters, as `parameter_groups` returns them.
 
     Raises:
         UserError: the class refuses its options, or has no learning rate for a schedule to change.
@@ -74,8 +73,8 @@ def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, 
     for group in built.param_groups:
         if not isinstance(group.get("lr"), int | float):
             raise UserError(
-                f"optimizer {options['type']} got lr={group.get('lr')}; expected a number, which the "
-                "schedule changes (Adafactor: set lr and relative_step=False)"
+                f"optimizer {options['type']} got lr={group.get('lr')}; expected a number, which the schedule changes "
+                "(Adafactor: set lr and relative_step=False)"
             )
     return built
 
@@ -90,6 +89,9 @@ def build_optim_wrapper(
         precision: of autocast over fp32 weights, see `resolve_precision`.
         clip_grad: the largest norm of all gradients together; None for no limit.
         model: given by the run.
+
+    Raises:
+        UserError: an option is out of range, or the optimizer cannot be built.
     """
     if clip_grad is not None and clip_grad <= 0:
         raise UserError(f"clip_grad got {clip_grad}; expected a number above 0, or None for no clipping")
@@ -111,16 +113,19 @@ def build_param_scheduler(
     """The `param_scheduler` section: diffusers' schedules by name, counted in optimizer steps.
 
     Args:
-        name: as the reference script's `--lr_scheduler`.
+        name: as `--lr_scheduler` of diffusers' training scripts.
         warmup_iters: steps in which the rate rises from 0 (every schedule but "constant").
         optimizer, num_iters: given by the run.
+
+    Raises:
+        UserError: the warm-up is negative, or the schedule has none.
     """
     if warmup_iters < 0:
         raise UserError(f"param_scheduler got warmup_iters={warmup_iters}; expected at least 0")
     if warmup_iters and name == "constant":
         raise UserError(
-            f"param_scheduler got warmup_iters={warmup_iters} with 'constant', which has no warm-up; "
-            "use 'constant_with_warmup'"
+            f"param_scheduler got warmup_iters={warmup_iters} with 'constant', which has no warm-up; use "
+            "'constant_with_warmup'"
         )
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_iters, num_training_steps=num_iters)
 
@@ -132,7 +137,7 @@ class StepOptimWrapper(OptimWrapper):
     (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.)
 
     Attributes:
-        options: the config's `optimizer`, from which another one of the same kind is built.
+        options: the config's `optimizer`, from which another of the same kind is built.
     """
 
     def __init__(
@@ -154,8 +159,8 @@ class StepOptimWrapper(OptimWrapper):
     def autocast(self) -> AbstractContextManager:
         """The precision that `forward` runs in.
 
-        Casts of weights are not cached: a forward pass takes each weight once, and with gradient
-        checkpointing the cache alone would keep them all to its end.
+        Casts of weights are not cached: a forward pass uses each weight once, and with gradient checkpointing the
+        cache alone would keep all of them to its end.
         """
         if self.precision == "fp32":
             return nullcontext()
@@ -165,7 +170,7 @@ class StepOptimWrapper(OptimWrapper):
         self.scaler.scale(loss).backward(**kwargs)
 
     def step(self, **kwargs: Any) -> Tensor | None:
-        """Clip, step, clear the gradients. Returns the norm before clipping, on the device, if it clips."""
+        """Clip, step, clear the gradients. Returns the norm before clipping, on the device; None without clipping."""
         norm = None
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)

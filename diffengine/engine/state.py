@@ -1,64 +1,76 @@
-"""What of a run is saved, and how it is put back."""
+"""What a checkpoint holds: collected from a run, judged, and put back into a run or a model."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
-from diffengine.config import BUILDERS, PLAIN, REFERENCE, SECTIONS, resolve
+from diffengine.config import PLAIN, REFERENCE, SECTIONS, Plain, resolve, substitute
 from diffengine.engine import checkpoint
+from diffengine.engine.build import BUILDERS
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.optim import StepOptimWrapper, build_optimizer
 from diffengine.errors import UserError
+from diffengine.models import trusted_classes
 from diffengine.models.base import TrainableModel, describe
-from diffengine.signatures import kinds_in, with_defaults
+from diffengine.registry import resolve as resolve_type
+from diffengine.signatures import defaults_of, types_in, with_defaults
 
-# Sections and options that a resumed run may change; anything else would make it another run than the one
-# that was stopped.
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
+
+# Options that a resumed run may change; any other change would make it another run than the one that was stopped.
 FREE = {
-    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "compile",
-    "work_dir", "default_hooks", "custom_hooks", "vis_backends", "token_cache",
+    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "compile", "work_dir",
+    "default_hooks", "custom_hooks", "vis_backends", "token_cache",
 }  # fmt: skip
 
-
-def collect(runner: Any) -> dict[str, Any]:
-    """The checkpoint of this moment. Tensors are the live ones: write it before the next step."""
-    state = {
-        "format": checkpoint.FORMAT,
-        "name": runner.name,
-        "config": json.dumps(runner.settings, ensure_ascii=False),
-        "folder": str(Path.cwd()),
-        "model": runner.trainable.trained_state(),
-        "assets": dict(runner.trainable.assets),
-        "optimizer": runner.optim_wrapper.optimizer.state_dict(),
-        "param_scheduler": _schedule_state(runner.param_scheduler),
-        "scaler": runner.optim_wrapper.scaler.state_dict(),
-        "counters": {"iter": runner.train_loop.done, "epoch": runner.train_loop.epochs_done},
-    }
-    state["num_samples"] = runner.train_loop.num_samples
-    if found := runner.train_loop.micro.state():
-        state["micro_batch_size"] = found
-    runner.call_hook("before_save_checkpoint", checkpoint=state)
-    return state
-
-
-# What a resume reads, and of which type it must be.
+# The entries that a resume reads, and their types.
 TYPES = {
     "name": str, "config": str, "model": dict, "assets": dict, "optimizer": dict, "param_scheduler": dict,
     "scaler": dict, "counters": dict, "num_samples": int,
 }  # fmt: skip
 
 
-def check_types(state: Mapping[str, Any], path: Path) -> None:
-    """Check that a checkpoint has every entry that a resume reads, each of its type.
+def collect(run: "Run") -> dict[str, Any]:
+    """The checkpoint of this moment. Its tensors are the live ones: write it before the next step."""
+    state = {
+        "format": checkpoint.FORMAT,
+        "name": run.name,
+        "config": json.dumps(run.config, ensure_ascii=False),
+        "folder": str(Path.cwd()),
+        "model": run.trainable.trained_state(),
+        "assets": dict(run.trainable.assets),
+        "optimizer": run.optim_wrapper.optimizer.state_dict(),
+        "param_scheduler": _schedule_state(run.param_scheduler),
+        "scaler": run.optim_wrapper.scaler.state_dict(),
+        "counters": {"iter": run.clock.done, "epoch": run.clock.epochs_done},
+        "num_samples": run.clock.num_samples,
+    }
+    if found := run.train_loop.micro.state():
+        state["micro_batch_size"] = found
+    run.call_hook("before_save_checkpoint", checkpoint=state)
+    return state
+
+
+def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
+    """Without its functions, which the config makes again."""
+    return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+
+
+def read_for_resume(path: Path, config: Plain) -> dict[str, Any]:
+    """The checkpoint to continue from: whole, with all that a resume needs, and of a run with the same config.
 
     Raises:
-        UserError: what is missing or of another type.
+        UserError: what is damaged, missing or different.
     """
+    state = checkpoint.read(path)
+    checkpoint.verify(path)
     problems = [
         f"'{name}' is {describe(state.get(name))}; expected {expected.__name__}"
         for name, expected in TYPES.items()
@@ -67,77 +79,152 @@ def check_types(state: Mapping[str, Any], path: Path) -> None:
     if not problems and not all(type(text) is str for text in state["assets"].values()):
         problems.append("'assets' holds more than texts")
     _refuse(problems, path)
+    check_same_run(state, config, path)
+    return state
+
+
+def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint back into a run that is built, and that it fits (`check_fits`)."""
+    run.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
+    optimizer, schedule = run.optim_wrapper.optimizer, run.param_scheduler
+    optimizer.load_state_dict(state["optimizer"])
+    for values in optimizer.state.values():  # on a CPU these are the mapped file itself: let go of it
+        values.update({name: item.clone() for name, item in values.items() if isinstance(item, Tensor)})
+    known, _ = _in_both(state["param_scheduler"], _schedule_state(schedule))
+    schedule.load_state_dict({**known, "lr_lambdas": [None] * len(schedule.lr_lambdas)})
+    if state["scaler"]:
+        run.optim_wrapper.scaler.load_state_dict(state["scaler"])
+    run.train_loop.start_at(state["counters"]["iter"])
+    run.train_loop.micro.restore(state.get("micro_batch_size"))
+    run.call_hook("after_load_checkpoint", checkpoint=state)
+
+
+# --------------------------------------------------------------------------------------------- does it fit this run?
+
+
+def check_same_run(state: Mapping[str, Any], config: Plain, path: Path) -> None:
+    """Refuse to resume under a config that would make another run of it.
+
+    What counts is what each class gets, its defaults included: an option that only one of the two configs names is no
+    change if it has the default's value.
+
+    Raises:
+        UserError: what differs, with both values.
+    """
+    saved = json.loads(state["config"])
+    known = set(types_in(resolve(config)))  # no other class is imported on a checkpoint's word
+    before, now = _leaves(_acting(resolve(saved), known)), _leaves(_acting(resolve(config), known))
+    written = {**_leaves(saved), **_leaves(config)}
+    changed = []
+    for key in dict.fromkeys([*before, *now]):
+        if (key in before, before.get(key)) != (key in now, now.get(key)) and not FREE & {*key.split(".")}:
+            reference = REFERENCE.fullmatch(str(written.get(key)))
+            was, is_now = (repr(leaves[key]) if key in leaves else "not set" for leaves in (before, now))
+            changed.append(f"{reference[1] if reference else key} was {was} and is {is_now}")
+    if changed:
+        raise UserError(
+            f"cannot resume '{path}' under another config: {'; '.join(list(dict.fromkeys(changed))[:5])}; repeat the "
+            "flags it was started with, or start another run with --work-dir"
+        )
+
+
+def _acting(resolved: Plain, known: set[str]) -> Plain:
+    """The sections of a resolved config with the defaults of what they configure, and the plain settings."""
+    sections = {key: with_defaults(value, known) for key, value in resolved.items() if key in {*SECTIONS, *PLAIN}}
+    return {
+        **PLAIN,
+        **sections,
+        **{name: {**defaults_of(builder), **sections.get(name, {})} for name, builder in BUILDERS.items()},
+    }
+
+
+def _leaves(config: Any, path: str = "") -> dict[str, Any]:
+    """The values of a config by dotted path; lists of dicts by index."""
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = {str(index): item for index, item in enumerate(config)}
+    if isinstance(config, dict):
+        return {name: leaf for key, value in config.items() for name, leaf in _leaves(value, f"{path}.{key}").items()}
+    return {path[1:]: config}
 
 
 def check_fits(
     state: Mapping[str, Any],
-    model: TrainableModel,
-    optim: StepOptimWrapper,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    loop: StepLoop,
     path: Path,
+    model: TrainableModel,
+    loop: StepLoop,
+    optim: StepOptimWrapper,
+    schedule: LRScheduler,
 ) -> None:
-    """Check all that `restore` puts back against the run that was built: names, shapes, dtypes, ranges.
+    """Check everything that `restore` puts back against what the run is made of: names, shapes, dtypes, ranges.
 
-    A fused optimizer step takes the shapes of its state on trust, and reads beyond a tensor that is too
-    small. So this comes before anything is loaded or written.
+    A fused optimizer step takes the shapes of its state on trust and reads beyond a tensor that is too small. So this
+    comes before anything is loaded or written.
 
     Raises:
         UserError: what does not fit.
     """
+    clock, counters = loop.clock, state["counters"]
+    if state["num_samples"] != clock.num_samples:
+        raise UserError(
+            f"cannot resume '{path}': the data had {state['num_samples']} images and has {clock.num_samples}; restore "
+            "it, or start another run with --work-dir"
+        )
     model.check_trained_state(state["model"], f"checkpoint '{path}'")
-    problems = _counter_problems(state, loop)
-    _refuse(problems, path)
-    steps = state["counters"]["iter"]
+    steps, epoch = counters.get("iter"), counters.get("epoch")
+    if type(steps) is not int or not 0 <= steps <= clock.max_iters:
+        _refuse([f"counters.iter is {steps!r}; expected 0 to {clock.max_iters}, the steps of this run"], path)
+    problems = []
+    passes = steps * clock.batch_size // clock.num_samples
+    if type(epoch) is not int or not 0 <= epoch <= passes:
+        problems.append(f"counters.epoch is {epoch!r}; expected 0 to {passes} after {steps} steps")
+    micro = state.get("micro_batch_size", {"asked": None, "found": 1})
+    asked, found = (micro.get("asked"), micro.get("found")) if isinstance(micro, dict) else (None, None)
+    if type(asked) not in (int, type(None)) or type(found) is not int or not 1 <= found <= clock.batch_size:
+        problems.append(f"micro_batch_size is {micro!r}; expected 'asked', and 'found' from 1 to {clock.batch_size}")
     problems += _optimizer_problems(state["optimizer"], optim, steps)
-    saved = state["param_scheduler"]
-    problems += differences(*_in_both(saved, _schedule_state(schedule)), "param_scheduler")
-    if saved.get("last_epoch") != steps:
-        problems.append(f"param_scheduler.last_epoch is {saved.get('last_epoch')}; expected {steps}, the steps taken")
+    problems += differences(*_in_both(state["param_scheduler"], _schedule_state(schedule)), "param_scheduler")
+    if (last := state["param_scheduler"].get("last_epoch")) != steps:
+        problems.append(f"param_scheduler.last_epoch is {last}; expected {steps}, the steps taken")
     if optim.scaler.is_enabled() and state["scaler"]:
         problems += differences(state["scaler"], optim.scaler.state_dict(), "scaler")
-    problems += _average_problems(state.get("ema"), model, steps)
+    if "ema" in state:
+        weights = {
+            name: torch.empty_like(parameter, dtype=torch.float32, device="meta")
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        average = differences(state["ema"], {"updates": 0, "weights": weights}, "ema")
+        if not average and not 0 <= state["ema"]["updates"] <= steps:
+            average = [f"ema.updates is {state['ema']['updates']}; expected 0 to {steps}, the steps taken"]
+        problems += average
     _refuse(problems, path)
 
 
 def _refuse(problems: list[str], path: Path) -> None:
     if problems:
         raise UserError(
-            f"cannot resume '{path}', which is damaged or was changed: {'; '.join(problems[:5])}; move it "
-            "away, and use the one before"
+            f"cannot resume '{path}', which is damaged or was changed: {'; '.join(problems[:5])}; move it away, and "
+            "use the one before"
         )
 
 
-def _counter_problems(state: Mapping[str, Any], loop: StepLoop) -> list[str]:
-    counters = state["counters"]
-    steps, epoch = counters.get("iter"), counters.get("epoch")
-    if type(steps) is not int or not 0 <= steps <= loop.max_iters:
-        return [f"counters.iter is {steps!r}; expected 0 to {loop.max_iters}, the steps of this run"]
-    passes = steps * loop.batch_size // loop.num_samples
-    if type(epoch) is not int or not 0 <= epoch <= passes:
-        return [f"counters.epoch is {epoch!r}; expected 0 to {passes} after {steps} steps"]
-    micro = state.get("micro_batch_size", {"asked": None, "found": 1})
-    asked, found = (micro.get("asked"), micro.get("found")) if isinstance(micro, dict) else (None, None)
-    if type(asked) not in (int, type(None)) or type(found) is not int or not 1 <= found <= loop.batch_size:
-        return [f"micro_batch_size is {micro!r}; expected 'asked', and 'found' from 1 to {loop.batch_size}"]
-    return []
-
-
 def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps: int) -> list[str]:
-    """What of an optimizer's saved state does not fit its parameters."""
-    groups, saved = optim.optimizer.state_dict()["param_groups"], state.get("state")
-    saved_groups = state.get("param_groups")
+    """What in an optimizer's saved state does not fit its parameters."""
+    groups, saved_groups, saved = (
+        optim.optimizer.state_dict()["param_groups"],
+        *map(state.get, ("param_groups", "state")),
+    )
     if not (isinstance(saved_groups, list) and len(saved_groups) == len(groups) and type(saved) is dict):
         return [f"optimizer has not the {len(groups)} param_groups and the state that it has in this run"]
     problems = []
     for number, (group, own) in enumerate(zip(saved_groups, groups)):
-        where = f"optimizer.param_groups.{number}"
+        name = f"optimizer.param_groups.{number}"
         if not isinstance(group, dict) or group.get("params") != own["params"] or "lr" not in group:
-            return [f"{where} is not of the {len(own['params'])} parameters that it has in this run"]
-        problems += differences(*_in_both(group, own), where)
+            return [f"{name} is not of the {len(own['params'])} parameters that it has in this run"]
+        problems += differences(*_in_both(group, own), name)
     indices = [index for group in groups for index in group["params"]]
     if unknown := [key for key in saved if key not in indices]:
-        return [f"optimizer.state has {unknown[0]!r}; expected numbers of parameters, 0 to {len(indices) - 1}"]
+        return [f"optimizer.state has {unknown[0]!r}; expected 0 to {len(indices) - 1}, one a parameter"]
     expected: dict[str, Any] = {}
     for index, parameter in zip(indices, optim.parameters):
         if index in saved:
@@ -149,26 +236,12 @@ def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps
 
 
 def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer of these options keeps of a parameter like this one, once it has taken a step."""
+    """What the optimizer of these options stores for a parameter like this one, once it has taken a step."""
     copy = torch.zeros_like(parameter, requires_grad=True)
     copy.grad = torch.ones_like(copy)
     optimizer = build_optimizer(options, [{"params": [copy]}])
     optimizer.step()
     return optimizer.state_dict()["state"].get(0, {})
-
-
-def _average_problems(ema: Any, model: TrainableModel, steps: int) -> list[str]:
-    if ema is None:
-        return []
-    weights = {
-        name: torch.empty_like(parameter, dtype=torch.float32, device="meta")
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    problems = differences(ema, {"updates": 0, "weights": weights}, "ema")
-    if not problems and not 0 <= ema["updates"] <= steps:
-        problems.append(f"ema.updates is {ema['updates']}; expected 0 to {steps}, the steps taken")
-    return problems
 
 
 def differences(saved: Any, expected: Any, name: str, steps: int | None = None) -> list[str]:
@@ -183,19 +256,13 @@ def differences(saved: Any, expected: Any, name: str, steps: int | None = None) 
             return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
         if saved.keys() != expected.keys():
             return [f"{name} has {sorted(map(str, saved))}; expected {sorted(map(str, expected))}"]
-        return [
-            problem
-            for key, value in expected.items()
-            for problem in differences(saved[key], value, f"{name}.{key}", steps=steps)
-        ]
+        pairs = [(saved[key], value, f"{name}.{key}") for key, value in expected.items()]
+        return [problem for pair in pairs for problem in differences(*pair, steps=steps)]
     if isinstance(expected, list | tuple):
         if not isinstance(saved, list | tuple) or len(saved) != len(expected):
             return [f"{name} is {describe(saved)}; expected {len(expected)} entries"]
-        return [
-            problem
-            for index, (item, value) in enumerate(zip(saved, expected))
-            for problem in differences(item, value, f"{name}.{index}", steps=steps)
-        ]
+        pairs = [(item, value, f"{name}.{index}") for index, (item, value) in enumerate(zip(saved, expected))]
+        return [problem for pair in pairs for problem in differences(*pair, steps=steps)]
     number = type(saved) in (int, float) and type(expected) in (int, float)
     if describe(saved) != describe(expected) and not number:
         return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
@@ -212,95 +279,85 @@ def _in_both(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[dic
     return {name: saved[name] for name in names}, {name: expected[name] for name in names}
 
 
-def _schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
-    """Without its functions, which the config makes again."""
-    return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+# ------------------------------------------------------------------------------------------------- a model out of it
 
 
-def restore(runner: Any, state: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint back into a run whose parts are built.
+def load_model(path: Path, given: Plain | None = None, average: bool = False) -> TrainableModel:
+    """The model of a checkpoint, with its weights, on the host.
+
+    Args:
+        path: the checkpoint; all of it is verified.
+        given: the user's config, whose classes are trusted; None if there is none.
+        average: take the averaged weights.
 
     Raises:
-        UserError: the data has another size, so positions would be of other images.
+        UserError: the checkpoint is damaged, names a class that is not trusted, keeps no average, or does not fit.
     """
-    if state["num_samples"] != runner.train_loop.num_samples:
+    state, source = checkpoint.read(path), f"checkpoint '{path}'"
+    checkpoint.verify(path)
+    if average:
+        if "ema" not in state:
+            raise UserError(
+                f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema"
+            )
+        state = {**state, "model": {**state["model"], **state["ema"]["weights"]}}
+    return model_of(state, trusted_config(state, given, source), source)
+
+
+def trusted_config(state: Mapping[str, Any], given: Plain | None, source: str) -> Plain:
+    """Resolve the config that a checkpoint carries, and judge it before any class that it names is imported.
+
+    A checkpoint is data. A class that its resolved config names is used only if it is on a closed list, or if the
+    config that the user names uses it too.
+
+    Args:
+        state: the checkpoint.
+        given: the user's config with its references; None if the command got none.
+        source: what errors call the checkpoint.
+
+    Raises:
+        UserError: `given` is of another model, or the checkpoint names a class that is not trusted.
+    """
+    own = resolve(json.loads(state["config"]))
+    theirs = substitute(given) if given is not None else None
+    types = [item["model"].get("type") for item in (own, theirs) if item is not None]
+    if len(set(types)) > 1:
         raise UserError(
-            f"cannot resume '{path}': the data had {state['num_samples']} images and has "
-            f"{runner.train_loop.num_samples}; restore it, or start a run of its own with --work-dir"
+            f"{source} is of another model: got {types[0]}, the config has {types[1]}; use the config it was trained "
+            f"with ('{state['name']}')"
         )
-    runner.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
-    optimizer = runner.optim_wrapper.optimizer
-    optimizer.load_state_dict(state["optimizer"])
-    for values in optimizer.state.values():  # on a CPU these are the file itself, mapped: let go of it
-        values.update({name: item.clone() for name, item in values.items() if isinstance(item, Tensor)})
-    schedule = runner.param_scheduler
-    known, _ = _in_both(state["param_scheduler"], _schedule_state(schedule))
-    schedule.load_state_dict({**known, "lr_lambdas": [None] * len(schedule.lr_lambdas)})
-    if state["scaler"]:
-        runner.optim_wrapper.scaler.load_state_dict(state["scaler"])
-    runner.train_loop.start_at(state["counters"]["iter"])
-    runner.train_loop.micro.restore(state.get("micro_batch_size"))
-    runner.call_hook("after_load_checkpoint", checkpoint=state)
+    trusted = {*trusted_classes(), *(types_in(theirs["model"]) if theirs else ())}
+    for name in types_in(own["model"]):
+        if name not in trusted:
+            raise UserError(
+                f"{source} names the class '{name}', which is not run on a checkpoint's word; give the CONFIG that "
+                "uses it"
+            )
+    return own
 
 
-def with_average(state: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A checkpoint whose trained parameters are its average.
+def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> TrainableModel:
+    """Build the model of a resolved config and load a checkpoint's weights, on the host.
+
+    Args:
+        source: what errors call the checkpoint.
 
     Raises:
-        UserError: it has none.
+        UserError: the config names no model, a component does not exist any more, or the weights do not fit.
     """
-    if "ema" not in state:
-        raise UserError(f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema")
-    return {**state, "model": {**state["model"], **state["ema"]["weights"]}}
-
-
-def check_same_run(state: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    """Refuse to resume a run under a config that would make it another one.
-
-    What counts is what each part is given, the defaults of its class included: an option that only one of the
-    two configs names is no change where it says what the class takes anyway.
-
-    Raises:
-        UserError: what differs, with both values.
-    """
-    saved = json.loads(state["config"])
-    parts = [_parts(resolve(config)) for config in (saved, settings)]
-    known = set(kinds_in(parts[1]))  # no other class is imported on a checkpoint's word
-    before, now = (_flat(with_defaults(part, known)) for part in parts)
-    written = {**_flat(saved), **_flat(settings)}
-    changed = [
-        f"{_setting(written.get(key)) or key} was {_spell(before, key)} and is {_spell(now, key)}"
-        for key in dict.fromkeys([*before, *now])
-        if (key in before, before.get(key)) != (key in now, now.get(key)) and not FREE & {*key.split(".")}
-    ]
-    if changed:
+    options = {key: value for key, value in resolved["model"].items() if key != "type"}
+    cls = resolve_type(resolved["model"]["type"])
+    if not (isinstance(cls, type) and issubclass(cls, TrainableModel)):
+        raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
+    try:
+        model = cls(**options, assets=state["assets"], seed=resolved["seed"])
+    except UserError as error:
+        folder = state.get("folder", str(Path.cwd()))
+        if folder == str(Path.cwd()):
+            raise
         raise UserError(
-            f"cannot resume '{path}' under another config: {'; '.join(list(dict.fromkeys(changed))[:5])}; "
-            "repeat the flags it was started with, or start a run of its own with --work-dir"
-        )
-
-
-def _parts(config: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config, each with what builds it; and what the engine reads as it is."""
-    acting = {key: value for key, value in config.items() if key in SECTIONS | PLAIN.keys()}
-    built = {name: {**config.get(name, {}), "type": builder} for name, builder in BUILDERS.items()}
-    return {**PLAIN, **acting, **built}
-
-
-def _flat(config: Any, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted path; a list of parts by their places."""
-    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
-        config = {str(index): item for index, item in enumerate(config)}
-    if isinstance(config, dict):
-        return {name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
-    return {path[1:]: config}
-
-
-def _setting(leaf: Any) -> str | None:
-    """The setting that stands here by its name alone."""
-    found = REFERENCE.fullmatch(leaf) if isinstance(leaf, str) else None
-    return found[1] if found else None
-
-
-def _spell(leaves: dict[str, Any], key: str) -> str:
-    return repr(leaves[key]) if key in leaves else "not set"
+            f"{error}; {source} was trained in '{folder}', where relative paths in its config start: go there, and try "
+            "again"
+        ) from error
+    model.load_trained_state(state["model"], source)
+    return model.eval()

@@ -1,4 +1,4 @@
-"""How the blocks of a model run in training, from outside: compiled, checkpointed, or both.
+"""How a model's blocks run in training, set from outside: compiled, checkpointed, or both.
 
 Names of parameters do not change, and without gradients (previews, exports) a block runs as it is written.
 """
@@ -17,24 +17,23 @@ def wrap_blocks(blocks: Iterable[nn.Module], *, checkpointed: bool, compiled: bo
     """Set how each block runs when gradients are recorded, whatever was set before.
 
     Args:
-        checkpointed: keep a block's inputs only, and run its forward a second time in the backward pass:
-            less memory for more time. Gradients are the same, dropout too: the random state is put back for
-            the second run.
-        compiled: run what `torch.compile` makes of it. Equal to rounding, but for dropout, which draws other
-            numbers from the same random state: the same ones in each run. Blocks of one kind share a graph;
-            it is made when the first of them runs, and again at the second batch size, for all that follow.
+        checkpointed: keep a block's inputs only, and run its forward again in the backward pass: less memory for more
+            time. Gradients are the same, with dropout too: the random state is restored for the second run.
+        compiled: run the block through `torch.compile`. Equal to rounding, except for dropout, which draws other
+            numbers from the same random state: the same in each run. Blocks of one class share a graph, compiled when
+            the first of them runs, and again at the second batch size, for all that follow.
     """
     if compiled:
         # It would cut each block's graph at the ends of DDP's buckets; blocks are cut finely enough.
         torch._dynamo.config.optimize_ddp = False
     for block in blocks:
-        written = MethodType(type(block).forward, block)
-        run: Callable[..., Any] = torch.compile(written) if compiled else written
+        eager = MethodType(type(block).forward, block)
+        run: Callable[..., Any] = torch.compile(eager) if compiled else eager
         if checkpointed:
             run = partial(checkpoint, run, use_reentrant=False)
-        block.forward = partial(_run, written, run)
+        block.forward = partial(_run, eager, run)
 
 
 def _run(without_gradients: Callable[..., Any], with_gradients: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A compiled graph for each mode and size that previews draw in would take minutes to make."""
+    """Previews run eager: compiling for each of their modes and sizes would take minutes."""
     return (with_gradients if torch.is_grad_enabled() else without_gradients)(*args, **kwargs)

@@ -1,6 +1,5 @@
 """Loading one component from a folder or a hub name, with errors for the person who named it."""
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -14,10 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffengine.errors import UserError
+from diffengine.text import did_you_mean
 
 
 def quiet_libraries() -> None:
-    """Leave the console to the run: errors of diffusers and transformers only, no bars for local files.
+    """Leave the console to the run: only errors of diffusers and transformers, and no bars for local files.
 
     (The hub's own bar, for a download, stays.)
     """
@@ -31,11 +31,7 @@ def quiet_libraries() -> None:
 
 
 def component_folder(origin: str, name: str) -> Path | None:
-    """Where component `name` of a local `origin` lies: its subfolder, else the folder itself.
-
-    Returns:
-        None where `origin` is no local folder.
-    """
+    """The folder of component `name` in a local `origin`: its subfolder, else `origin` itself; None on the hub."""
     folder = Path(origin).expanduser()
     if not folder.is_dir():
         return None
@@ -43,61 +39,63 @@ def component_folder(origin: str, name: str) -> Path | None:
 
 
 def load_component(origin: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
-    """`load` (a `from_pretrained` or `load_config`) on component `name` of `origin`; "" for a whole pipeline.
+    """Call `load` (a `from_pretrained` or `load_config`) on component `name` of `origin`.
 
     Args:
         origin: a pipeline folder with a subfolder `name`, the component's own folder, or a hub name.
+        name: "" for a whole pipeline.
 
     Raises:
         UserError: no such folder, nothing of that name in it, a broken file, or a hub that cannot be reached.
     """
     folder = component_folder(origin, name)
-    where: dict[str, Any]
+    source: dict[str, Any]
     if folder is not None:
         if name and folder.name != name and not list(folder.glob("*config.json")):
-            raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {_listing(folder)}")
-        where = {"pretrained_model_name_or_path": str(folder)}
+            listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+            raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
+        source = {"pretrained_model_name_or_path": str(folder)}
     elif origin.startswith((".", "/", "~")) or origin.count("/") != 1 or origin.endswith(".pth"):
         raise UserError(
-            f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub "
-            "name such as amused/amused-512"
+            f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub name such as "
+            "amused/amused-512"
         )
     else:
-        where = {"pretrained_model_name_or_path": origin, **({"subfolder": name} if name else {})}
+        source = {"pretrained_model_name_or_path": origin, **({"subfolder": name} if name else {})}
     try:
-        return load(**where, **options)
+        return load(**source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
 
 
-def load_module(origin: str, name: str, kind: Any) -> Any:
-    """A module of class `kind` in fp32, with every weight; the global random state is left alone.
+def load_module(origin: str, name: str, cls: Any) -> Any:
+    """Load a module in fp32, with every weight; the global random state is left alone.
 
     Raises:
-        UserError: as `load_component`; or weights are missing (the libraries draw them, with a warning).
+        UserError: as `load_component`; or weights are missing (the libraries only warn, and initialise them).
     """
-    precision = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
+    precision = "dtype" if cls.__module__.startswith("transformers.") else "torch_dtype"
     with torch.random.fork_rng(devices=[]):
         module, info = load_component(
-            origin, name, kind.from_pretrained, output_loading_info=True, **{precision: torch.float32}
+            origin, name, cls.from_pretrained, output_loading_info=True, **{precision: torch.float32}
         )
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name} of '{origin}' lacks {len(missing)} weights of a {kind.__name__}, first {missing[0]}")
+        raise UserError(f"{name} of '{origin}' lacks {len(missing)} weights of a {cls.__name__}, first {missing[0]}")
     return module
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw weights on the host from this seed; the global random state is left alone, the GPUs' too."""
+    """Initialise weights on the host from this seed; the global random state is left alone, the GPUs' too."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPUs
         yield
 
 
 def digest(module: nn.Module | None, config: Mapping[str, Any]) -> str:
-    """Of what a component does: its sizes and every byte of its weights; not of where it was saved."""
+    """A digest of what a component computes: its sizes and every byte of its weights, not where it was saved."""
     sizes = {
         key: value
         for key, value in config.items()
@@ -110,19 +108,8 @@ def digest(module: nn.Module | None, config: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def unknown_sizes(name: str, sizes: Iterable[str], kind: Any) -> list[str]:
-    """A problem for each size that `kind` does not have; diffusers and transformers ignore it."""
-    config = getattr(kind, "config_class", None) or kind  # of transformers, whose models take a config
+def unknown_sizes(name: str, sizes: Iterable[str], cls: Any) -> list[str]:
+    """A message for each size that `cls` does not have; diffusers and transformers ignore it."""
+    config = getattr(cls, "config_class", None) or cls  # of transformers, whose models take a config
     known = [key for key in inspect.signature(config).parameters if key != "kwargs"]
-    problems = []
-    for key in sizes:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            problems.append(f"{name} has no size '{key}'{hint}")
-    return problems
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:6]) or "nothing"
+    return [f"{name} has no size '{key}'{did_you_mean(key, known)}" for key in sizes if key not in known]

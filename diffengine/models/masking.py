@@ -30,8 +30,8 @@ def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
 
 
 @final
-class CheckSides:
-    """Lets samples through whose image the model can take, as the last transform of their data pipeline.
+class TokenGrid:
+    """Checks that an image fits the model's token grid, as the last transform of the data pipeline.
 
     Args:
         factor: pixels per token and side, f.
@@ -44,52 +44,52 @@ class CheckSides:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
-            self.grid(*sample["image"].shape[-2:])
+            self.sides(*sample["image"].shape[-2:])
         return sample
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The sides (h, w) of the token grid of an image, in pixels.
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """The sides (h, w) of the token grid of an image with these sides in pixels.
 
         Raises:
-            UserError: the sides are not divisible.
+            UserError: they are not divisible.
         """
         step = self.factor * self.multiple
         if height % step or width % step or min(height, width) < step:
             raise UserError(
-                f"got images of {width}x{height} px; this model needs sides divisible by {step} "
-                f"({self.factor} px per token{', halved once more inside' if self.multiple > 1 else ''}): "
-                f"set resolution to {max(step, round(width / step) * step)}"
+                f"got images of {width}x{height} px; this model needs sides divisible by {step} ({self.factor} px per "
+                f"token{', halved once more inside' if self.multiple > 1 else ''}): set resolution to "
+                f"{max(step, round(width / step) * step)}"
             )
         return height // self.factor, width // self.factor
 
 
 @final
-class DrawMask:
-    """Draws a sample's masked positions, as the last transform of its data pipeline.
+class RandomMask:
+    """Draws a sample's masked positions, as the last transform of the data pipeline.
 
-    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the image's L
-    positions with t ~ U(0, 1), and `num_targets` = n.
+    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the image's L positions with
+    t ~ U(0, 1), and `num_targets` = n.
 
     Args:
-        sides: what the model asks of an image's sides.
+        grid: the model's token grid.
         schedule: of `mask_ratio`.
     """
 
-    def __init__(self, sides: CheckSides, schedule: Schedule = "cosine") -> None:
-        self.sides = sides
+    def __init__(self, grid: TokenGrid, schedule: Schedule = "cosine") -> None:
+        self.grid = grid
         self.schedule = schedule
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "token_ids" in sample:
             num_tokens = sample["token_ids"].numel()
         else:
-            num_tokens = math.prod(self.sides.grid(*sample["image"].shape[-2:]))
+            num_tokens = math.prod(self.grid.sides(*sample["image"].shape[-2:]))
         n = num_masked(rng.random(), num_tokens, self.schedule)
         return {**sample, "masked": rng.permutation(num_tokens)[:n], "num_targets": n}
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
-    """Flat positions (M,) int64 in a (B, h, w) batch of what each image's `masked` (n_i,) names.
+    """Flat positions (M,) int64 in a (B, h, w) batch, from each image's `masked` (n_i,).
 
     Made on the host: `x[mask]` and `nonzero` would wait for the device.
     """

@@ -7,7 +7,6 @@ from PIL import Image
 
 from diffengine.datasets import (
     Crop,
-    Domain,
     DropCaption,
     Flip,
     ImageDataset,
@@ -16,11 +15,13 @@ from diffengine.datasets import (
     Stream,
     ToTensor,
     UnreadableImage,
+    batches_of,
     collate,
     generator,
     make_loader,
     steps_for_epochs,
 )
+from diffengine.datasets.stream import SAMPLE
 from diffengine.errors import UserError
 
 
@@ -84,7 +85,7 @@ def test_generators_differ_by_each_of_their_words():
 
 def test_neighbouring_positions_do_not_share_draws():
     """With the position in the low word, position 1 would go on where position 0 is after four draws."""
-    draws = [set(generator(0, Domain.SAMPLE, position).random(1000)) for position in range(4)]
+    draws = [set(generator(0, SAMPLE, position).random(1000)) for position in range(4)]
     assert len(set.union(*draws)) == 4000
 
 
@@ -291,7 +292,7 @@ def test_problems_of_a_stream():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_a_worker_comes_out_as_the_same_line(workers):
     ours = Stream(Photos(4, broken=[2]), [ToTensor()], [])
-    loader = iter(make_loader(ours, PositionSampler(1, num_steps=4), workers))
+    loader = batches_of(make_loader(ours, PositionSampler(1, num_steps=4), workers))
     good = [ours.locate(position)[1] for position in range(4)].index(2)
     assert [int(next(loader)["text"][0]) for _ in range(good)] == [ours.locate(place)[1] for place in range(good)]
     with pytest.raises(UnreadableImage) as caught:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from mmengine.hooks import Hook
 from torch import Tensor
 
-from diffengine import cli, config
+from diffengine import cli
 from diffengine.engine import checkpoint
-from diffengine.engine.assemble import build_run
-from diffengine.engine.runner import Runner
-from diffengine.engine.workdir import claim
+from diffengine.engine.build import load_config, make_job
+from diffengine.engine.run import Run, build_run
+from diffengine.engine.workdir import claimed
 
 CPU = torch.device("cpu")
 TEXT_TOO = "model.train=['transformer', 'text_encoder']"
@@ -91,11 +91,11 @@ def build(
     resume: Path | None = None,
     overwrite: bool = False,
     device: torch.device = CPU,
-) -> Runner:
+) -> Run:
     """A run that is ready to train, in this process."""
-    settings, resolved = config.load(path, options)
-    claim(work_dir, str(resume) if resume else None, overwrite)
-    return build_run(settings, resolved, Path(path).stem, work_dir, device, resume)
+    job = replace(make_job(path, *load_config(path, options), device), work_dir=work_dir)
+    with claimed(work_dir, str(resume) if resume else None, overwrite) as checkpoint_path:
+        return build_run(job, checkpoint_path)
 
 
 def train(path: str, work_dir: Path, *flags: str) -> int:
@@ -156,7 +156,7 @@ class SignalAt(Hook):
         self.step, self.signum, self.group = step, signum, group
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if runner.train_loop.done == self.step:
+        if runner.clock.done == self.step:
             if self.group:  # from another process: workers heed their parent's
                 subprocess.run(["kill", f"-{self.signum}", "--", f"-{os.getpgrp()}"], check=False)
             else:

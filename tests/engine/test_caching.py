@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from diffengine import cli
+from diffengine.cache import TokenCache, token_cache
 from diffengine.cache import tables as cache_tables
-from diffengine.cache import token_cache
 from diffengine.cache.tables import Table, TableBuilder
 from diffengine.datasets import ImageTextDataset
 from diffengine.errors import UserError
@@ -412,31 +412,31 @@ def test_a_copied_cache_serves_where_the_images_are_not(own, encoded, capsys):
 
 def build_until(path, work_dir, seconds):
     """Build the cache; die in the middle of it, after so many seconds."""
-    whole = token_cache._build
+    whole = TokenCache._build
 
-    def build_with_a_limit(builder, write, plan, what):
+    def build_with_a_limit(cache, builder, write, what):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, as SIGKILL does
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        return whole(builder, write, plan, what)
+        return whole(cache, builder, write, what)
 
-    token_cache._build = build_with_a_limit
+    TokenCache._build = build_with_a_limit
     build(path, work_dir)
 
 
 def test_a_build_killed_at_ten_moments_goes_on_and_ends_equal(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_tables, "CHUNK", 4)
     path = toy.config("killed", **{**CACHED, "image_variations": 16, "cache": True})
-    took, whole = [], token_cache._build
+    took, whole = [], TokenCache._build
 
-    def timed(builder, write, plan, what):
+    def timed(cache, builder, write, what):
         began = time.perf_counter()
-        table = whole(builder, write, plan, what)
+        table = whole(cache, builder, write, what)
         took.append(time.perf_counter() - began)
         return table
 
-    monkeypatch.setattr(token_cache, "_build", timed)
+    monkeypatch.setattr(TokenCache, "_build", timed)
     build(path, tmp_path / "whole" / "run")
-    monkeypatch.setattr(token_cache, "_build", whole)
+    monkeypatch.setattr(TokenCache, "_build", whole)
     moments = random.Random(0)
     codes, parts = [], []
     for _ in range(10):

@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,16 @@ import torch
 from diffusers import AmusedPipeline
 from torch import nn
 
-from diffengine import cli, config, distributed
+from diffengine import cli, distributed
 from diffengine.commands.check import table, warnings
-from diffengine.engine import rehearsal
-from diffengine.engine.measure import kept_at_once, tensors_in
+from diffengine.engine import check as checks
+from diffengine.engine.build import load_config, make_job
+from diffengine.engine.check import Report, check
+from diffengine.engine.clock import Clock
+from diffengine.engine.hooks import CheckpointHook
+from diffengine.engine.memory import tensors_in
 from diffengine.engine.optim import StepOptimWrapper
-from diffengine.engine.rehearsal import Figures, Saved, rehearse
-from diffengine.engine.workdir import claim, release
+from diffengine.engine.workdir import claimed
 from diffengine.models.amused import AmusedModel
 from diffengine.text import format_bytes
 from tests.engine import runs
@@ -34,9 +39,8 @@ AVERAGE = "custom_hooks=[{'type': 'diffengine.engine.hooks.EMAHook'}]"
 CACHED = {"image_variations": 3, "max_iters": 30}
 
 
-def figures(path: str, work_dir: Path, *options: str) -> Figures:
-    settings, resolved = config.load(path, options)
-    return rehearse(settings, resolved, "toy", work_dir, CPU)
+def report(path: str, work_dir: Path, *options: str) -> Report:
+    return check(replace(make_job(path, *load_config(path, options), CPU), work_dir=work_dir))
 
 
 def nbytes(module: nn.Module) -> int:
@@ -53,7 +57,7 @@ def pipeline(toy: Toy) -> Any:
 
 
 def test_memory_of_a_full_fine_tune(toy: Toy, tmp_path: Path, pipeline: Any) -> None:
-    found = figures(toy.config("whole", cache=False), tmp_path / "run").memory
+    found = SimpleNamespace(**report(toy.config("whole", cache=False), tmp_path / "run").memory)
     weights = list(pipeline.transformer.parameters())
     assert found.trained == found.gradients == sum(4 * item.numel() for item in weights)
     assert found.optimizer == sum(2 * 4 * item.numel() + 4 for item in weights)  # AdamW: two moments, a step
@@ -64,35 +68,14 @@ def test_memory_of_a_full_fine_tune(toy: Toy, tmp_path: Path, pipeline: Any) -> 
 
 def test_memory_of_an_adapter_with_an_average(toy: Toy, tmp_path: Path, pipeline: Any) -> None:
     path = toy.config("adapter", cache=False)
-    result = figures(path, tmp_path / "run", *LORA, AVERAGE)
+    result = report(path, tmp_path / "run", *LORA, AVERAGE)
     adapted = [layer for name, layer in pipeline.transformer.named_modules() if name.endswith(("to_q", "to_k"))]
     count = sum(4 * (layer.in_features + layer.out_features) for layer in adapted)  # rank 4
-    found = result.memory
+    found = SimpleNamespace(**result.memory)
     assert result.parameters == count > 0
     assert found.trained == found.gradients == found.average == 4 * count
     assert found.optimizer == 2 * 4 * count + 4 * 2 * len(adapted)
     assert found.frozen == sum(map(nbytes, (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder)))
-
-
-def test_activations_are_what_autograd_keeps() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Sigmoid())
-    saved = Saved(model)
-    each = 4 * (8 + 16 + 4)  # the input, what ReLU gives (kept once, for it and the layer after), and Sigmoid
-    with saved.counting():
-        for count in (5, 9, 7):
-            saved.start()
-            model(torch.ones(count, 8)).sum().backward()
-    assert saved.most == 9 * each
-
-
-def test_activations_of_a_run(toy: Toy, tmp_path: Path) -> None:
-    """One micro-batch's count; checkpointing keeps less; parts that follow one another are not added."""
-    path = toy.config("activations", cache=False, batch_size=8)
-    whole = figures(path, tmp_path / "run").activations
-    halves = figures(path, tmp_path / "run", "micro_batch_size=4").activations
-    kept = figures(path, tmp_path / "run", "gradient_checkpointing=True").activations
-    assert 0.4 < halves / whole < 0.6  # as many masked tokens as were drawn
-    assert kept < 0.7 * whole
 
 
 # --------------------------------------------------------------------------------------------------- disk
@@ -101,7 +84,7 @@ def test_activations_of_a_run(toy: Toy, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [("cache=False",), (AVERAGE,), LORA])
 def test_the_size_of_a_checkpoint(toy: Toy, tmp_path: Path, options: tuple[str, ...]) -> None:
     path = toy.config("size", cache=False)
-    said = figures(path, tmp_path / "run", *options).checkpoint
+    said = report(path, tmp_path / "run", *options).checkpoint
     assert train(path, tmp_path / "run", "--cfg-options", *options) == 0
     assert said == pytest.approx((tmp_path / "run" / "iter_1.pth").stat().st_size, rel=0.01)
 
@@ -111,33 +94,28 @@ def test_the_size_of_a_checkpoint(toy: Toy, tmp_path: Path, options: tuple[str, 
     [(None, 3, 100, 1), (1, 3, 50, 4), (1, None, 50, 50), (20, 3, 50, 3), (50, 1, 50, 1), (25, 1, 50, 2)],
 )
 def test_checkpoints_at_a_time(every: int | None, keep: int | None, length: int, expected: int) -> None:
-    class Loop:
-        by_epoch, max_epochs, max_iters = False, 0, length
-
-    assert kept_at_once(every, keep, Loop()) == expected
+    for clock in (Clock(None, length, 10, 4), Clock(length, None, 10, 4)):
+        assert CheckpointHook(every, keep).kept_at_once(clock) == expected
 
 
 @pytest.mark.parametrize("options", [(), (TEXT_TOO,)])
 def test_the_size_of_the_cache(toy: Toy, tmp_path: Path, options: tuple[str, ...]) -> None:
     path = toy.config("cached", **CACHED)
-    said = figures(path, tmp_path / "run", *options).cache
-    assert said is not None
-    assert not said.there
-    assert not said.folder.exists()
-    assert said.seconds > 0
+    said = report(path, tmp_path / "run", *options).cache
+    assert not said["exists"]
+    assert not said["folder"].exists()
+    assert said["seconds"] > 0
     runner = runs.build(path, tmp_path / "run", *options)
-    tables = [file.stat().st_size for file in said.folder.glob("*.arrow")]
+    tables = [file.stat().st_size for file in said["folder"].glob("*.arrow")]
     assert len(tables) == 2
-    assert said.size == pytest.approx(sum(tables), rel=0.05)
+    assert said["bytes"] == pytest.approx(sum(tables), rel=0.05)
     stream = runner.train_loop.stream
-    assert said.rows == 3 * len(stream.dataset)
-    assert said.captions == len({"", *all_captions(stream.dataset)})
-    release()
+    assert said["rows"] == 3 * len(stream.dataset)
+    assert said["captions"] == len({"", *all_captions(stream.dataset)})
 
-    again = figures(path, tmp_path / "run", *options).cache
-    assert again is not None
-    assert (again.there, again.seconds, again.folder) == (True, 0.0, said.folder)
-    assert again.size == pytest.approx(sum(tables), rel=0.05)
+    again = report(path, tmp_path / "run", *options).cache
+    assert (again["exists"], again["seconds"], again["folder"]) == (True, 0.0, said["folder"])
+    assert again["bytes"] == pytest.approx(sum(tables), rel=0.05)
 
 
 def test_from_a_cache_nothing_is_encoded(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +128,7 @@ def test_from_a_cache_nothing_is_encoded(toy: Toy, tmp_path: Path, monkeypatch: 
         return prepare(model, batch)
 
     monkeypatch.setattr(AmusedModel, "prepare", watched)
-    figures(toy.config("few", **CACHED), tmp_path / "run")
+    report(toy.config("few", **CACHED), tmp_path / "run")
     assert len(prepared) == 2
     for given, made in prepared:
         assert "token_ids" in given
@@ -163,16 +141,16 @@ def test_a_cache_without_its_images(toy: Toy, tmp_path: Path) -> None:
     data = shutil.copytree(toy.data, tmp_path / "data")
     path = toy.config("moved", **{**CACHED, "data": str(data), "cache_path": str(tmp_path / "kept")})
     runs.build(path, tmp_path / "run")
-    release()
     shutil.rmtree(data)
-    said = figures(path, tmp_path / "run").cache
-    assert said is not None
-    assert said.there
+    before = tree(tmp_path / "kept")
+    assert report(path, tmp_path / "run").cache["exists"]
+    assert tree(tmp_path / "kept") == before
 
 
 def test_why_there_is_no_cache(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "crop and flip" in figures(toy.config("anew", image_variations=None), tmp_path / "run").no_cache
-    assert figures(toy.config("off", cache=False), tmp_path / "run").no_cache == "as configured"
+    assert "crop and flip" in report(toy.config("anew", image_variations=None), tmp_path / "run").cache
+    assert report(toy.config("off", cache=False), tmp_path / "run").cache == "as configured"
+    assert "at most once" in report(toy.config("short"), tmp_path / "run").cache
     assert cli.main(["check", toy.config("must", image_variations=None, cache=True)]) == 2
     assert "the cache cannot be used: crop and flip" in capsys.readouterr().err
 
@@ -199,20 +177,17 @@ def test_nothing_is_written_or_left(
     path = _config(toy, "two", tmp_path / "class", 6, prompts=["a cat"], preview_every=1, **CACHED)
     capsys.readouterr()
     before = tree(tmp_path, toy.model, toy.data)
-    claim(work_dir, None, True)  # the other process
     steps = []
     step = StepOptimWrapper.step
     monkeypatch.setattr(StepOptimWrapper, "step", lambda self: steps.append(step(self)))
-    try:
+    with claimed(work_dir, None, overwrite=True):  # by the other process
         assert cli.main(["check", path, "--work-dir", str(work_dir)]) == 0
-    finally:
-        release()
     after = tree(tmp_path, toy.model, toy.data)
     del before[str(scratch)], after[str(scratch)]  # its time: what was in it has gone
     assert before == after
     assert len(steps) == 2
     said = capsys.readouterr().out
-    assert "20, 6 of them to be drawn before training" in said
+    assert "20, 6 of them to be generated before training" in said
     assert "token cache" in said
     assert str(tmp_path / "cache") in said
 
@@ -220,7 +195,7 @@ def test_nothing_is_written_or_left(
 def test_class_images_that_cannot_be_drawn(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = _config(toy, "cannot", tmp_path / "class", 2, model=_from_nothing(toy))
     assert cli.main(["check", path, "--work-dir", str(tmp_path / "run")]) == 2
-    assert "lacks 2 class images, and the model, which is built from nothing" in capsys.readouterr().err
+    assert "lacks 2 class images, and the model, which is built from scratch" in capsys.readouterr().err
     assert not (tmp_path / "class").exists()
 
 
@@ -265,7 +240,6 @@ def test_not_even_one_image(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "even one image at a time does not fit into memory" in said
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # nothing is counted any more
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -273,13 +247,14 @@ def test_not_even_one_image(toy: Toy, tmp_path: Path, limit: Any, capsys: pytest
 
 def test_the_report(toy: Toy, tmp_path: Path) -> None:
     """The parts of a step make up the step, and the steps the run."""
-    found = figures(toy.config("report", max_iters=50, num_workers=2), tmp_path / "run")
+    found = report(toy.config("report", max_iters=50, num_workers=2), tmp_path / "run")
     seconds = found.seconds
-    assert seconds.step == seconds.data + seconds.prepare + seconds.passes + seconds.optimizer
-    assert min(seconds.prepare, seconds.passes, seconds.optimizer, seconds.first) > 0
-    assert found.training == seconds.first + 49 * seconds.step
-    assert (found.images, found.steps, found.epochs) == (10, 50, 20.0)
-    assert found.peak > found.memory.total
+    assert list(seconds) == ["data", "prepare", "forward_backward", "optimizer"]
+    assert found.step == sum(seconds.values())
+    assert min(seconds["prepare"], seconds["forward_backward"], seconds["optimizer"], found.first_step) > 0
+    assert found.training == found.first_step + 49 * found.step
+    assert (found.images, found.clock.max_iters, found.clock.max_epochs) == (10, 50, 20)
+    assert found.peak > sum(found.memory.values())
     lines = table(found)
     said = {name.strip(): value for name, _, value in (line.partition("  ") for line in lines if line[:1] != " ")}
     assert said["steps"].strip() == "50 of 4 images: 20 epochs"
@@ -290,16 +265,16 @@ def test_the_report(toy: Toy, tmp_path: Path) -> None:
 
 def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    monkeypatch.setattr(rehearsal, "_available", lambda: 10**6)
-    found = figures(toy.config("small", **CACHED, checkpoint_every=10), tmp_path / "run")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    monkeypatch.setattr(checks, "available_memory", lambda: 10**6)
+    found = report(toy.config("small", **CACHED, checkpoint_every=10), tmp_path / "run")
     assert found.checkpoints == 3
-    needed = format_bytes(found.cache.size + 3 * found.checkpoint)
+    needed = format_bytes(found.cache["bytes"] + 3 * found.checkpoint)
     memory, disk = warnings(found)
     assert memory.startswith(f"{format_bytes(found.peak)} of memory are more than the 1.0 MB")
     assert disk.startswith(f"the disk has 1.0 MB free, and {needed} are needed: keep fewer checkpoints")
-    found.free_for_cache = 1000
-    twice = format_bytes(2 * found.cache.size)
+    found.cache_free = 1000
+    twice = format_bytes(2 * found.cache["bytes"])
     assert [line.partition(" ")[2].partition(":")[0] for line in warnings(found)[1:]] == [
         f"disk has 1.0 MB free, and checkpoints need {format_bytes(3 * found.checkpoint)}",
         f"cache's disk has 1.0 kB free, and {twice} are needed to build it",
@@ -307,9 +282,9 @@ def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _on_one_of_two(path: str, root: Path) -> None:
-    found = figures(path, root / "run")
-    assert found.at_once == 2
-    assert found.cache is not None
+    found = report(path, root / "run")
+    assert found.images_at_once == 2
+    assert isinstance(found.cache, dict)
     (root / f"rank-{distributed.rank()}").touch()
 
 

@@ -46,7 +46,7 @@ def test_resumed_state_is_not_the_mapped_file(toy: Toy, reference: Path, tmp_pat
     runner = runs.build(path, tmp_path, resume=reference / "iter_8.pth")
     maps = Path("/proc/self/maps").read_text()
     assert "iter_8.pth" not in maps
-    assert runner.train_loop.done == 8
+    assert runner.clock.done == 8
 
 
 def _save_under_limit(path: Path, limit: int) -> int:

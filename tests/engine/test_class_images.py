@@ -14,7 +14,7 @@ from PIL import Image
 from diffengine import distributed
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
-from diffengine.models.drawing import draw
+from diffengine.models.generation import generate
 from tests.engine import runs
 from tests.engine.runs import Toy, in_child, train
 
@@ -59,8 +59,8 @@ def test_missing_images_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.
 
     assert train(path, tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert f"lacks 2 class images: drawing '{PROMPT}' before training" in said
-    assert "drew 2/2 class images" in said
+    assert f"lacks 2 class images: generating '{PROMPT}' before training" in said
+    assert "generated 2/2 class images" in said
     assert {file.name for file in folder.iterdir()} == {
         *kept,
         *drawn,
@@ -73,7 +73,7 @@ def test_missing_images_are_drawn_once(toy: Toy, tmp_path: Path, capsys: pytest.
 
     base = runs.build(toy.config("base"), tmp_path / "base").trainable.build_pipeline()
     for number in (0, 2, 3, 4):  # with the weights from before training
-        expected = draw(base, PROMPT, number, num_inference_steps=2, guidance_scale=2.0)
+        expected = generate(base, PROMPT, number, num_inference_steps=2, guidance_scale=2.0)
         with Image.open(folder / f"{number:06}.png") as image:
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     assert train(path, tmp_path / "run", "--overwrite") == 0
@@ -99,7 +99,7 @@ def test_drawing_does_not_change_training(toy: Toy, tmp_path: Path) -> None:
 def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     path = _config(toy, "learns", folder, 2, model=_from_nothing(toy))
-    with pytest.raises(UserError, match=r"lacks 2 class images, and the model, which is built from nothing"):
+    with pytest.raises(UserError, match=r"lacks 2 class images, and the model, which is built from scratch"):
         runs.build(path, tmp_path / "run")
     text = Path(toy.vq_config("vq_class", 1, 1)).read_text()
     wanted = f"dataset=dict(type=SubjectDataset, data={str(toy.data)!r}, instance_prompt='sks', " + (
@@ -111,7 +111,7 @@ def test_models_that_cannot_draw(toy: Toy, tmp_path: Path) -> None:
             "ImageTextDataset", "SubjectDataset"
         )
     )
-    with pytest.raises(UserError, match="lacks 100 class images, and the model, which draws nothing from text"):
+    with pytest.raises(UserError, match="lacks 100 class images, and the model, which generates nothing from text"):
         runs.build(str(vq), tmp_path / "run")
     assert not folder.exists()
 

@@ -69,8 +69,9 @@ def test_a_run_says_how_its_blocks_run(toy: Toy, tmp_path: Path) -> None:
     ):
         path = toy.config(f"compiled{index}")
         runner = runs.build(path, tmp_path / option, f"compile={option}")
+        runner.announce()
         assert f"blocks run {how}" in (tmp_path / option / "log.txt").read_text()
-        assert runner.settings["compile"] == (option if option == "auto" else True)
+        assert runner.config["compile"] == (option if option == "auto" else True)
 
 
 @pytest.mark.soak

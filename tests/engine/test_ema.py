@@ -15,7 +15,6 @@ from diffengine import cli
 from diffengine.engine import checkpoint
 from diffengine.engine.hooks import EMAHook
 from diffengine.engine.hooks.checkpoint import expected_size
-from diffengine.engine.hooks.ema import averaged_weights
 from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.runs import TEXT_TOO, Toy, assert_equal_checkpoints, in_child, train
@@ -95,6 +94,7 @@ def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_pat
 
     path = toy.config("reference", **REFERENCE)
     runner = runs.build(path, tmp_path, f"custom_hooks={[EMA]}", "max_iters=9", resume=reference / "iter_8.pth")
+    runner.call_hook("before_run")
     assert expected_size(runner) == 4 * sum(4 * p.numel() for p in runner.trainable.parameters())
     runner.train()
     before, after = (checkpoint.read(file) for file in (reference / "iter_8.pth", tmp_path / "iter_9.pth"))
@@ -132,7 +132,7 @@ def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> N
 
     live = {name: item.clone() for name, item in runner.trainable.named_parameters()}
     average = checkpoint.read(with_one / "iter_3.pth")["ema"]["weights"]
-    with averaged_weights(runner):
+    with runner.averaged_weights():
         inside = {name: item.clone() for name, item in runner.trainable.named_parameters()}
     for name, item in runner.trainable.named_parameters():
         assert torch.equal(inside[name], average[name])
@@ -162,10 +162,10 @@ def test_nothing_is_read_and_only_the_trained_is_averaged(toy: Toy, tmp_path: Pa
 
     runner = runs.build(toy.config("reads_ema", **SETTINGS), tmp_path, "model.train=['text_encoder']")
     (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
-    hook.before_train(runner)
+    hook.before_run(runner)
     with device_reads() as seen:
         hook.after_train_iter(runner, 0)
     assert not seen
     trained = {name for name, _ in runner.trainable.text_encoder.named_parameters()}
-    assert hook.weights.keys() == {f"text_encoder.{name}" for name in trained}
-    assert {item.dtype for item in hook.weights.values()} == {torch.float32}
+    assert runner.average.keys() == {f"text_encoder.{name}" for name in trained}
+    assert {item.dtype for item in runner.average.values()} == {torch.float32}

@@ -19,7 +19,7 @@ class NoWaits(Hook):
     """From the second step to the last but one, whatever waits for the device is an error."""
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        inside = 1 < runner.train_loop.done < runner.train_loop.max_iters - 2
+        inside = 1 < runner.clock.done < runner.train_loop.max_iters - 2
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
     def after_train(self, runner: Any) -> None:
@@ -32,7 +32,7 @@ def test_no_step_between_log_lines_waits_for_the_device(toy: Toy, tmp_path: Path
     runner = runs.build(path, tmp_path / "run", device=torch.device("cuda", 0))
     runner.register_hook(NoWaits())
     runner.train()
-    assert runner.train_loop.done == 8
+    assert runner.clock.done == 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

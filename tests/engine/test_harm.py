@@ -64,7 +64,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, caps
     notes.parent.mkdir()
     notes.write_text("mine")
     assert train(toy.config("foreign"), tmp_path) == 2
-    assert "which no run wrote there" in problem(capsys)
+    assert "which no run wrote;" in problem(capsys)
     assert notes.read_text() == "mine"
 
 
@@ -72,7 +72,8 @@ def test_a_folder_of_somebody_elses_is_left_alone(toy: Toy, tmp_path: Path, caps
 def test_captions_that_are_cut_are_told(toy: Toy, tmp_path: Path, letters: int, told: bool) -> None:
     """A letter is a token of the toy's, start and end are two more, and it reads 64."""
     caption = " ".join("x" * letters)
-    build(toy.config("long"), tmp_path, f"train_dataloader.dataset.caption={caption}")
+    run = build(toy.config("long"), tmp_path, f"train_dataloader.dataset.caption={caption}")
+    run.announce()
     line = "10 captions: 10 are longer than 64 tokens and are cut there; the longest has 65\n"
     assert (line in (tmp_path / "log.txt").read_text()) == told
 

@@ -7,38 +7,24 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 
-from diffengine.engine.loop import StepLoop, count_iters, micro_seed
+from diffengine.engine.clock import Clock
+from diffengine.engine.loop import micro_seed
 from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.runs import Toy, train
 
 
-class _Sized:
-    """A data set of a size."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise AssertionError("nothing is read")
+def _clock(size: int, batch_size: int, max_epochs: int | None = None, max_iters: int | None = None) -> Clock:
+    return Clock(max_epochs, max_iters, size, batch_size)
 
 
-def _loop(size: int, batch_size: int, **length: int) -> StepLoop:
-    from diffengine.datasets import PositionSampler, Stream, make_loader
-
-    return StepLoop(make_loader(Stream(_Sized(size), [], []), PositionSampler(batch_size)), **length)
-
-
-def _names(loop: StepLoop, every: int) -> dict[int, str]:
+def _names(clock: Clock, every: int) -> dict[int, str]:
     """Checkpoint names by step, for a run from the first step to the last."""
     names = {}
-    for done in range(1, loop.max_iters + 1):
-        loop.start_at(done)
-        if loop.due(every) or done == loop.max_iters:
-            names[done] = loop.name
+    for done in range(1, clock.max_iters + 1):
+        clock.done = done
+        if clock.due(every) or clock.finished:
+            names[done] = clock.checkpoint_name
     return names
 
 
@@ -55,20 +41,20 @@ def _names(loop: StepLoop, every: int) -> dict[int, str]:
     ],
 )
 def test_names_and_due(size: int, batch: int, length: dict[str, int], every: int, names: dict[int, str]) -> None:
-    assert _names(_loop(size, batch, **length), every) == names
+    assert _names(_clock(size, batch, **length), every) == names
 
 
 def test_the_mission_ends_with_epoch_50() -> None:
-    loop = _loop(833, 8, max_epochs=50)
-    assert loop.max_iters == 5207
-    names = _names(loop, 1)
+    clock = _clock(833, 8, max_epochs=50)
+    assert clock.max_iters == 5207
+    names = _names(clock, 1)
     assert list(names.values()) == [f"epoch_{epoch}" for epoch in range(1, 51)]
 
 
 def test_due_never_without_an_interval() -> None:
-    loop = _loop(10, 4, max_epochs=1)
-    loop.start_at(3)
-    assert not loop.due(None)
+    clock = _clock(10, 4, max_epochs=1)
+    clock.done = 3
+    assert not clock.due(None)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +68,7 @@ def test_due_never_without_an_interval() -> None:
 )
 def test_lengths_that_make_no_sense(epochs: int | None, iters: int | None, text: str) -> None:
     with pytest.raises(UserError, match=text):
-        count_iters(epochs, iters, 10, 4)
+        Clock(epochs, iters, 10, 4)
 
 
 def test_micro_seeds_differ_by_place() -> None:

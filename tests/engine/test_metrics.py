@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffengine.engine.hooks import PreviewHook, metrics
+from diffengine.engine import memory
+from diffengine.engine.hooks import PreviewHook
 from diffengine.text import format_duration
 from tests.engine import runs
 from tests.engine.runs import TEXT_TOO, Toy, train
@@ -104,7 +105,7 @@ class CountReads(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         self._open = device_reads()
-        self.by_step[runner.train_loop.done + 1] = self._open.__enter__()
+        self.by_step[runner.clock.done + 1] = self._open.__enter__()
 
     def close(self) -> None:
         self._open.__exit__(None, None, None)
@@ -213,9 +214,9 @@ def test_previews_are_not_in_the_peak(toy: Toy, tmp_path: Path, monkeypatch: pyt
     def take(count: int) -> None:
         taken["peak"] = max(taken["peak"], count)
 
-    monkeypatch.setattr(metrics, "peak_bytes", lambda: taken["peak"])
-    monkeypatch.setattr(metrics, "reset_peak", lambda: taken.update(peak=0))
-    monkeypatch.setattr(PreviewHook, "_draw", lambda hook, runner: take(9))
+    monkeypatch.setattr(memory, "peak_bytes", lambda: taken["peak"])
+    monkeypatch.setattr(memory, "reset_peak", lambda: taken.update(peak=0))
+    monkeypatch.setattr(PreviewHook, "_generate", lambda hook, runner: take(9))
     path = toy.config("peaks", max_iters=6, preview_every=2, prompts=["a cat"])
     runner = runs.build(path, tmp_path)
 
@@ -223,7 +224,7 @@ def test_previews_are_not_in_the_peak(toy: Toy, tmp_path: Path, monkeypatch: pyt
         priority = "VERY_HIGH"
 
         def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-            take(3 if runner.train_loop.done == 5 else 2)
+            take(3 if runner.clock.done == 5 else 2)
 
     runner.register_hook(Steps())
     for hook in [hook for hook in runner.hooks if isinstance(hook, PreviewHook)]:
@@ -257,7 +258,7 @@ def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(
     assert [file.name for file in (tmp_path / "previews").iterdir()] == ["000000.png"]
     log = (tmp_path / "log.txt").read_text()
     for step in (1, 2, 3):
-        assert f"no preview at step {step}: the model's outputs are not finite, so it draws nothing;" in log
+        assert f"no preview at step {step}: the model's outputs are not finite, so it generates nothing;" in log
     assert not list(tmp_path.glob("*.pth"))
     assert not (tmp_path / "transformer").exists()
     lines = runs.metrics(tmp_path)

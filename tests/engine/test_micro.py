@@ -42,10 +42,10 @@ class Limit(Hook):
             return
 
         def check(count: int) -> None:
-            if runner.train_loop.done == runner.train_loop.max_iters:
+            if runner.clock.done == runner.train_loop.max_iters:
                 return  # the export compares outputs
             self.asked.append(count)
-            if count > self.most and runner.train_loop.done >= self.since:
+            if count > self.most and runner.clock.done >= self.since:
                 raise torch.OutOfMemoryError(TORCH_SAYS)
 
         if self.index == "backward":
@@ -226,7 +226,7 @@ def test_one_rank_runs_out_and_all_halve(toy: Toy, whole: FirstStep, tmp_path: P
     assert ranks[0]["none"].startswith("PeerError: even one image at a time does not fit")
     assert ranks[1]["late"] == (
         "UserError: process 1 ran out of memory in step 4 (CUDA out of memory. Tried to allocate 2.00 GiB), "
-        "after 4 images at a time had fitted; go on with --resume --cfg-options micro_batch_size=2"
+        "after 4 images at a time had fitted; continue with --resume --cfg-options micro_batch_size=2"
     )
     assert ranks[0]["late"].startswith("RuntimeError")  # the other is gone, and so ends this one
     assert ranks[1]["none"].startswith("UserError: even one image at a time does not fit")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from diffengine import cli, config
+from diffengine import cli
 from diffengine.datasets import ImageTextDataset
 from diffengine.engine import checkpoint
+from diffengine.engine.build import load_config
 from diffengine.engine.loop import stop_signals
 from diffengine.engine.state import check_same_run
 from diffengine.errors import UserError
@@ -144,7 +145,7 @@ def test_an_option_that_a_class_has_got_since(
         named = {"${one}": 1.0, "${two}": [1, 2], "${three}": [3]}
         used = {name[2:-1]: value for name, value in named.items() if name in options.values()}
         dataset = {"type": "tests.engine.test_resume.Grown", "path": "${data}", **options}
-        return config.load(toy.config("grown", **used, train_dataloader={"dataset": dataset}))[0]
+        return load_config(toy.config("grown", **used, train_dataloader={"dataset": dataset}))[0]
 
     state = {"config": json.dumps(settings(before))}
     with pytest.raises(UserError, match=re.escape(said)) if said else nullcontext():
@@ -152,20 +153,20 @@ def test_an_option_that_a_class_has_got_since(
 
 
 def test_sections_and_settings_of_a_newer_base_are_no_change(toy: Toy, tmp_path: Path) -> None:
-    settings, _ = config.load(toy.config("newer"))
+    settings, _ = load_config(toy.config("newer"))
     older = {key: value for key, value in settings.items() if key not in ("param_scheduler", "seed")}
     older = {key: value for key, value in older.items() if key not in ("lr_schedule", "warmup_iters")}
     del older["train_dataloader"]["image_transforms"][1]["p"], older["flip"]  # 0.5, as Flip itself takes
     state = {"config": json.dumps(older)}
-    check_same_run(state, config.load(toy.config("newer"))[0], tmp_path / "iter_1.pth")
-    other, _ = config.load(toy.config("newer", flip=0.25, warmup_iters=1))
+    check_same_run(state, load_config(toy.config("newer"))[0], tmp_path / "iter_1.pth")
+    other, _ = load_config(toy.config("newer", flip=0.25, warmup_iters=1))
     said = "iter_1.pth' under another config: flip was 0.5 and is 0.25; warmup_iters was 0 and is 1; repeat"
     with pytest.raises(UserError, match=said):
         check_same_run(state, other, tmp_path / "iter_1.pth")
 
 
 def test_a_checkpoint_has_nothing_imported(toy: Toy, tmp_path: Path) -> None:
-    settings, _ = config.load(toy.config("named"))
+    settings, _ = load_config(toy.config("named"))
     older = json.loads(json.dumps(settings))
     older["train_dataloader"]["dataset"] = {"type": "this.poem", "path": "${data}"}
     with pytest.raises(UserError, match=r"dataset.type was 'this.poem' and is 'diffengine"):

@@ -9,9 +9,9 @@ import torch
 
 from diffengine import distributed
 from diffengine.datasets import ImageDataset
-from diffengine.engine.loop import Interrupted, split
-from diffengine.engine.micro import count_micro_batches
-from diffengine.errors import PeerError, UserError
+from diffengine.engine.loop import split
+from diffengine.engine.micro import MicroBatches
+from diffengine.errors import Interrupted, PeerError, UserError
 from tests.engine import runs
 from tests.engine.conftest import REFERENCE
 from tests.engine.runs import TEXT_TOO, FirstStep, Toy
@@ -56,7 +56,7 @@ def _ranks(toy: Toy, out: Path, reference: Path) -> None:
     path = toy.config(f"more{rank}", **REFERENCE)
     runs.build(path, out / "more", resume=reference / "iter_8.pth").train()
     share = {"num_targets": [1] * (2 + rank)}
-    parts = [len(part["num_targets"]) for part in split(share, count_micro_batches(5, 2))]
+    parts = [len(part["num_targets"]) for part in split(share, MicroBatches(5, 2).count)]
     seen = {"step": vars(step), "uneven": vars(uneven), "problems": problems, "parts": parts}
     seen["vq"] = vq.trainable.trained_state()
     torch.save(seen, out / f"rank{rank}.pt")

@@ -4,10 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from diffengine.engine.workdir import claim, holds_run
+from diffengine.engine.workdir import claimed, holds_run
 from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.runs import Toy, assert_equal_checkpoints, train
+
+
+def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """What a run that starts here would continue from."""
+    with claimed(work_dir, resume, overwrite) as path:
+        return path
 
 
 def _names(folder: Path) -> list[str]:

@@ -179,7 +179,7 @@ def test_sizes_that_follow_are_filled_in(build: Build) -> None:
     assert (transformer.encoder_hidden_size, transformer.cond_embed_dim) == (24, 24)
     assert transformer.micro_cond_embed_dim == 40
     assert model.mask_id == 71
-    assert model.sample_draw.sides.grid(32, 32) == (8, 8)
+    assert model.sample_transform.grid.sides(32, 32) == (8, 8)
 
 
 def test_a_given_size_stands(build: Build) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffengine.errors import UserError
-from diffengine.models.masking import CheckSides, DrawMask, mask_tokens, masked_index, num_masked
+from diffengine.models.masking import RandomMask, TokenGrid, mask_tokens, masked_index, num_masked
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_the_number_masked(schedule: Any, num_tokens: int, table: dict[float, in
 
 def draw(seed: int, size: int = 64, schedule: Any = "cosine") -> dict[str, Any]:
     sample = {"image": torch.zeros(3, size, size), "text": "a"}
-    return DrawMask(CheckSides(4, 2), schedule)(sample, np.random.default_rng(seed))
+    return RandomMask(TokenGrid(4, 2), schedule)(sample, np.random.default_rng(seed))
 
 
 def test_positions_are_the_first_of_one_permutation() -> None:
@@ -48,7 +48,7 @@ def test_the_share_masked_over_many_samples() -> None:
 
 
 def test_cached_tokens_are_masked_as_their_image() -> None:
-    cached = DrawMask(CheckSides(4))({"token_ids": torch.zeros(16, 16)}, np.random.default_rng(7))
+    cached = RandomMask(TokenGrid(4))({"token_ids": torch.zeros(16, 16)}, np.random.default_rng(7))
     np.testing.assert_array_equal(cached["masked"], draw(7)["masked"])
 
 
@@ -56,14 +56,14 @@ def test_cached_tokens_are_masked_as_their_image() -> None:
 def test_sides_that_do_not_divide(size: tuple[int, int], said: str) -> None:
     sample = {"image": torch.zeros(3, *size)}
     with pytest.raises(UserError, match=rf"got images of {size[1]}x{size[0]} px.*by 8 \(4 px.*to {said}$"):
-        DrawMask(CheckSides(4, 2))(sample, np.random.default_rng(0))
+        RandomMask(TokenGrid(4, 2))(sample, np.random.default_rng(0))
     with pytest.raises(UserError, match="divisible by 8"):
-        CheckSides(4, 2)(sample, np.random.default_rng(0))
+        TokenGrid(4, 2)(sample, np.random.default_rng(0))
 
 
 def test_sides_of_a_model_that_keeps_its_grid() -> None:
-    assert CheckSides(4).grid(60, 36) == (15, 9)
-    assert CheckSides(4)({"text": "a"}, np.random.default_rng(0)) == {"text": "a"}
+    assert TokenGrid(4).sides(60, 36) == (15, 9)
+    assert TokenGrid(4)({"text": "a"}, np.random.default_rng(0)) == {"text": "a"}
 
 
 def test_masked_tokens_and_no_others_are_replaced() -> None:

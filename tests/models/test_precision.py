@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffengine.models.amused import AmusedModel
-from diffengine.models.precision import CAST
+from diffengine.models.frozen import CAST
 from tests.models.test_adapters import LORA, TEXT, WAYS, adapter
 
 Gradients = dict[str, Tensor]

@@ -12,7 +12,7 @@ from PIL import Image
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from diffengine.models.base import PreviewRequest
-from diffengine.models.drawing import draw
+from diffengine.models.generation import generate
 
 OPTIONS = {"num_inference_steps": 4, "guidance_scale": 3.0}
 
@@ -120,10 +120,10 @@ def test_a_pipeline_over_the_live_modules(model: AmusedModel) -> None:
 def test_inpainting_beside_does_not_change_the_preview(model: AmusedModel) -> None:
     """AmusedInpaintPipeline rewrites the scheduler it is given to linear; ours is nobody else's."""
     pipeline = model.build_pipeline()
-    before = draw(pipeline, "a", 0, **OPTIONS)
+    before = generate(pipeline, "a", 0, **OPTIONS)
     AmusedInpaintPipeline(**pipeline.components)
     assert pipeline.scheduler.config.masking_schedule == "linear"  # the trap
     fresh = model.build_pipeline()
     assert fresh.scheduler.config.masking_schedule == "cosine"
     assert model.components.scheduler.config.masking_schedule == "cosine"
-    assert same(draw(fresh, "a", 0, **OPTIONS), before)
+    assert same(generate(fresh, "a", 0, **OPTIONS), before)

@@ -79,7 +79,7 @@ def test_loss_and_figures_by_the_formula(toy: Path) -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp_min(1e-3), name
     counts = torch.bincount(ids.flatten(), minlength=64).double()
     share = (counts / counts.sum())[counts > 0]
-    gauges = model.gauges()
+    gauges = model.extra_metrics()
     assert gauges["codes_used"] == int((counts > 0).sum())
     assert gauges["perplexity"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-5)
 
@@ -94,7 +94,7 @@ def test_before_the_codebook_comes_between(toy: Path) -> None:
     plain = model.vqvae.decoder(model.vqvae.post_quant_conv(model.vqvae.encode(pixels).latents))
     assert float(loss.detach()) == pytest.approx(4 * float((plain - pixels).square().mean().detach()), rel=1e-5)
     assert not model.vqvae.quantize.embedding.weight.grad.any()  # there, for DDP, but zero
-    assert model.gauges() == {}  # no code is in use yet
+    assert model.extra_metrics() == {}  # no code is in use yet
     model.before_step(2)
     latents = model.vqvae.encode(pixels).latents.detach().movedim(1, -1).flatten(0, 2)
     model({"image": pixels})
@@ -170,7 +170,7 @@ def test_stopped_and_resumed_is_bit_equal_through_reseedings(toy: Path) -> None:
     train(second, given[6:], 6, resumed)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    assert whole.gauges() == second.gauges()
+    assert whole.extra_metrics() == second.extra_metrics()
 
 
 def test_it_learns() -> None:
@@ -185,7 +185,7 @@ def test_it_learns() -> None:
     with torch.no_grad():
         last = float(model({"image": shown})[1]["psnr"]) / 4
     assert last > first + 4  # dB
-    assert model.gauges()["codes_used"] > 16
+    assert model.extra_metrics()["codes_used"] > 16
 
 
 # ---------------------------------------------------------------------------------------- showing, saving
@@ -220,7 +220,7 @@ def test_problems_are_the_users(toy: Path) -> None:
     with pytest.raises(UserError, match="sides divisible by 4"):
         model.round_trip(Image.new("RGB", (30, 32)))
     with pytest.raises(UserError, match="sides divisible by 4"):
-        model.sample_draw({"image": torch.zeros(3, 30, 30)}, np.random.default_rng(0))
+        model.sample_transform({"image": torch.zeros(3, 30, 30)}, np.random.default_rng(0))
 
 
 def test_export_loads_in_diffusers(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
-"""What happens around steps: numbers, checkpoints, images, export.
+"""What happens around steps: numbers, checkpoints, previews, export.
 
-A hook is mmengine's: `before_train(runner)`, `after_train_iter(runner, batch_idx, data_batch, outputs)`, ...
-Here `outputs` is a `loop.Step`, and `runner.train_loop.due(every)` answers in the unit that the config
-counts.
+To add a hook, subclass `Hook` in a module of your own and list it in a config's `custom_hooks`.
 """
 
 from diffengine.engine.hooks.checkpoint import CheckpointHook
@@ -10,5 +8,6 @@ from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.hooks.export import ExportHook
 from diffengine.engine.hooks.metrics import MetricsHook
 from diffengine.engine.hooks.preview import PreviewHook
+from diffengine.engine.mmengine_seam import Hook
 
-__all__ = ["CheckpointHook", "EMAHook", "ExportHook", "MetricsHook", "PreviewHook"]
+__all__ = ["CheckpointHook", "EMAHook", "ExportHook", "Hook", "MetricsHook", "PreviewHook"]

@@ -1,28 +1,30 @@
 """Writing checkpoints while training."""
 
-from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from mmengine.hooks import Hook
 from torch import Tensor
 
 from diffengine import distributed
-from diffengine.engine import checkpoint
-from diffengine.engine.hooks.ema import EMAHook
-from diffengine.engine.measure import kept_at_once, nbytes
+from diffengine.engine import checkpoint, memory
+from diffengine.engine.clock import Clock
+from diffengine.engine.loop import Step
+from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.state import collect
 from diffengine.errors import UserError
 from diffengine.text import format_bytes
 
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
+
 
 @final
 class CheckpointHook(Hook):
-    """Saves every `every` epochs or steps (the unit the config counts), at the end, and when asked to stop.
+    """Saves every `every` epochs or steps (the unit that the config counts), at the end, and when asked to stop.
 
     Args:
         every: None for the end only.
-        keep: the newest to keep; None for all. The old one goes when the new one is whole.
+        keep: the newest to keep; None for all. The old one is deleted when the new one is complete.
     """
 
     priority = "VERY_LOW"
@@ -35,44 +37,47 @@ class CheckpointHook(Hook):
         self.keep = keep
         self._saved_at: int | None = None
 
-    def before_run(self, runner: Any) -> None:
-        """Refuse to start where the disk would fill up on the way, before anything is drawn."""
-        most = kept_at_once(self.every, self.keep, runner.train_loop)
-        distributed.on_rank_0(lambda: checkpoint.check_disk(Path(runner.work_dir), expected_size(runner), most))
+    def before_run(self, run: "Run") -> None:
+        """Refuse to start if the disk would fill up, before anything is generated."""
+        run.checkpoints_kept = self.kept_at_once(run.clock)
+        distributed.on_rank_0(lambda: checkpoint.check_disk(run.work_dir, expected_size(run), run.checkpoints_kept))
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if runner.train_loop.due(self.every) or runner.train_loop.done == runner.train_loop.max_iters:
-            self.on_interrupt(runner)
+    def kept_at_once(self, clock: Clock) -> int:
+        """The most checkpoints on disk at once: the old one is deleted after the new one is written."""
+        written = clock.times_due(self.every)
+        return written if self.keep is None else min(written, self.keep + 1)
 
-    def on_interrupt(self, runner: Any) -> None:
+    def after_step(self, run: "Run", step: Step) -> None:
+        if run.clock.due(self.every) or run.clock.finished:
+            self.on_interrupt(run)
+
+    def on_interrupt(self, run: "Run") -> None:
         """Save this moment, unless it is saved."""
-        if self._saved_at == runner.train_loop.done:
+        if self._saved_at == run.clock.done:
             return
-        self._saved_at = runner.train_loop.done
-        state = collect(runner)  # on every rank: hooks may gather
-        distributed.on_rank_0(lambda: self._save(runner, state))
+        self._saved_at = run.clock.done
+        state = collect(run)  # on every rank: hooks may gather
+        distributed.on_rank_0(lambda: self._save(run, state))
 
-    def _save(self, runner: Any, state: dict[str, Any]) -> None:
-        work_dir = Path(runner.work_dir)
-        path = work_dir / f"{runner.train_loop.name}.pth"
-        _refuse_diverged(state["model"], runner.train_loop.done, work_dir)
+    def _save(self, run: "Run", state: dict[str, Any]) -> None:
+        path = run.work_dir / f"{run.clock.checkpoint_name}.pth"
+        _refuse_diverged(state["model"], run)
         checkpoint.write(path, state)
-        checkpoint.prune(work_dir, self.keep)
-        runner.logger.info(f"saved {path} ({format_bytes(path.stat().st_size)})")
+        checkpoint.prune(run.work_dir, self.keep)
+        run.logger.info(f"saved {path} ({format_bytes(path.stat().st_size)})")
 
 
-def expected_size(runner: Any) -> int:
-    """Bytes of one checkpoint: what is trained, an optimizer state of twice that, perhaps an average."""
-    trained = nbytes(runner.trainable.trained_state().values())
-    return trained * (4 if any(isinstance(hook, EMAHook) for hook in runner.hooks) else 3)
+def expected_size(run: "Run") -> int:
+    """Bytes of one checkpoint before the first step: what is trained, an optimizer state of twice that, an average."""
+    return 3 * memory.nbytes(run.trainable.trained_state().values()) + memory.nbytes(run.average.values())
 
 
-def _refuse_diverged(model: dict[str, Tensor], step: int, work_dir: Path) -> None:
-    """Weights that are not finite are not saved over good ones. One read of the device."""
+def _refuse_diverged(model: dict[str, Tensor], run: "Run") -> None:
+    """Refuse to save weights that are not finite over good ones. One read of the device."""
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in model.values()]).tolist()
     broken = [name for name, whole in zip(model, finite) if not whole]
     if broken:
         raise UserError(
-            f"training diverged: {len(broken)} weights are not finite at step {step} (first {broken[0]}) "
-            f"and were not saved; lower the learning rate, and --resume from what is in '{work_dir}'"
+            f"training diverged: {len(broken)} weights are not finite at step {run.clock.done} (first {broken[0]}) and "
+            f"were not saved; lower the learning rate, and --resume from what is in '{run.work_dir}'"
         )

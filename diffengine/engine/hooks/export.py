@@ -1,12 +1,13 @@
-"""The end of every run: its trained components in diffusers' form."""
+"""The end of every run: its trained components in diffusers' format."""
 
-from pathlib import Path
-from typing import Any, final
-
-from mmengine.hooks import Hook
+from typing import TYPE_CHECKING, final
 
 from diffengine import distributed
+from diffengine.engine.mmengine_seam import Hook
 from diffengine.export import Exported, check_targets, export_components
+
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
 
 
 @final
@@ -15,16 +16,15 @@ class ExportHook(Hook):
 
     priority = "LOWEST"
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, run: "Run") -> None:
         """Refuse a work dir that the export at the end could not write to."""
-        folders = [Path(runner.work_dir) / name for name in runner.trainable.exportable]
-        distributed.on_rank_0(lambda: check_targets(runner.trainable, folders))
+        folders = [run.work_dir / name for name in run.trainable.exportable]
+        distributed.on_rank_0(lambda: check_targets(run.trainable, folders))
 
-    def after_train(self, runner: Any) -> None:
-        for folder in distributed.on_rank_0(lambda: _export(runner)):
-            runner.logger.info(f"exported {folder}")
+    def after_train(self, run: "Run") -> None:
+        def export() -> list[Exported]:
+            with run.trainable.full_precision():
+                return export_components(run.trainable, run.work_dir)
 
-
-def _export(runner: Any) -> list[Exported]:
-    with runner.trainable.full_precision():
-        return export_components(runner.trainable, Path(runner.work_dir))
+        for folder in distributed.on_rank_0(export):
+            run.logger.info(f"exported {folder}")

@@ -4,37 +4,35 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 import torch.distributed as dist
-from mmengine.hooks import Hook
 from torch import Tensor
 
 from diffengine import distributed
-from diffengine.engine.hooks.checkpoint import CheckpointHook
-from diffengine.engine.hooks.ema import EMAHook
-from diffengine.engine.hooks.preview import PreviewHook
 from diffengine.engine.loop import Step
-from diffengine.engine.measure import checkpoint_bytes, kept_at_once, memory_of, peak_bytes, reset_peak
+from diffengine.engine.mmengine_seam import Hook
 from diffengine.errors import UserError
 from diffengine.files import write_text
 from diffengine.text import format_bytes, format_duration
 
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
+
 GRAD_NORM = "grad_norm"
-FOLDED = 256  # steps whose sums are kept apart, before they are added up
+STACKED = 256  # steps whose sums are kept separately before they are added up
 
 
 @final
 class MetricsHook(Hook):
-    """Adds up on the device and reads it once per log line, never in between.
+    """Adds numbers up on the device and reads them once per log line, never in between.
 
-    `memory_gb` is the most that was taken in training so far, previews apart on a GPU. With the first line
-    after the first step come, once, the parts of it, and what checkpoints take.
+    `memory_gb` is the most memory that training took so far, on a GPU without previews. The first line after the first
+    step also has, once, what the memory is used for and what checkpoints take.
 
     Args:
-        every: optimizer steps between two lines (always steps). The first and the last step have a line as
-            well.
+        every: optimizer steps between two lines (always steps). The first and the last step have a line as well.
     """
 
     priority = "ABOVE_NORMAL"
@@ -43,83 +41,66 @@ class MetricsHook(Hook):
         if every < 1:
             raise UserError(f"log interval `every` got {every}; expected at least 1")
         self.every = every
-        self._clear()
 
     def _clear(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}  # one a step, on the device
+        self._sums: dict[str, list[Tensor]] = {}  # one per step, on the device
         self._targets: float = 0
         self._steps = self._samples = self._skipped = 0
-        self._wait = self._seconds = 0.0
+        self._waited = self._seconds = 0.0
 
-    def before_train(self, runner: Any) -> None:
-        self._file = Path(runner.work_dir) / "metrics.jsonl"
-        self._first = runner.train_loop.done + 1
+    def before_train(self, run: "Run") -> None:
+        self._file = run.work_dir / "metrics.jsonl"
+        self._first = run.clock.done + 1
         self._began = math.inf
-        self._peak = 0
-        self._drew = True  # the first preview is drawn after this
-        self._previews = [hook.every for hook in runner.hooks if isinstance(hook, PreviewHook)]
-        self._told = False
+        self._described_memory = False
         if distributed.rank() == 0:
-            _drop_after(self._file, runner.train_loop.done)
+            _drop_lines_after(self._file, run.clock.done)
         self._clear()
 
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        if self._drew:
-            reset_peak()
-            self._drew = False
-
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Step | None = None
-    ) -> None:
-        assert outputs is not None
-        self._began = min(self._began, time.perf_counter() - outputs.seconds)
-        sums = outputs.sums if outputs.grad_norm is None else {**outputs.sums, GRAD_NORM: outputs.grad_norm}
+    def after_step(self, run: "Run", step: Step) -> None:
+        self._began = min(self._began, time.perf_counter() - step.seconds["all"])
+        sums = step.sums if step.grad_norm is None else {**step.sums, GRAD_NORM: step.grad_norm}
         for name, value in sums.items():
             self._sums.setdefault(name, []).append(value)
-        self._targets += outputs.targets
+        self._targets += step.targets
         self._steps += 1
-        if self._steps % FOLDED == 0:
+        if self._steps % STACKED == 0:
             self._sums = {name: [torch.stack(values).sum()] for name, values in self._sums.items()}
-        self._samples += outputs.samples
-        self._skipped += outputs.skipped
-        self._rate = outputs.learning_rate
-        self._wait += outputs.data_wait
-        self._seconds += outputs.seconds
-        loop = runner.train_loop
-        if loop.done % self.every == 0 or loop.done in (self._first, loop.max_iters):
-            self._line(runner)
-        # A preview comes after this hook, and brings back encoders and the VQ decoder. So the peak before it
-        # is noted, and from the next step on it is counted anew: `memory_gb` is training's own.
-        if any(loop.due(every) for every in self._previews):
-            self._peak = self._training_peak()
-            self._drew = True
+        self._samples += step.samples
+        self._skipped += step.skipped
+        self._learning_rate = step.learning_rate
+        self._waited += step.seconds["data"]
+        self._seconds += step.seconds["all"]
+        done = run.clock.done
+        if done % self.every == 0 or done == self._first or run.clock.finished:
+            self._write_line(run)
 
-    def on_interrupt(self, runner: Any) -> None:
-        """Tell of the steps since the last line."""
+    def on_interrupt(self, run: "Run") -> None:
+        """Write the steps since the last line."""
         if self._steps:
-            self._line(runner)
+            self._write_line(run)
 
-    def _line(self, runner: Any) -> None:
+    def _write_line(self, run: "Run") -> None:
         """Read the device, once, and write one line everywhere."""
-        metrics = self._read(runner)
+        metrics = self._read(run)
         self._clear()
         if distributed.rank() != 0:
             return
-        loop = runner.train_loop
-        parts, said = self._parts(runner)
-        line = {"iter": loop.done, "epoch": loop.epochs_done, **metrics, **parts}
+        clock, extra = run.clock, {}
+        if not self._described_memory and clock.done != self._first:
+            extra = self._memory(run)
+        line = {"iter": clock.done, "epoch": clock.epochs_done, **metrics, **extra}
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _json(value) for name, value in line.items()}) + "\n")
-        runner.visualizer.add_scalars(metrics, step=loop.done)
-        runner.logger.info(self._console(runner, metrics))
-        if said:
-            runner.logger.info(said)
+            file.write(json.dumps(finite) + "\n")
+        run.visualizer.add_scalars(metrics, step=clock.done)
+        run.logger.info(self._console(run, metrics))
+        if extra:
+            self._log_memory(run, extra)
         if not math.isfinite(metrics["loss"]):
-            runner.logger.info(
-                f"the loss is {metrics['loss']}: lower the learning rate, or set precision to bf16 or fp32"
-            )
+            run.logger.info(f"the loss is {metrics['loss']}: lower the learning rate, or set precision to bf16 or fp32")
 
-    def _read(self, runner: Any) -> dict[str, float]:
+    def _read(self, run: "Run") -> dict[str, float]:
         started = time.perf_counter()
         targets, skipped = distributed.add_counts(self._targets, self._skipped)
         packed = torch.stack([torch.stack(values).float().sum() for values in self._sums.values()])
@@ -129,80 +110,60 @@ class MetricsHook(Hook):
         if GRAD_NORM in metrics:  # a mean over steps, and equal on all ranks
             metrics[GRAD_NORM] *= targets / (self._steps * distributed.world_size())
         seconds = self._seconds + time.perf_counter() - started  # the read waited for what was still running
-        metrics |= runner.trainable.gauges()
-        metrics["lr"] = self._rate
+        metrics |= run.trainable.extra_metrics()
+        metrics["lr"] = self._learning_rate
         metrics["images_per_second"] = self._samples / seconds
         metrics["seconds_per_step"] = seconds / self._steps
-        metrics["data_wait"] = self._wait / seconds
-        metrics["memory_gb"] = self._training_peak() / 1e9
+        metrics["data_wait"] = self._waited / seconds
+        metrics["memory_gb"] = run.peak_memory() / 1e9
         if skipped:
             metrics["skipped_pictures"] = skipped
         return metrics
 
-    def _training_peak(self) -> int:
-        """Bytes. What came after a preview, and before the next step, is the preview's."""
-        return self._peak if self._drew else max(self._peak, peak_bytes())
-
-    def _parts(self, runner: Any) -> tuple[dict[str, float], str]:
-        """What of memory is for what, and what checkpoints take: as numbers in GB, and in words; once."""
-        loop = runner.train_loop
-        if self._told or loop.done == self._first:
-            return {}, ""
-        self._told = True
-        model, optimizer = runner.trainable, runner.optim_wrapper.optimizer
-        average = next((hook.weights for hook in runner.hooks if isinstance(hook, EMAHook)), {})
-        memory = memory_of(model, optimizer, average)
+    def _memory(self, run: "Run") -> dict[str, float]:
+        """What memory is used for and what a checkpoint takes, in GB; once."""
+        self._described_memory = True
+        held = run.memory()
         sizes = {
-            "weights": memory.trained + memory.frozen,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
+            "weights": held["trained"] + held["frozen"],
+            **{name: held[name] for name in ("gradients", "optimizer")},
         }
-        if average:
-            sizes["average"] = memory.average
-        if torch.cuda.is_available():  # a process's peak has too much else in it
-            sizes["activations"] = max(0, self._training_peak() - memory.total)
-        said = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+        if held["average"]:
+            sizes["average"] = held["average"]
+        if torch.cuda.is_available():  # the peak of a process includes too much else
+            sizes["activations"] = max(0, run.peak_memory() - sum(held.values()))
         numbers = {f"memory_{name}_gb": size / 1e9 for name, size in sizes.items()}
-        checkpoints = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-        if checkpoints:
-            size = checkpoint_bytes(model, optimizer, average)
-            numbers["checkpoint_gb"] = size / 1e9
-            count = kept_at_once(checkpoints[0].every, checkpoints[0].keep, loop)
-            said += f"; on disk {count} x {format_bytes(size)} of checkpoints at a time"
-        return numbers, f"memory: {said}; {self._left(runner)} left"
+        return numbers | ({"checkpoint_gb": run.checkpoint_bytes() / 1e9} if run.checkpoints_kept else {})
 
-    def _left(self, runner: Any) -> str:
-        """The time to the end, previews and all."""
-        loop = runner.train_loop
-        per_step = (time.perf_counter() - self._began) / (loop.done - self._first + 1)
-        return format_duration(per_step * (loop.max_iters - loop.done))
+    def _log_memory(self, run: "Run", numbers: dict[str, float]) -> None:
+        sizes = {name: format_bytes(round(value * 1e9)) for name, value in numbers.items()}
+        checkpoint = sizes.pop("checkpoint_gb", None)
+        line = ", ".join(f"{name.removeprefix('memory_').removesuffix('_gb')} {size}" for name, size in sizes.items())
+        if checkpoint:
+            line += f"; on disk {run.checkpoints_kept} x {checkpoint} of checkpoints at a time"
+        run.logger.info(f"memory: {line}; {self._left(run)} left")
 
-    def _console(self, runner: Any, metrics: dict[str, float]) -> str:
-        loop = runner.train_loop
-        chance = runner.trainable.chance_loss
-        beside = f" ({chance[0]} = {chance[1]:.3f})" if chance and loop.done == self._first else ""
-        apart = {"loss", "lr", "images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
-        extra = "".join(f"  {name} {value:.4g}" for name, value in metrics.items() if name not in apart)
-        left = self._left(runner)
-        where = f"epoch {loop.epochs_done}/{loop.max_epochs}  " if loop.by_epoch else ""
+    def _left(self, run: "Run") -> str:
+        """The time to the end, previews included."""
+        per_step = (time.perf_counter() - self._began) / (run.clock.done - self._first + 1)
+        return format_duration(per_step * (run.clock.max_iters - run.clock.done))
+
+    def _console(self, run: "Run", metrics: dict[str, float]) -> str:
+        clock, chance = run.clock, run.trainable.chance_loss
+        reference = f" ({chance[0]} = {chance[1]:.3f})" if chance and clock.done == self._first else ""
+        shown = {"loss", "lr", "images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
+        extra = "".join(f"  {name} {value:.4g}" for name, value in metrics.items() if name not in shown)
+        epoch = f"epoch {clock.epochs_done}/{clock.max_epochs}  " if clock.by_epoch else ""
         return (
-            f"{where}step {loop.done}/{loop.max_iters}  loss {metrics['loss']:.4f}{beside}{extra}  "
+            f"{epoch}step {clock.done}/{clock.max_iters}  loss {metrics['loss']:.4f}{reference}{extra}  "
             f"lr {metrics['lr']:.2e}  {metrics['images_per_second']:.3g} images/s  "
-            f"data wait {metrics['data_wait']:.0%}  memory {metrics['memory_gb']:.2f} GB  {left} left"
+            f"data wait {metrics['data_wait']:.0%}  memory {metrics['memory_gb']:.2f} GB  {self._left(run)} left"
         )
 
 
-def _json(value: float) -> float | None:
-    """The value as JSON knows it: null for what is not finite."""
-    return value if math.isfinite(value) else None
-
-
-def _drop_after(file: Path, iteration: int) -> None:
-    """Keep the lines up to the step a resumed run starts from, so that none stands twice; drop a half one."""
+def _drop_lines_after(file: Path, step: int) -> None:
+    """Keep the lines up to the step that a resumed run starts from, so none appears twice; drop a half-written one."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("}\n") and json.loads(line)["iter"] <= iteration:
-            kept.append(line)
-    write_text(file, "".join(kept))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(file, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= step))

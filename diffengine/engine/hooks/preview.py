@@ -1,36 +1,40 @@
 """Images of what the model can do now."""
 
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-from mmengine.hooks import Hook
 from PIL import Image
 
 from diffengine import distributed
-from diffengine.datasets import Crop, Resize, UnreadableImage, generator
-from diffengine.engine.hooks.ema import averaged_weights
+from diffengine.datasets import Crop, ImageDataset, Resize, UnreadableImage, generator
+from diffengine.engine.loop import Step
+from diffengine.engine.mmengine_seam import Hook
 from diffengine.errors import UserError
 from diffengine.grids import save_grid, stack
 from diffengine.models.base import NotFinite, PreviewRequest
 
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
+
+GOLDEN_RATIO = 0.6180339887498949
+
 
 @final
 class PreviewHook(Hook):
-    """Draws previews before the first step, every `every` epochs or steps, and at the end.
+    """Generates previews before the first step, every `every` epochs or steps, and at the end.
 
-    Writes `previews/NNNNNN.png` (the number of steps), shows them in the visualizer's backends, and ends with
-    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without
-    them.
+    Writes `previews/NNNNNN.png` (the number of steps), shows it in the visualizer's backends, and ends with
+    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without them.
 
     Args:
-        prompts: captions to draw, none for no previews; or a number, to take that many distinct captions
-            (with their images) from the data, spread over it.
-        every: in the unit the config counts; None for the beginning and the end only.
+        prompts: captions to generate, none for no previews; or a number, to take that many distinct captions (with
+            their images) from the data, spread over it.
+        every: in the unit that the config counts; None for the beginning and the end only.
         resolution: side in pixels; None for the model's own.
-        seed: image i draws from seed + i.
-        options: the model's drawing options: for aMUSEd `guidance_scale`, `num_inference_steps`,
-            `temperature`, and `strip=True` for the first prompt after every drawing step.
+        seed: image i uses seed + i.
+        options: the model's generation options: for aMUSEd `guidance_scale`, `num_inference_steps`, `temperature`, and
+            `strip=True` for the first prompt after every generation step.
     """
 
     def __init__(
@@ -48,57 +52,51 @@ class PreviewHook(Hook):
         self.prompts = prompts
         self.every = every
         self.request = PreviewRequest([], [], seed, resolution, options or {})
-        self._drawn_at: int | None = None
+        self._shown_at: int | None = None
 
-    def before_train(self, runner: Any) -> None:
-        if runner.train_loop.done == 0:
-            self._draw(runner)
+    def before_train(self, run: "Run") -> None:
+        if run.clock.done == 0:
+            self._show(run)
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if runner.train_loop.due(self.every):
-            self._draw(runner)
+    def after_step(self, run: "Run", step: Step) -> None:
+        if run.clock.due(self.every):
+            self._show(run)
 
-    def after_train(self, runner: Any) -> None:
-        self._draw(runner)
-        distributed.on_rank_0(lambda: self._before_after(runner))
+    def after_train(self, run: "Run") -> None:
+        self._show(run)
+        first, last = _path(run, 0), _path(run, run.clock.done)
 
-    def _draw(self, runner: Any) -> None:
-        if self.prompts and self._drawn_at != runner.train_loop.done:
-            self._drawn_at = runner.train_loop.done
-            distributed.on_rank_0(lambda: self._draw_grid(runner))
+        def compare() -> None:
+            if first.exists() and last.exists():  # a run that was resumed in another folder has none
+                with Image.open(first) as before, Image.open(last) as after:
+                    grid = stack([("before", before), (f"after {run.clock.done} steps", after)])
+                grid.save(run.work_dir / "before_after.png")
 
-    def _draw_grid(self, runner: Any) -> None:
-        if not self.request.prompts:
-            self._choose(runner.train_loop.stream)
-        try:
-            with averaged_weights(runner), runner.optim_wrapper.autocast():
-                images = runner.trainable.preview(self.request)
-        except NotFinite as error:  # whether to go on is a checkpoint's affair
-            runner.logger.info(f"no preview at step {runner.train_loop.done}: {error}")
-            return
-        path = self._path(runner, runner.train_loop.done)
-        grid = save_grid([(image.label, image.image) for image in images], path)
-        runner.visualizer.add_image("preview", np.asarray(grid), step=runner.train_loop.done)
-        runner.logger.info(f"drew {path}")
+        distributed.on_rank_0(compare)
 
-    def _choose(self, stream: Any) -> None:
-        """Fill in the request: captions as given, or of the data with their images."""
+    def _show(self, run: "Run") -> None:
+        if self.prompts and self._shown_at != run.clock.done:
+            self._shown_at = run.clock.done
+            with run.not_training():
+                distributed.on_rank_0(lambda: self._generate(run))
+
+    def _generate(self, run: "Run") -> None:
+        stream, path = run.train_loop.stream, _path(run, run.clock.done)
         if not isinstance(self.prompts, int):
             self.request.prompts = list(self.prompts)
+        elif not self.request.prompts:
+            samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
+            self.request.prompts = [caption for caption, _ in samples]
+            self.request.images = [self._square(image) for _, image in samples if image is not None]
+        try:
+            with run.averaged_weights(), run.optim_wrapper.autocast():
+                images = run.trainable.preview(self.request)
+        except NotFinite as error:  # CheckpointHook decides whether to go on
+            run.logger.info(f"no preview at step {run.clock.done}: {error}")
             return
-        samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
-        self.request.prompts = [caption for caption, _ in samples]
-        self.request.images = [self._square(image) for _, image in samples if image is not None]
-
-    def _before_after(self, runner: Any) -> None:
-        first, last = self._path(runner, 0), self._path(runner, runner.train_loop.done)
-        if first.exists() and last.exists():  # a run that was resumed in another folder has none
-            with Image.open(first) as before, Image.open(last) as after:
-                grid = stack([("before", before), (f"after {runner.train_loop.done} steps", after)])
-            grid.save(Path(runner.work_dir) / "before_after.png")
-
-    def _path(self, runner: Any, step: int) -> Path:
-        return Path(runner.work_dir) / "previews" / f"{step:06}.png"
+        grid = save_grid([(item.label, item.image) for item in images], path)
+        run.visualizer.add_image("preview", np.asarray(grid), step=run.clock.done)
+        run.logger.info(f"preview {path}")
 
     def _square(self, image: Image.Image) -> Image.Image:
         """The centre of an image, as training sees it."""
@@ -108,18 +106,22 @@ class PreviewHook(Hook):
         return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
 
 
-def distinct(dataset: Any, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image | None]]:
-    """Up to `count` distinct captions, spread over the data, each with its image, None if that is not here.
+def _path(run: "Run", step: int) -> Path:
+    return run.work_dir / "previews" / f"{step:06}.png"
 
-    By the golden ratio, since equal steps would fall in with data that is itself in groups.
+
+def distinct(dataset: ImageDataset, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image | None]]:
+    """Up to `count` distinct captions, spread over the data, each with its image (None if it is not on this machine).
+
+    Spread by the golden ratio: equal steps would coincide with groups in the data.
 
     Raises:
-        UnreadableImage: unless those are to be skipped.
+        UnreadableImage: unless those are skipped.
     """
     found: dict[str, Image.Image | None] = {}
     size = len(dataset)
-    indices = [int(size * (index * 0.6180339887498949 % 1)) for index in range(count)] if size >= count else []
-    for index in dict.fromkeys([*indices, *range(min(size, 4 * count))]):
+    spread = [int(size * (index * GOLDEN_RATIO % 1)) for index in range(count)] if size >= count else []
+    for index in dict.fromkeys([*spread, *range(min(size, 4 * count))]):
         if len(found) == count:
             break
         try:

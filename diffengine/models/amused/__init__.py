@@ -1,4 +1,4 @@
-"""aMUSEd (arXiv 2401.01808): frozen VQ model, CLIP text encoder, and a U-ViT that predicts masked tokens."""
+"""aMUSEd (arXiv 2401.01808): a frozen VQ model, a CLIP text encoder, and a U-ViT that predicts masked tokens."""
 
 from diffengine.models.amused.model import AmusedModel
 

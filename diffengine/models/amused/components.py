@@ -1,7 +1,7 @@
-"""Where the five components of an aMUSEd model come from, and that they fit together.
+"""The five components of an aMUSEd model: where each comes from, and whether they fit together.
 
-Each is loaded from a folder or hub name, or built from sizes. Sizes that follow from another component (the
-codebook's size, text widths, the mask id) are filled in, so none stands twice in a config.
+Each is loaded from a folder or hub name, or built from sizes. Sizes that follow from another component (the codebook's
+size, text widths, the mask id) are filled in, so a config states none twice.
 """
 
 import inspect
@@ -20,26 +20,31 @@ from diffengine.errors import UserError
 from diffengine.models.amused.vocabulary import from_assets
 from diffengine.models.loading import component_folder, load_component, load_module, seeded, unknown_sizes
 
-KINDS = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
-Origin = str | Mapping[str, Any] | None  # a folder or hub name, sizes, or "as `pretrained` says"
+CLASSES = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
+Origin = str | Mapping[str, Any] | None  # a folder or hub name, sizes, or None: from `pretrained`
 
 
 @final
 class Components:
-    """The five components, each loaded when it is first asked for; the global random state is left alone.
+    """The five components, each loaded on first use; the global random state is left alone.
 
     Args:
         pretrained: a folder or hub name with all five in subfolders, or None.
         origins: for `vqvae`, `tokenizer`, `text_encoder`, `transformer`: another folder, hub name, or sizes.
         assets: the files of a vocabulary learnt from captions, where `tokenizer` is given by its size.
         seed: of the weights that are built from sizes.
+
+    Raises:
+        UserError: a component has no origin.
     """
 
     def __init__(
         self, pretrained: str | None, origins: Mapping[str, Origin], assets: Mapping[str, str], seed: int
     ) -> None:
         self.pretrained = pretrained
-        self.origins = {name: pretrained if origin is None else _sizes(origin) for name, origin in origins.items()}
+        self.origins = {
+            name: pretrained if origin is None else _without_type(origin) for name, origin in origins.items()
+        }
         self._assets = assets
         self._seed = seed
         missing = [f"`{name}`" for name, origin in self.origins.items() if origin is None]
@@ -47,7 +52,7 @@ class Components:
             raise UserError(f"model has neither `pretrained` nor {', '.join(missing)}")
 
     def from_sizes(self, name: str) -> bool:
-        """Whether a component is built anew rather than loaded."""
+        """Whether a component is built from scratch rather than loaded."""
         return isinstance(self.origins[name], Mapping)
 
     @property
@@ -57,15 +62,15 @@ class Components:
         folders = {name: component_folder(origin, name) for name, origin in origins.items() if isinstance(origin, str)}
         return {name: folder for name, folder in folders.items() if folder is not None}
 
-    def spell_origin(self, name: str) -> str:
-        """What a loaded component is called from anywhere: a hub name, or a folder's absolute path."""
+    def describe_origin(self, name: str) -> str:
+        """The name of a loaded component that is valid anywhere: a hub name, or a folder's absolute path."""
         origin = str(self.origins[name])
         folder = Path(origin).expanduser()
         return str(folder.resolve()) if folder.is_dir() else origin
 
-    def fresh(self, name: str) -> Any:
-        """A transformer or text encoder loaded anew, as it was before training."""
-        return load_module(str(self.origins[name]), name, KINDS[name])
+    def load_again(self, name: str) -> Any:
+        """A transformer or text encoder as it was before training."""
+        return load_module(str(self.origins[name]), name, CLASSES[name])
 
     # ------------------------------------------------------------------------------------------ configs
 
@@ -87,7 +92,7 @@ class Components:
 
     @cached_property
     def text_config(self) -> CLIPTextConfig:
-        """Of the text encoder; sizes are completed by the tokenizer's."""
+        """Of the text encoder; the tokenizer completes its sizes."""
         if not self.from_sizes("text_encoder"):
             return self._load("text_encoder", CLIPTextConfig.from_pretrained)
         sizes = dict(self.origins["text_encoder"])  # type: ignore[arg-type]
@@ -105,7 +110,7 @@ class Components:
 
     @cached_property
     def transformer_config(self) -> Mapping[str, Any]:
-        """Of the transformer; sizes are completed by the VQ model's and the text encoder's."""
+        """Of the transformer; the VQ model and the text encoder complete its sizes."""
         config = self._config("transformer", UVit2DModel)
         if not self.from_sizes("transformer"):
             return config
@@ -126,17 +131,17 @@ class Components:
         return self._load("scheduler", AmusedScheduler.from_pretrained)
 
     def problems(self) -> list[str]:
-        """What does not fit where components meet, by their configs; no weights are read.
+        """What does not fit between components, by their configs; no weights are read.
 
         Raises:
             UserError: a config cannot be loaded.
         """
-        text = self.text_config  # first: of a name that leads nowhere, the tokenizer is empty and no error
+        text = self.text_config  # first: for a name that does not exist, the tokenizer is empty and no error
         unknown: list[str] = []
-        for name, kind in KINDS.items():
+        for name, cls in CLASSES.items():
             origin = self.origins[name]
             if isinstance(origin, Mapping):
-                unknown += unknown_sizes(name, origin, kind)
+                unknown += unknown_sizes(name, origin, cls)
         return unknown or _problems(
             self.tokenizer,
             text,
@@ -169,30 +174,28 @@ class Components:
     def _load(self, name: str, load: Callable[..., Any]) -> Any:
         return load_component(str(self.origins.get(name, self.pretrained)), name, load)
 
-    def _config(self, name: str, kind: Any) -> dict[str, Any]:
-        """A diffusers component's config, completed by its class's defaults."""
-        options = inspect.signature(kind).parameters
+    def _config(self, name: str, cls: Any) -> dict[str, Any]:
+        """A diffusers component's config with its class's defaults."""
+        options = inspect.signature(cls).parameters
         defaults = {key: option.default for key, option in options.items() if option.default is not option.empty}
         if self.from_sizes(name):
             return {**defaults, **self.origins[name]}  # type: ignore[dict-item]
-        config = self._load(name, kind.load_config)
-        if config.get("_class_name", kind.__name__) != kind.__name__:
-            raise UserError(
-                f"{name} of '{self.origins[name]}' is a {config['_class_name']}; expected a {kind.__name__}"
-            )
+        config = self._load(name, cls.load_config)
+        if config.get("_class_name", cls.__name__) != cls.__name__:
+            raise UserError(f"{name} of '{self.origins[name]}' is a {config['_class_name']}; expected a {cls.__name__}")
         return {**defaults, **{key: value for key, value in config.items() if not key.startswith("_")}}
 
-    def _module(self, name: str, kind: Any, build: Callable[[], nn.Module]) -> Any:
+    def _module(self, name: str, cls: Any, build: Callable[[], nn.Module]) -> Any:
         if not self.from_sizes(name):
-            return load_module(str(self.origins[name]), name, kind)
+            return load_module(str(self.origins[name]), name, cls)
         with seeded(self._seed):
             return build()
 
 
 def _problems(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, scheduler: Mapping) -> list[str]:
-    """What does not fit, one line each. Each pair stands where two components meet."""
+    """What does not fit, a line each; each pair must be equal where two components meet."""
     text_end = text.eos_token_id
-    if text_end == 2:  # the released form: CLIP takes the highest id in the row for the end
+    if text_end == 2:  # in the released config: CLIP takes the highest id in the row for the end
         text_end = max(tokenizer.get_vocab().values())
     latents = vqvae["latent_channels"]
     pairs = [
@@ -226,8 +229,8 @@ def initialise(transformer: UVit2DModel) -> None:
     """open-muse's initialisation of a U-ViT (`modeling_transformer_v2.py`), which diffusers' class lacks.
 
     Truncated normal of std 0.02; embeddings of std sqrt(1/vocab_size); the head's first convolution zero and
-    its last one copied from the embedding; every adaptive-norm projection zero. Where open-muse differs: it
-    shrinks `embed.conv` further, and leaves the transposed convolution that upsamples as torch draws it.
+    its last one copied from the embedding; every adaptive-norm projection zero. open-muse differs in two points: it
+    shrinks `embed.conv` further, and leaves the transposed convolution that upsamples at torch's default.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -245,6 +248,6 @@ def initialise(transformer: UVit2DModel) -> None:
         head.conv2.weight.copy_(embedding[: transformer.config.codebook_size, :, None, None])
 
 
-def _sizes(origin: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Sizes without the `type` that a config names for their check."""
+def _without_type(origin: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """Sizes without the `type` that a config names for validation."""
     return origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}

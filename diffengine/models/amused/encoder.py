@@ -1,4 +1,4 @@
-"""What of images and captions a cache may keep: token ids, caption ids, a frozen text encoder's outputs."""
+"""What a cache can keep for aMUSEd: token ids, caption ids, a frozen text encoder's outputs."""
 
 from collections.abc import Callable
 from typing import final
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffengine.models.amused.preprocessor import ENCODING, AmusedPreprocessor, Lookup, to_device
-from diffengine.models.base import Encoder, Frozen
+from diffengine.models.base import Encoder
+from diffengine.models.frozen import Frozen
 from diffengine.models.loading import digest
 
 
@@ -20,9 +21,9 @@ class AmusedEncoder(Encoder):
     Args:
         preprocessor: whose work is done ahead.
         vqvae: its frozen VQ model.
-        text_encoder: the frozen text encoder; None where it is trained.
+        text_encoder: the frozen text encoder; None if it is trained.
         text_config: its sizes.
-        encode_text: caption ids (B,T) on the device as `hidden_states` (B,T,D) and `pooled_text_emb` (B,D).
+        encode_text: caption ids (B,T) on the device -> `hidden_states` (B,T,D) and `pooled_text_emb` (B,D).
         device: the model's.
     """
 
@@ -49,15 +50,12 @@ class AmusedEncoder(Encoder):
 
     def encode_images(self, images: Tensor) -> dict[str, Tensor]:
         ids = self._preprocessor.encode(to_device(images, self._device)).cpu()
-        return {"token_ids": smallest_integers(ids, self._vqvae.on(self._device, ENCODING).config.num_vq_embeddings)}
+        codes = self._vqvae.on(self._device, ENCODING).config.num_vq_embeddings
+        return {"token_ids": smallest_integers(ids, codes)}
 
     def caption_key(self, embeddings: bool) -> dict[str, str]:
         ids = self._preprocessor.tokenizer
-        rules = {
-            "file": ids.backend_tokenizer.to_str(),
-            "length": ids.model_max_length,
-            "pad": ids.pad_token_id,
-        }
+        rules = {"file": ids.backend_tokenizer.to_str(), "length": ids.model_max_length, "pad": ids.pad_token_id}
         key = {"tokenizer": digest(None, rules)}
         if embeddings:
             assert self._text_encoder is not None
@@ -82,7 +80,7 @@ class AmusedEncoder(Encoder):
     def to_host(self) -> None:
         for frozen in (self._vqvae, self._text_encoder):
             if frozen is not None:
-                frozen.back({})
+                frozen.move_back({})
 
     def use_captions(self, lookup: Lookup) -> None:
         self._preprocessor.lookup = lookup
@@ -90,5 +88,5 @@ class AmusedEncoder(Encoder):
 
 def smallest_integers(ids: Tensor, limit: int) -> Tensor:
     """Ids below `limit` in the smallest of uint8, int16 and int32 that holds them all."""
-    kinds = (torch.uint8, torch.int16, torch.int32)
-    return ids.to(next(kind for kind in kinds if torch.iinfo(kind).max >= limit - 1))
+    dtypes = (torch.uint8, torch.int16, torch.int32)
+    return ids.to(next(dtype for dtype in dtypes if torch.iinfo(dtype).max >= limit - 1))

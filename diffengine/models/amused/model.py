@@ -1,4 +1,4 @@
-"""The masked-token model: caption and visible tokens in, the masked tokens' cross entropy out.
+"""The masked-token model: caption and visible tokens in, cross entropy of the masked tokens out.
 
 Legend: B batch, h w token grid, T text length, D text width, V codebook size, M masked tokens.
 """
@@ -21,20 +21,11 @@ from diffengine.models.amused.components import Components
 from diffengine.models.amused.encoder import AmusedEncoder
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
 from diffengine.models.amused.vocabulary import learn_vocabulary
-from diffengine.models.base import (
-    Batch,
-    Frozen,
-    LabelledImage,
-    MaskedImageModel,
-    PreviewRequest,
-    SampleDraw,
-    evaluating,
-    visiting,
-)
+from diffengine.models.base import Batch, LabelledImage, MaskedImageModel, PreviewRequest
 from diffengine.models.blocks import wrap_blocks
-from diffengine.models.drawing import draw, draw_strip, sides_of
-from diffengine.models.masking import DrawMask, Schedule, mask_tokens
-from diffengine.models.precision import hold_frozen
+from diffengine.models.frozen import Frozen, evaluating, hold_in, restored
+from diffengine.models.generation import generate, generate_steps, token_grid
+from diffengine.models.masking import RandomMask, Schedule, mask_tokens
 
 TRAINABLE = ("transformer", "text_encoder")
 HEAD_ROWS = 64  # the head runs on a multiple of so many positions
@@ -46,27 +37,26 @@ class AmusedModel(MaskedImageModel):
 
     Args:
         pretrained: a folder or hub name that holds all five components, such as "amused/amused-512".
-        vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or
-            hub name, or `dict(...)` of sizes to build it from nothing. `tokenizer` sizes are `vocab_size` and
-            `max_length`: a byte-pair vocabulary is learnt from the captions. Sizes that follow from other
-            components need not be given.
-        train: the components to train in full; "transformer", "text_encoder" or both. None: the transformer,
-            unless there are adapters.
+        vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or hub name,
+            or `dict(...)` of sizes to build it from scratch. The tokenizer's are `vocab_size` and `max_length`: a
+            byte-pair vocabulary is learnt from the captions. Sizes that follow from other components can be left out.
+        train: the components to train in full: "transformer", "text_encoder" or both. None: the transformer, unless
+            there are adapters.
         adapters: the components to train by an adapter of peft, each with its config:
-            `dict(transformer=dict(type=LoraConfig, r=16, lora_alpha=32, target_modules=["to_q", "to_k"]))`.
-            The base stays as it is. One component may have an adapter while the other is trained in full.
-        gradient_checkpointing: keep the inputs of blocks only, and run them again in the backward pass: less
-            memory for more time, gradients the same.
+            `dict(transformer=dict(type=LoraConfig, r=16, lora_alpha=32, target_modules=["to_q", "to_k"]))`. The base
+            does not change. One component may have an adapter while the other is trained in full.
+        gradient_checkpointing: keep only the inputs of blocks, and run them again in the backward pass: less memory for
+            more time, equal gradients.
         mask_schedule: "cosine" or "linear", see `masking.mask_ratio`.
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
         vq_batch_size: images that the VQ model encodes at once.
         assets: files of a learnt vocabulary, given by the run.
-        seed: of the weights built from sizes and of adapters, given by the run.
+        seed: of adapters and of weights built from scratch, given by the run.
 
     Raises:
-        UserError: a component's config cannot be loaded; or, all in one and before any weights are read: an
-            option is out of range, components do not fit together, or one built from sizes is frozen; or an
-            adapter that does not fit its component.
+        UserError: a component's config cannot be loaded; or, all in one and before any weights are read: an option is
+            out of range, components do not fit together, or one built from scratch is frozen; or an adapter does not
+            fit its component.
     """
 
     def __init__(
@@ -114,7 +104,7 @@ class AmusedModel(MaskedImageModel):
         self.preprocessor = AmusedPreprocessor(self._frozen["vqvae"], self.components.tokenizer, vq_batch_size)
 
     def _load_vqvae(self) -> VQModel:
-        """Its encoder's activations write over what they are given: a norm's output, read by nothing else."""
+        """With activations in place in the encoder: each overwrites a norm's output, which nothing else reads."""
         vqvae = self.components.vqvae
         for layer in vqvae.encoder.modules():
             if isinstance(layer, nn.SiLU):
@@ -124,13 +114,13 @@ class AmusedModel(MaskedImageModel):
     def _load(self, name: str, adapter: Any) -> nn.Module:
         """A component as it is trained: with its adapter, if it has one, and checkpointed, if asked for.
 
-        Frozen ones are checkpointed as well: where the text encoder learns, its gradient comes through the
-        transformer. Without gradients nothing is.
+        Frozen ones are checkpointed as well: if the text encoder is trained, its gradient comes through the
+            transformer.
         """
         module = getattr(self.components, name).requires_grad_(True)
         if adapter is not None:
             config = peft_adapters.read_config(adapter, name)
-            config.base_model_name_or_path = self.components.spell_origin(name)
+            config.base_model_name_or_path = self.components.describe_origin(name)
             peft_adapters.inject(module, config, name, self._seed)
         if self._checkpointed:
             wrap_blocks(blocks_of(module), checkpointed=True, compiled=False)
@@ -150,27 +140,29 @@ class AmusedModel(MaskedImageModel):
             elif self.components.from_sizes(name):
                 problems.append(f"{name} is built from sizes, so an adapter has no base: give a folder for it")
             else:
-                problems += _problems_of_adapter(adapter, name)
+                try:
+                    peft_adapters.read_config(adapter, name)
+                except UserError as error:
+                    problems.append(str(error))
         if not 0 <= label_smoothing < 1:
             problems.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
         if vq_batch_size < 1:
             problems.append(f"vq_batch_size got {vq_batch_size}; expected at least 1")
         return problems + [
-            f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder "
-            f"for it{'' if name == 'vqvae' else ', or name it in `train`'}"
+            f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder for it"
+            f"{'' if name == 'vqvae' else ', or name it in `train`'}"
             for name in ("vqvae", *TRAINABLE)
             if name not in train and name not in adapters and self.components.from_sizes(name)
         ]
 
-    # ------------------------------------------------------------------------------------------ training
+    # ---------------------------------------------------------------------------------------------------- training
 
     @classmethod
     def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
         sizes = options.get("tokenizer")
         if not isinstance(sizes, Mapping):
             return {}
-        unknown = sizes.keys() - {"vocab_size", "max_length"}
-        if unknown:
+        if unknown := sizes.keys() - {"vocab_size", "max_length"}:
             raise UserError(f"model.tokenizer: unknown key '{min(unknown)}'; it takes vocab_size and max_length")
         return learn_vocabulary(captions(), sizes.get("vocab_size", 1024), sizes.get("max_length", 77))
 
@@ -179,20 +171,15 @@ class AmusedModel(MaskedImageModel):
         return self._assets
 
     @property
-    def sample_draw(self) -> SampleDraw:
-        sides = sides_of(self.components.vqvae_config, self.components.transformer_config)
-        return DrawMask(sides, self.mask_schedule)
+    def sample_transform(self) -> RandomMask:
+        grid = token_grid(self.components.vqvae_config, self.components.transformer_config)
+        return RandomMask(grid, self.mask_schedule)
 
     @property
     def encoder(self) -> AmusedEncoder:
-        return AmusedEncoder(
-            self.preprocessor,
-            self._frozen["vqvae"],
-            self._frozen.get("text_encoder"),
-            self.components.text_config,
-            self.encode_text,
-            self.device,
-        )
+        vqvae, text_encoder = self._frozen["vqvae"], self._frozen.get("text_encoder")
+        text_config = self.components.text_config
+        return AmusedEncoder(self.preprocessor, vqvae, text_encoder, text_config, self.encode_text, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -207,11 +194,7 @@ class AmusedModel(MaskedImageModel):
         return self.preprocessor(batch, self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes what `prepare` gave: `token_ids` (B,h,w), `text_ids` (B,T), `micro_conds`, `masked_index`.
-
-        From a cache, the text encoder's outputs in place of `text_ids`: `hidden_states`, `pooled_text_emb`.
-        Where samples have weights, also `target_weights` (M,), by which loss and logs are summed.
-        """
+        """Takes what `prepare` returns. With `target_weights` (M,), loss and logs are weighted sums."""
         index = batch["masked_index"]
         if "pooled_text_emb" in batch:
             hidden_BTD, pooled_BD = batch["hidden_states"], batch["pooled_text_emb"]
@@ -226,17 +209,15 @@ class AmusedModel(MaskedImageModel):
                 micro_conds=batch["micro_conds"],
             )
         logits_MV = logits[0, :, : len(index), 0].T.float()
-        targets = batch["token_ids"].flatten().index_select(0, index)
-        weights = batch.get("target_weights")
-        loss = F.cross_entropy(
-            logits_MV, targets, label_smoothing=self.label_smoothing,
-            reduction="sum" if weights is None else "none",
-        )  # fmt: skip
+        targets_M = batch["token_ids"].flatten().index_select(0, index)
+        weights_M = batch.get("target_weights")
+        reduction = "sum" if weights_M is None else "none"
+        loss = F.cross_entropy(logits_MV, targets_M, label_smoothing=self.label_smoothing, reduction=reduction)
         with torch.no_grad():
-            correct = (logits_MV.argmax(dim=1) == targets).float()
-        if weights is None:
-            return loss, {"accuracy": correct.sum()}
-        return loss @ weights, {"accuracy": correct @ weights}
+            correct_M = (logits_MV.argmax(dim=1) == targets_M).float()
+        if weights_M is None:
+            return loss, {"accuracy": correct_M.sum()}
+        return loss @ weights_M, {"accuracy": correct_M @ weights_M}
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Caption ids (B,T) as in AmusedPipeline: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
@@ -249,7 +230,7 @@ class AmusedModel(MaskedImageModel):
         return self._frozen[name].on(self.device) if name in self._frozen else getattr(self, name)
 
     def compile_blocks(self) -> int:
-        """The transformer's, also where only the text encoder learns through it.
+        """The transformer's, also if only the text encoder is trained, through it.
 
         The text encoder's layers are a twentieth of the arithmetic, and transformers' hooks that collect
         `hidden_states` would break their graphs.
@@ -259,25 +240,19 @@ class AmusedModel(MaskedImageModel):
         return len(blocks)
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
-        """The bases of adapters, and frozen components but for the VQ model, which always runs in fp32."""
+        """The bases of adapters, and frozen components except the VQ model, which always runs in fp32."""
         for name in TRAINABLE:
             if name in self._frozen:
                 self._frozen[name].hold(dtype)
-            elif peft_adapters.uses_base_as_it_is(getattr(self, name)):
-                hold_frozen(getattr(self, name), dtype)
-
-    def before_step(self, step: int) -> None:
-        """Nothing: every step is alike."""
-
-    def gauges(self) -> dict[str, float]:
-        return {}
+            elif peft_adapters.leaves_base_alone(getattr(self, name)):
+                hold_in(getattr(self, name), dtype)
 
     @property
     def chance_loss(self) -> tuple[str, float]:
         codes = self.components.transformer_config["codebook_size"]
         return f"ln {codes}", math.log(codes)
 
-    # ---------------------------------------------------------------------------------------- showing, saving
+    # ------------------------------------------------------------------------------------------- previews and export
 
     @property
     def exportable(self) -> dict[str, nn.Module]:
@@ -289,14 +264,14 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def origin(self) -> str:
-        names = (self.components.spell_origin(name) for name in self.components.origins)
+        names = (self.components.describe_origin(name) for name in self.components.origins)
         return ", ".join(dict.fromkeys(names))
 
     def base(self, name: str) -> nn.Module:
-        return self.components.fresh(name)
+        return self.components.load_again(name)
 
     def probe(self, name: str, module: Any) -> Tensor:
-        """The transformer's logits of one image, half of it masked; of the text encoder, both outputs."""
+        """The transformer's logits for one image, half of it masked; of the text encoder, both outputs."""
         rng = torch.Generator().manual_seed(0)
         sizes = module.config
         with evaluating(module):
@@ -316,7 +291,7 @@ class AmusedModel(MaskedImageModel):
             )
 
     def build_pipeline(self) -> AmusedPipeline:
-        """With a scheduler of its own: AmusedInpaintPipeline rewrites one that it shares to "linear"."""
+        """With a scheduler of its own: AmusedInpaintPipeline changes one that it shares to "linear"."""
         pipeline = AmusedPipeline(
             vqvae=self.module("vqvae"),
             tokenizer=self.components.tokenizer,
@@ -328,52 +303,44 @@ class AmusedModel(MaskedImageModel):
         return pipeline
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
-        """Draws the prompts.
+        """Generate from the prompts.
 
-        `request.options` are `guidance_scale`, `num_inference_steps`, `temperature` of AmusedPipeline, and
-        `strip=True` to show the first prompt after every drawing step as well.
+        `request.options` are `guidance_scale`, `num_inference_steps`, `temperature` of AmusedPipeline, and `strip=True`
+        to show the first prompt after every generation step as well.
         """
         options = dict(request.options)
         known = ["guidance_scale", "num_inference_steps", "temperature", "strip"]
         if unknown := [name for name in options if name not in known]:
             raise UserError(f"preview option '{unknown[0]}' is unknown; expected one of {', '.join(known)}")
         strip = options.pop("strip", False)
-        with visiting(self._frozen.values()), evaluating(self):
+        with restored(self._frozen.values()), evaluating(self):
             pipeline = self.build_pipeline()
             images = [
-                LabelledImage(prompt, draw(pipeline, prompt, request.seed + index, request.resolution, **options))
+                LabelledImage(prompt, generate(pipeline, prompt, request.seed + index, request.resolution, **options))
                 for index, prompt in enumerate(request.prompts)
             ]
             if strip and request.prompts:
-                steps = draw_strip(pipeline, request.prompts[0], request.seed, request.resolution, **options)
+                steps = generate_steps(pipeline, request.prompts[0], request.seed, request.resolution, **options)
                 images += [LabelledImage(f"step {index + 1}", image) for index, image in enumerate(steps)]
         return images
 
 
-def _problems_of_adapter(adapter: Any, name: str) -> list[str]:
-    try:
-        peft_adapters.read_config(adapter, name)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks that make up a transformer or text encoder, and hold nearly all of its activations."""
+    """The blocks of a transformer or text encoder, which hold nearly all of its activations."""
     if isinstance(module, UVit2DModel):
         ends = (module.down_block, module.up_block)
-        parts = [part for end in ends for part in (*end.res_blocks, *end.attention_blocks)]
-        return [*parts, *module.transformer_layers]
+        inner = [block for end in ends for block in (*end.res_blocks, *end.attention_blocks)]
+        return [*inner, *module.transformer_layers]
     return list(module.text_model.encoder.layers)
 
 
 @contextmanager
 def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
-    """Run the token head at the flat positions `index` (M,) only; the transformer gives logits (1,V,>=M,1).
+    """Run the token head only at the flat positions `index` (M,); the transformer's logits are (1,V,>=M,1).
 
-    Exact, since the head is 1x1 convolutions and a norm over channels: each position stands alone. Rows of
-    zeros make M a multiple of `HEAD_ROWS`; what comes after M is theirs. On a CPU torch keeps memory for each
-    shape of a convolution that it has seen, and M is another in each step.
+    Exact, since the head is 1x1 convolutions and a norm over channels: positions are independent. Rows of zeros pad M
+    to a multiple of `HEAD_ROWS`, and logits after M are theirs. On a CPU torch keeps memory for each shape of a
+    convolution that it has seen, and M is different in each step.
     """
 
     def gather(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,6 +1,6 @@
 """From a host batch to what the transformer is trained on: pixels to token ids, captions to ids.
 
-Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length, M masked tokens.
+Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length, D text width, M masked tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,16 +13,17 @@ from diffusers import VQModel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from diffengine.models.base import Batch, Frozen
+from diffengine.models.base import Batch
+from diffengine.models.frozen import Frozen
 from diffengine.models.masking import masked_index
 
-ENCODING = ("encoder", "quant_conv", "quantize")  # the parts of a VQ model that make ids of pixels
+ENCODING = ("encoder", "quant_conv", "quantize")  # the children of a VQ model that turn pixels into ids
 Lookup = Callable[[str], Mapping[str, np.ndarray] | None]
 
 
 @final
 class AmusedPreprocessor:
-    """Tokenises images with the frozen VQ model and captions with the tokenizer.
+    """Tokenizes images with the frozen VQ model, and captions with the tokenizer.
 
     Args:
         vqvae: the frozen VQ model, in fp32 (its fp16 makes NaN).
@@ -30,7 +31,7 @@ class AmusedPreprocessor:
         vq_batch_size: images encoded at once. Token ids are equal, id for id, for the same device and size.
 
     Attributes:
-        lookup: what a cache has of a caption, by name, as arrays; None where it has nothing.
+        lookup: what a cache has for a caption, arrays by name; None if it has nothing.
     """
 
     def __init__(self, vqvae: Frozen[VQModel], tokenizer: CLIPTokenizer, vq_batch_size: int) -> None:
@@ -40,13 +41,16 @@ class AmusedPreprocessor:
         self.lookup: Lookup = lambda caption: None
 
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
-        """Moves `batch` to the device and adds its tokens.
+        """Move a batch to the device and tokenize it.
 
-        Takes `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B], `masked`, and perhaps `weight` [B];
-        gives `token_ids` (B,h,w) int64, `text_ids` (B,T) int64, `micro_conds`, `masked_index` (M,) int64, and
-        where there are weights `target_weights` (M,): each masked token has its sample's. From a cache come
-        `token_ids` in place of `image`, and `hidden_states` (B,T,D) and `pooled_text_emb` (B,D) in place of
-        `text_ids`.
+        Args:
+            batch: `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B], `masked` [B], perhaps `weight` [B]. From
+                a cache, `token_ids` (B,h,w) instead of `image`.
+
+        Returns:
+            `token_ids` (B,h,w) int64, `micro_conds`, `masked_index` (M,) int64, and `text_ids` (B,T) int64 or, from a
+            cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, also `target_weights` (M,): each
+            masked token has its sample's.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
@@ -55,8 +59,8 @@ class AmusedPreprocessor:
         weights = {}
         if "weight" in batch:
             counts = torch.tensor([len(row) for row in batch["masked"]])
-            each = torch.tensor(batch["weight"]).repeat_interleave(counts)
-            weights["target_weights"] = to_device(each, device)
+            weight_M = torch.tensor(batch["weight"]).repeat_interleave(counts)
+            weights["target_weights"] = to_device(weight_M, device)
         return {
             **weights,
             "token_ids": token_ids,
@@ -66,7 +70,7 @@ class AmusedPreprocessor:
         }
 
     def _captions(self, captions: list[str], device: torch.device) -> Batch:
-        """What the cache has of all these captions, else their ids."""
+        """What the cache has for all these captions, else their ids."""
         rows = [self.lookup(caption) for caption in captions]
         found = [row for row in rows if row is not None]
         if len(found) < len(rows):
@@ -83,18 +87,18 @@ class AmusedPreprocessor:
         ).input_ids  # fmt: skip
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; in fp32, whatever autocast and TF32 say."""
+        """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; in fp32, whatever autocast and TF32 are set to."""
         vqvae = self.vqvae.on(pixels.device, ENCODING)
         with torch.inference_mode(), in_fp32(pixels.device):
             chunks = pixels.float().split(self.vq_batch_size)
             ids = torch.cat([encode_chunk(vqvae, chunk) for chunk in chunks])
-        return ids.clone()  # autograd takes nothing that was made in inference mode
+        return ids.clone()  # autograd refuses tensors that were made in inference mode
 
 
 def encode_chunk(vqvae: VQModel, pixels: Tensor) -> Tensor:
     """One chunk's token ids, reshaped by the chunk's own size (reference scripts use the whole batch's).
 
-    Channels-last: convolutions are faster so. They round otherwise, which moves an id where two codes are
+    Channels-last, in which convolutions are faster. They round differently, which changes an id where two codes are
     equally near.
     """
     latents = vqvae.encode(pixels.contiguous(memory_format=torch.channels_last)).latents
@@ -104,21 +108,21 @@ def encode_chunk(vqvae: VQModel, pixels: Tensor) -> Tensor:
 
 @contextmanager
 def in_fp32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 inside; what was set is put back."""
-    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
+    """Neither autocast nor TF32 inside; the settings are restored."""
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for kind in kinds:
-            kind.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for kind, allowed in zip(kinds, before):
-            kind.allow_tf32 = allowed
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; to a GPU through pinned memory, so that the host does not wait."""
+    """The tensor on `device`; to a GPU through pinned memory, so the host does not wait."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,6 +1,6 @@
 """A small byte-pair vocabulary learnt from the captions, kept as plain text files.
 
-It is learnt once per run, and its files travel with the checkpoint. The same captions give the same files.
+It is learnt once per run, and its files are in the checkpoint. The same captions give the same files.
 """
 
 import json
@@ -22,16 +22,16 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
 
     Args:
         captions: what to learn from.
-        size: the most entries it may have, the two special ones counted in; at least 514 (256 bytes, each
-            alone and at the end of a word).
-        max_length: tokens per caption, the two special ones counted in; at least 3.
+        size: the most entries, the two special ones included; at least 514 (256 bytes, each alone and at the end of a
+            word).
+        max_length: tokens per caption, the two special ones included; at least 3.
 
     Returns:
-        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where
-        CLIP's text model looks for it.
+        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where CLIP's text
+        model looks for it.
 
     Raises:
-        UserError: a number is too small, or none.
+        UserError: a number is too small, or is no number.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = 2 * len(alphabet) + 2
@@ -40,11 +40,11 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
             raise UserError(f"model.tokenizer.{name} got {number!r}; expected a number of at least {least}")
     clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
-    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # splits as CLIP's
+    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # split as CLIP's
     ends = [letter + END_OF_WORD for letter in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False,
-        special_tokens=ends,  # else they get ids in hash order, another each time, and ids break ties
+        special_tokens=ends,  # otherwise their ids follow hash order, which changes from run to run, and break ties
     )  # fmt: skip
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]

@@ -1,10 +1,10 @@
-"""Trains diffusers' VQModel, so that an aMUSEd model can be made from nothing but images.
+"""Trains diffusers' VQModel, so that an aMUSEd model can be made from images alone.
 
 Legend: B batch, H W pixels, h w token grid, N = B*h*w latent vectors, V codes, D their dimension.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -15,28 +15,28 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError
-from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel, evaluating
+from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel
+from diffengine.models.frozen import evaluating
 from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
-from diffengine.models.masking import CheckSides
+from diffengine.models.masking import TokenGrid
 
 
 @final
 class VQTokenizerModel(TrainableModel):
     """Reconstruction (L1 + MSE) through a codebook, with re-seeding of dead codes.
 
-    A code that no latent chose since the last re-seeding is set to a latent of the current batch; without it
-    a small codebook collapses. Decided on rank 0, from (seed, step), and broadcast.
+    A code that no latent chose since the last re-seeding is set to a latent of the current batch; without it a small
+    codebook collapses. Decided on rank 0, from (seed, step), and broadcast.
 
     Args:
-        vqvae: a folder or hub name, or `dict(...)` of VQModel's sizes to build it from nothing.
+        vqvae: a folder or hub name, or `dict(...)` of VQModel's sizes to build it from scratch.
         l1_weight, mse_weight: of the mean absolute and squared error over pixels.
         codebook_weight: of the squared distance that moves codes towards latents.
         commitment_weight: of the squared distance that moves latents towards codes.
-        quantize_after: steps of a plain autoencoder, before the codebook is filled with latents and comes
-            between encoder and decoder.
+        quantize_after: steps of a plain autoencoder, before the codebook is filled with latents and used.
         reseed_every: steps over which the use of codes is counted, and between re-seedings.
-        reseed_until: step from which on codes are left alone, so that they settle; 0: never re-seeded.
-        seed: of the weights built from sizes and of re-seeding, given by the run.
+        reseed_until: step from which on codes are no longer re-seeded, so that they settle; 0: never re-seeded.
+        seed: of re-seeding and of weights built from scratch, given by the run.
 
     Raises:
         UserError: an option is out of range, or the VQ model cannot be loaded.
@@ -70,28 +70,13 @@ class VQTokenizerModel(TrainableModel):
         self.usage: Tensor
         self.usage_before: Tensor
         self.register_buffer("usage", torch.zeros(self.codes))  # times chosen, on all ranks, in this window
-        self.register_buffer("usage_before", torch.zeros(self.codes))  # and in the one before
+        self.register_buffer("usage_before", torch.zeros(self.codes))  # and in the window before
         self._step = 0
         self._window_begins = False
 
-    @classmethod
-    def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
-        return {}
-
     @property
-    def assets(self) -> dict[str, str]:
-        return {}
-
-    @property
-    def sample_draw(self) -> CheckSides:
-        return CheckSides(2 ** (len(self.vqvae.config.block_out_channels) - 1))
-
-    @property
-    def encoder(self) -> None:
-        return None
-
-    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
-        return [0] * len(captions), 0
+    def sample_transform(self) -> TokenGrid:
+        return TokenGrid(2 ** (len(self.vqvae.config.block_out_channels) - 1))
 
     def prepare(self, batch: Batch) -> Batch:
         if "weight" in batch:
@@ -115,7 +100,7 @@ class VQTokenizerModel(TrainableModel):
         return loss_B.sum(), {"mse": mse_B.detach().sum(), "psnr": psnr_B.sum()}
 
     def _through_codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels decoded from the nearest codes, and each image's weighed distance to them (B,)."""
+        """Pixels decoded from the nearest codes, and each image's weighted distance to them (B,)."""
         with torch.autocast(latents.device.type, enabled=False):
             if self._window_begins:
                 self._begin_window(latents.detach().movedim(1, -1).flatten(0, 2))
@@ -123,37 +108,26 @@ class VQTokenizerModel(TrainableModel):
             codes = self.vqvae.quantize.get_codebook_entry(ids_N, latents.movedim(1, -1).shape)
             moves_codes_B = (codes - latents.detach()).square().mean(dim=(1, 2, 3))
             moves_latents_B = (codes.detach() - latents).square().mean(dim=(1, 2, 3))
-        self._count(ids_N)
-        return self._decode(quantized), (
-            self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
-        )
+        # Counted on all ranks, so that a checkpoint of rank 0 has the use of all.
+        counts_V = torch.zeros_like(self.usage).index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.float))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts_V)
+        self.usage += counts_V
+        return self._decode(quantized), self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
 
     def _decode(self, quantized: Tensor) -> Tensor:
         """Quantized latents as pixels. VQModel.decode takes them for ids if lookup_from_codebook is set."""
         return self.vqvae.decoder(self.vqvae.post_quant_conv(quantized))
 
-    # ---------------------------------------------------------------------------------------- dead codes
-
-    def compile_blocks(self) -> int:
-        return 0  # its time goes into convolutions, which compiling leaves as they are
-
-    def hold_frozen(self, dtype: torch.dtype) -> None:
-        """Nothing: all of it learns."""
+    # -------------------------------------------------------------------------------------------------- dead codes
 
     def before_step(self, step: int) -> None:
         self._step = step
         self._window_begins = (step - self.quantize_after) % self.reseed_every == 0
 
-    def _count(self, ids_N: Tensor) -> None:
-        """Add what this micro-batch chose, on all ranks, so that a checkpoint of rank 0 has it all."""
-        counts_V = torch.zeros_like(self.usage).index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.float))
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts_V)
-        self.usage += counts_V
-
     @torch.no_grad()
     def _begin_window(self, latents_ND: Tensor) -> None:
-        """Re-seed where it is time, and count anew; in a step's first micro-batch."""
+        """Re-seed dead codes if it is time, and start to count again; in a step's first micro-batch."""
         self._window_begins = False
         since = self._step - self.quantize_after
         if (since > 0 and self._step < self.reseed_until) or (since == 0 and self.quantize_after > 0):
@@ -166,7 +140,7 @@ class VQTokenizerModel(TrainableModel):
         self.usage_before.copy_(self.usage)
         self.usage.zero_()
 
-    def gauges(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """Codes used, and the perplexity of their use, in this window and the one before."""
         counts = self.usage + self.usage_before
         used = int((counts > 0).sum())
@@ -175,11 +149,7 @@ class VQTokenizerModel(TrainableModel):
         share = counts / counts.sum()
         return {"codes_used": used, "perplexity": math.exp(-float(torch.xlogy(share, share).sum()))}
 
-    # ---------------------------------------------------------------------------------------- showing, saving
-
-    @property
-    def chance_loss(self) -> None:
-        return None
+    # ------------------------------------------------------------------------------------------- previews and export
 
     @property
     def exportable(self) -> dict[str, nn.Module]:
@@ -195,42 +165,37 @@ class VQTokenizerModel(TrainableModel):
 
     def probe(self, name: str, module: Any) -> Tensor:
         """The round trip of an image of noise."""
-        side = 4 * self.sample_draw.factor
+        side = 4 * self.sample_transform.factor
         pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         with evaluating(module):
             quantized, _, _ = module.quantize(module.encode(pixels).latents)
             return module.decoder(module.post_quant_conv(quantized))
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
-        """Each image beside its round trip through the codes."""
+        """Each image and, to its right, its round trip through the codes."""
         if request.options:
             raise UserError(f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none")
-        return [
-            LabelledImage(label, beside(image, self.round_trip(image)))
-            for label, image in zip(request.prompts, request.images)
-        ]
+        pairs = []
+        for label, image in zip(request.prompts, request.images):
+            pair = Image.new("RGB", (2 * image.width, image.height))
+            pair.paste(image, (0, 0))
+            pair.paste(self.round_trip(image), (image.width, 0))
+            pairs.append(LabelledImage(label, pair))
+        return pairs
 
     @torch.no_grad()
     def round_trip(self, image: Image.Image) -> Image.Image:
-        """An image through encoder, codebook and decoder, in fp32; sides must be divisible by f."""
+        """An image through encoder, codebook and decoder, in fp32; its sides must be divisible by f."""
         pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
-        self.sample_draw.grid(*pixels.shape[-2:])
+        self.sample_transform.sides(*pixels.shape[-2:])
         with torch.autocast(self.usage.device.type, enabled=False):
             latents = self.vqvae.encode(pixels.to(self.usage.device)).latents
             decoded = self._decode(self.vqvae.quantize(latents)[0])[0]
         return Image.fromarray((decoded.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two images of one size in one."""
-    both = Image.new("RGB", (left.width + right.width, left.height))
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width, 0))
-    return both
-
-
 def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
-    """Loaded, or built as AmusedPipeline needs it: `lookup_from_codebook`."""
+    """Loaded, or built as AmusedPipeline needs it: with `lookup_from_codebook`."""
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}

@@ -1,4 +1,4 @@
-"""Drawing with an AmusedPipeline, one image at a time and from generators of its own.
+"""Generating with an AmusedPipeline, one image at a time and from its own generator.
 
 Legend: h w token grid, f pixels per token.
 """
@@ -11,32 +11,32 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.models.base import NotFinite
-from diffengine.models.masking import CheckSides
+from diffengine.models.masking import TokenGrid
 
 
-def draw(
+def generate(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
 ) -> Image.Image:
-    """One image for a prompt, as `pipeline(prompt, ...)` draws it.
+    """One image for a prompt, as `pipeline(prompt, ...)` generates it.
 
-    Noise comes from a CPU generator with this seed, so the global random state is not touched. One image is
-    decoded at a time, which bounds the memory of the VQ decoder, and in the decoder's own precision whatever
-    the autocast around it: in fp16 it makes NaN.
+    Noise comes from a CPU generator with this seed, so the global random state is not touched. One image is decoded at
+    a
+    time, which bounds the memory of the VQ decoder, and in fp32 whatever the autocast: in fp16 it makes NaN.
 
     Args:
         resolution: side in pixels; None: the model's own.
         options: AmusedPipeline's.
 
     Raises:
-        UserError: a resolution that the model cannot draw; or `NotFinite`.
+        UserError: a resolution that the model cannot generate; or `NotFinite`.
     """
     return _decode(pipeline, _tokens(pipeline, prompt, seed, resolution, options))
 
 
-def draw_strip(
+def generate_steps(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
 ) -> list[Image.Image]:
-    """The image of `draw` after each of its steps; what is still masked is grey."""
+    """The image of `generate` after each of its steps; tokens that are still masked are grey."""
     steps: list[Tensor] = []
 
     def keep(step: int, timestep: int, token_ids: Tensor) -> None:
@@ -46,18 +46,18 @@ def draw_strip(
     return [_decode(pipeline, token_ids) for token_ids in steps]
 
 
-def sides_of(vqvae_config: Any, transformer_config: Any) -> CheckSides:
-    """What a model asks of an image's sides, by the configs of its VQ model and transformer."""
+def token_grid(vqvae_config: Any, transformer_config: Any) -> TokenGrid:
+    """The token grid of a model, from the configs of its VQ model and transformer."""
     factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
-    return CheckSides(factor, 2 if transformer_config["downsample"] else 1)
+    return TokenGrid(factor, 2 if transformer_config["downsample"] else 1)
 
 
 def _tokens(
     pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None, options: dict[str, Any]
 ) -> Tensor:
-    """Token ids (1,h,w) int64, as the last step leaves them: none masked."""
+    """Token ids (1,h,w) int64 after the last step: none is masked."""
     if resolution is not None:
-        sides_of(pipeline.vqvae.config, pipeline.transformer.config).grid(resolution, resolution)
+        token_grid(pipeline.vqvae.config, pipeline.transformer.config).sides(resolution, resolution)
     generator = torch.Generator("cpu").manual_seed(seed)
     handle = pipeline.transformer.register_forward_hook(_refuse_broken)
     try:
@@ -69,11 +69,11 @@ def _tokens(
 
 
 def _refuse_broken(module: nn.Module, arguments: Any, logits: Tensor) -> None:
-    """From what is no number no token is drawn: torch would say so without clear words, and a GPU be lost."""
+    """Refuse logits that are not finite: torch's own error is unclear, and on a GPU it ends the process."""
     if not torch.isfinite(logits).all():
         raise NotFinite(
-            "the model's outputs are not finite, so it draws nothing; train with a lower learning rate, or "
-            "draw in bf16 or fp32"
+            "the model's outputs are not finite, so it generates nothing; train with a lower learning rate, or "
+            "generate in bf16 or fp32"
         )
 
 

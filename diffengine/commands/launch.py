@@ -6,16 +6,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffengine.errors import UserError, disk_errors
+from diffengine.errors import Interrupted, UserError, disk_errors
+from diffengine.text import one_line
 
 if TYPE_CHECKING:
-    import torch
+    from diffengine.engine.build import Job
 
 LAUNCHED = "DIFFENGINE_LAUNCHED"  # set for the processes that `launch` starts: it reports for them
+
+Work = Callable[["Job", argparse.Namespace], object]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,61 +32,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
 
 
-@dataclass
-class Job:
-    """What a command over a config is about, in one process.
-
-    Attributes:
-        options: of the command line.
-        settings, resolved: of `config.load`.
-        name: the config's.
-        work_dir: where a run of it goes.
-        device: this process's.
-    """
-
-    options: argparse.Namespace
-    settings: dict[str, Any]
-    resolved: dict[str, Any]
-    name: str
-    work_dir: Path
-    device: "torch.device"
-
-
-Work = Callable[[Job], int]
-
-
 def run(options: argparse.Namespace, work: Work) -> int:
-    """`work` over the config that the options name, in every process; the exit code."""
+    """Do `work` over the config that the options name, in every process; return the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     if LAUNCHED in os.environ:
-        return _reporting(options, work)
+        return _run_launched(options, work)
     loaded = _load(options)
     if processes_asked() and "RANK" not in os.environ and options.launcher == "none":
         return launch(options.command, options.argv)
     return _work(options, work, *loaded)
-
-
-def _work(options: argparse.Namespace, work: Work, settings: dict[str, Any], resolved: dict[str, Any]) -> int:
-    """One process's part."""
-    from diffengine import distributed
-    from diffengine.models.loading import quiet_libraries
-
-    quiet_libraries()
-    name = Path(options.config).stem
-    work_dir = Path(resolved.get("work_dir") or f"work_dirs/{name}").expanduser()
-    try:
-        return work(Job(options, settings, resolved, name, work_dir, distributed.start(options.launcher)))
-    finally:
-        distributed.stop()
-
-
-def _load(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    from diffengine import config
-    from diffengine.registry import import_from_here
-
-    import_from_here()
-    flags = {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
-    return config.load(options.config, options.cfg_options, flags)
 
 
 def processes_asked() -> bool:
@@ -93,10 +48,42 @@ def processes_asked() -> bool:
     return any(name in os.environ for name in ("NPROC_PER_NODE", "NNODES"))
 
 
+def _load(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from diffengine.engine.build import load_config
+    from diffengine.registry import import_from_here
+
+    import_from_here()
+    flags = {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
+    return load_config(options.config, options.cfg_options, flags)
+
+
+def _work(options: argparse.Namespace, work: Work, config: dict[str, Any], resolved: dict[str, Any]) -> int:
+    """This process's share."""
+    from diffengine import distributed
+    from diffengine.engine.build import make_job
+    from diffengine.models.loading import quiet_libraries
+
+    quiet_libraries()
+    try:
+        work(make_job(options.config, config, resolved, distributed.start(options.launcher)), options)
+    except Interrupted as error:
+        if LAUNCHED not in os.environ:
+            print(f"diffengine {options.command}: {error}{_how_to_continue(options.command)}", file=sys.stderr)
+        return 128 + error.signum
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _how_to_continue(command: str) -> str:
+    return "; continue with --resume" if command == "train" else ""
+
+
 def launch(command: str, argv: list[str]) -> int:
     """Run this command in several processes by torchrun, which passes signals on to them.
 
-    Its exit code is that of the first process that failed, whose mistake is said here, once.
+    Returns:
+        The exit code of the first process that failed; its error is printed here, once.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -104,14 +91,12 @@ def launch(command: str, argv: list[str]) -> int:
 
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish the step and save
-    logging.disable(logging.ERROR)  # torchrun's own report of what is said below
+    logging.disable(logging.ERROR)  # torchrun's own report of what is printed below
     try:
         with tempfile.TemporaryDirectory(prefix="diffengine-") as logs:
-            arguments = [*torchrun_arguments(), f"--log-dir={logs}", "-m", "diffengine", *argv]
-            torchrun.run(torchrun.parse_args(arguments))
+            torchrun.run(torchrun.parse_args([*torchrun_arguments(), f"--log-dir={logs}", "-m", "diffengine", *argv]))
     except SignalException as error:
-        go_on = "; go on with --resume" if command == "train" else ""
-        print(f"diffengine {command}: stopped by {error.sigval.name}{go_on}", file=sys.stderr)
+        print(f"diffengine {command}: stopped by {error.sigval.name}{_how_to_continue(command)}", file=sys.stderr)
         return 128 + error.sigval
     except ChildFailedError as error:
         return report(command, error)
@@ -122,47 +107,51 @@ def launch(command: str, argv: list[str]) -> int:
 
 
 def torchrun_arguments() -> list[str]:
-    """torchrun's options, from the environment's NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT."""
+    """torchrun's options, from the environment's NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT.
+
+    Raises:
+        UserError: they are no numbers, or the address of the first machine is missing.
+    """
     env = os.environ
-    nodes, node = _whole("NNODES", 1, 1), _whole("NODE_RANK", 0, 0)
+
+    def whole(name: str, default: int, smallest: int) -> int:
+        text = env.get(name, str(default))
+        if not text.isdecimal() or int(text) < smallest:
+            raise UserError(f"{name} got '{text}'; expected a whole number of at least {smallest}")
+        return int(text)
+
+    nodes, node = whole("NNODES", 1, 1), whole("NODE_RANK", 0, 0)
     address = env.get("MASTER_ADDR") or env.get("ADDR")
     port = env.get("MASTER_PORT") or env.get("PORT")
-    processes = [f"--nnodes={nodes}", f"--nproc-per-node={_whole('NPROC_PER_NODE', 1, 1)}"]
+    processes = [f"--nnodes={nodes}", f"--nproc-per-node={whole('NPROC_PER_NODE', 1, 1)}"]
     if nodes == 1 and not port:
         return [*processes, "--standalone"]
     if nodes > 1 and not address:
         raise UserError(f"NNODES={nodes} got no MASTER_ADDR; set it to the machine with NODE_RANK=0")
     if node >= nodes:
         raise UserError(f"NODE_RANK got {node}; expected less than NNODES={nodes}")
-    where = [f"--master-addr={address or '127.0.0.1'}", f"--master-port={port or 29500}"]
-    return [*processes, *where, f"--node-rank={node}"]
+    rendezvous = [f"--master-addr={address or '127.0.0.1'}", f"--master-port={port or 29500}"]
+    return [*processes, *rendezvous, f"--node-rank={node}"]
 
 
-def _whole(name: str, default: int, smallest: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < smallest:
-        raise UserError(f"{name} got '{text}'; expected a whole number of at least {smallest}")
-    return int(text)
-
-
-def _reporting(options: argparse.Namespace, work: Work) -> int:
-    """`work` in a process of `launch`: a mistake is not printed by each, but left for `launch` to say."""
+def _run_launched(options: argparse.Namespace, work: Work) -> int:
+    """`run` in a process of `launch`: an error is not printed by each process, but recorded for `launch` to print."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
         with disk_errors():
             return _work(options, work, *_load(options))
     except UserError as error:
-        get_error_handler().record_exception(UserError(str(error)))  # also of one that another process told
+        get_error_handler().record_exception(UserError(str(error)))  # also an error that another process reports
         return 2
 
 
 def report(command: str, error: Any) -> int:
-    """Say why the first process of a ChildFailedError failed; its exit code, as a shell has it."""
+    """Print why the first process of a ChildFailedError failed; return its exit code, as a shell has it."""
     rank, failure = error.get_first_failure()
     if failure.exitcode == 2 and not isinstance(failure.message, str):
-        mistake = failure.message["message"].removeprefix("UserError: ")
-        print(f"diffengine {command}: error: {' '.join(mistake.split())}", file=sys.stderr)
+        message = failure.message["message"].removeprefix("UserError: ")
+        print(f"diffengine {command}: error: {one_line(message)}", file=sys.stderr)
         return 2
     signalled = failure.exitcode < 0
     why = failure.message if signalled else f"exit code {failure.exitcode}, see above"

@@ -1,0 +1,72 @@
+"""Generating the images that a data set lacks, with the model as it is before training."""
+
+from functools import partial
+
+from diffengine import distributed
+from diffengine.datasets import ImageDataset, MissingImages
+from diffengine.engine.optim import StepOptimWrapper
+from diffengine.errors import UserError
+from diffengine.files import atomic_write
+from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
+
+
+def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOptimWrapper) -> None:
+    """Generate a data set's missing images. Rank 0 writes each atomically, so a killed run continues with the next.
+
+    Raises:
+        UserError: on every rank, if the model cannot generate them, they cannot be written, or those that exist were
+            generated differently.
+    """
+
+    def claim() -> MissingImages | None:
+        missing = dataset.missing_images()
+        if missing is None:
+            return None
+        if not check_can_generate(missing, model):
+            return None
+        missing.claim(model.origin)
+        if missing.numbers:
+            print(f"{_lack(missing)}: generating '{missing.prompt}' before training", flush=True)
+        return missing
+
+    missing = distributed.on_rank_0(claim)
+    if missing:
+        for number in missing.numbers:  # so no rank waits longer than one image takes
+            distributed.on_rank_0(partial(_generate, missing, number, model, optim))
+
+
+def check_can_generate(missing: MissingImages, model: TrainableModel) -> bool:
+    """Whether the model generates images from text.
+
+    Raises:
+        UserError: it does not, and images are missing.
+    """
+    able = isinstance(model, MaskedImageModel) and not model.assets
+    if missing.numbers and not able:
+        why = "is built from scratch" if model.assets else "generates nothing from text"
+        raise UserError(
+            f"{_lack(missing)}, and the model, which {why}, cannot generate them; add them, or start from a trained "
+            "model"
+        )
+    return able
+
+
+def _lack(missing: MissingImages) -> str:
+    return f"'{missing.folder}' lacks {len(missing.numbers)} class images"
+
+
+def _generate(missing: MissingImages, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
+    """Write `NNNNNN.png`, unless it has appeared meanwhile."""
+    path = missing.folder / f"{number:06}.png"
+    with optim.autocast():
+        (image,) = model.preview(PreviewRequest([missing.prompt], seed=number, options=missing.options))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with atomic_write(path) as temporary:
+                image.image.save(temporary, "PNG")
+    except OSError as error:
+        raise UserError(f"cannot write class image '{path}': {error}") from error
+    done = missing.numbers.index(number) + 1
+    if done % 10 == 0 or done == len(missing.numbers):
+        print(f"generated {done}/{len(missing.numbers)} class images", flush=True)

@@ -1,0 +1,81 @@
+"""Where a run stands: steps taken, epochs completed, and what is due."""
+
+from typing import final
+
+from diffengine.datasets import steps_for_epochs
+from diffengine.errors import UserError
+
+
+@final
+class Clock:
+    """Counts optimizer steps, and epochs by the positions that they took.
+
+    Epoch e ends with the first step that reaches (e + 1) * N positions. The last step of a run that counts epochs may
+    reach further, and counts no more.
+
+    Args:
+        max_epochs: passes over the data; or
+        max_iters: optimizer steps. One of the two: hooks' intervals count in the same unit.
+        num_samples: N, images in the data set.
+        batch_size: samples per step, of all ranks together.
+
+    Attributes:
+        done: optimizer steps taken.
+        by_epoch: whether the config counts epochs.
+
+    Raises:
+        UserError: not exactly one of the two is given, or it is below 1.
+    """
+
+    def __init__(self, max_epochs: int | None, max_iters: int | None, num_samples: int, batch_size: int) -> None:
+        if (max_epochs is None) == (max_iters is None):
+            raise UserError(
+                f"got max_epochs={max_epochs} and max_iters={max_iters}; expected one of them: set the other to None"
+            )
+        for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} got {value}; expected at least 1")
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.done = 0
+        self.by_epoch = max_epochs is not None
+        self.max_iters: int = (
+            steps_for_epochs(max_epochs, num_samples, batch_size) if max_epochs is not None else max_iters  # type: ignore[assignment]
+        )
+        self.max_epochs = max_epochs or self.epochs_at(self.max_iters)
+
+    def epochs_at(self, step: int) -> int:
+        """Epochs completed after so many steps."""
+        epochs = step * self.batch_size // self.num_samples
+        return min(epochs, self.max_epochs) if self.by_epoch else epochs
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epochs_at(self.done)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was taken."""
+        return self.done >= self.max_iters
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step taken completed an epoch."""
+        return self.done > 0 and self.epochs_done > self.epochs_at(self.done - 1)
+
+    def due(self, every: int | None) -> bool:
+        """Whether the last step taken completed another `every` epochs or steps, in the unit that the config counts."""
+        if not every:
+            return False
+        if not self.by_epoch:
+            return self.done % every == 0
+        return self.epochs_done // every > self.epochs_at(self.done - 1) // every
+
+    def times_due(self, every: int | None) -> int:
+        """How often in the whole run something is done that is due `every` so often, and at the end."""
+        length = self.max_epochs if self.by_epoch else self.max_iters
+        return -(-length // every) if every else 1
+
+    @property
+    def checkpoint_name(self) -> str:
+        """`epoch_N` at the end of an epoch if the config counts epochs, else `iter_N`."""
+        return f"epoch_{self.epochs_done}" if self.by_epoch and self.ends_epoch else f"iter_{self.done}"
