@@ -14,6 +14,12 @@ class UserError(Exception):
     """
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class PeerError(UserError):
     """A UserError of another rank, which reports it. This process exits with the same code and prints nothing."""
 
