@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,16 @@ def digest_of_texts(texts: Iterable[list[str]]) -> str:
 
 
 def digest_of_images(dataset: ImageDataset, notes: Path) -> str:
-    """A digest of the bytes of a data set's images, in order.
+    """A digest of the bytes of a data set's images, in order; without `files()`, of their pixels.
 
-    Args:
-        dataset: one without `files()` is read image by image.
-        notes: a JSON file: files with the path, size and time noted there by an earlier call are not read again.
-
-    Raises:
-        UserError: a file cannot be read.
+    Files whose path, size and time an earlier call noted in the JSON file `notes` are not read again.
     """
     files = dataset.files()
     if files is None:
         return digest_of_texts([_pixels(dataset, index)] for index in range(len(dataset)))
-    known = _read_notes(notes)
+    known: dict[str, FileNote] = {}
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        known = {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         noted = list(pool.map(lambda file: _note(file, known.get(str(file))), files))
     if {note[0]: note for note in noted} != known:
@@ -59,13 +57,6 @@ def _pixels(dataset: ImageDataset, index: int) -> str:
     except UnreadableImage:  # the stream reports it
         return "unreadable"
     return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
-
-
-def _read_notes(notes: Path) -> dict[str, FileNote]:
-    try:
-        return {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, LookupError):
-        return {}
 
 
 def _note(file: Path, known: FileNote | None) -> FileNote:
@@ -84,7 +75,5 @@ def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str 
     """Why a table with the fingerprint `before` has to be built again; None if it need not be."""
     if before is None:
         return "there is none yet"
-    names = [
-        name for name in dict.fromkeys([*now, *before]) if json.dumps(before.get(name)) != json.dumps(now.get(name))
-    ]
+    names = [name for name in {**now, **before} if json.dumps(before.get(name)) != json.dumps(now.get(name))]
     return f"changed since it was built: {', '.join(names)}" if names else None

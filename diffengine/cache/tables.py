@@ -28,14 +28,14 @@ FINGERPRINT = "made_of"  # its key in the JSON file
 
 @final
 class Table:
-    """Rows of arrays, one shape per column, and of texts. What `table[row]` returns must not be changed.
-
-    Args:
-        file: the Arrow file.
-    """
+    """Rows of arrays, one shape per column, and of texts. What `table[row]` returns must not be changed."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._views: dict[int, dict[str, Any]] = {}  # by chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Table, (self.file,)  # a worker maps the file itself
 
     @property
     def fingerprint(self) -> dict[str, Any] | None:
@@ -57,26 +57,20 @@ class Table:
 
     def __getitem__(self, row: int) -> Row:
         chunk, index = divmod(row, CHUNK)
-        views = self._views[chunk]
-        if views is None:
-            views = self._views[chunk] = self._view(self._batches[chunk])
-        return {
-            name: column[index] if isinstance(column, np.ndarray) else column[index].as_py()
-            for name, column in views.items()
-        }
+        if chunk not in self._views:
+            self._views[chunk] = self._view(self._batches[chunk])
+        cells = {name: column[index] for name, column in self._views[chunk].items()}
+        return {name: cell.as_py() if isinstance(cell, pa.Scalar) else cell for name, cell in cells.items()}
 
     def texts(self, step: int = 1) -> Iterator[list[str]]:
         """The column `text` of every `step`-th row."""
         column = hf.Dataset.from_file(str(self.file)).data.column("text")
         return (column[row].as_py() for row in range(0, len(column), step))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file}  # a worker maps the file itself
-
     @cached_property
     def _info(self) -> dict[str, Any] | None:
         try:
-            info = json.loads(_json_of(self.file).read_text(encoding="utf-8"))
+            info = json.loads(self.file.with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         complete = isinstance(info, dict) and info.get("format") == FORMAT and self.file.is_file()
@@ -86,30 +80,17 @@ class Table:
     def _batches(self) -> list[pa.RecordBatch]:
         return hf.Dataset.from_file(str(self.file)).data.table.to_batches()
 
-    @cached_property
-    def _views(self) -> list[dict[str, Any] | None]:
-        return [None] * len(self._batches)
-
     def _view(self, batch: pa.RecordBatch) -> dict[str, Any]:
         assert self._info is not None
-        shapes = self._info["shapes"]
-        return {
-            name: batch.column(name).flatten().to_numpy().reshape(batch.num_rows, *shapes[name])
-            if name in shapes
-            else batch.column(name)
-            for name in batch.schema.names
-        }
+        columns = dict(zip(batch.schema.names, batch.columns))
+        for name, shape in self._info["shapes"].items():
+            columns[name] = columns[name].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)
+        return columns
 
 
 @final
 class TableBuilder:
-    """Writes a table chunk by chunk. Chunks of an earlier build with the same fingerprint are kept.
-
-    Args:
-        file: the table's Arrow file.
-        fingerprint: plain values: everything that the rows depend on.
-        num_rows: of the whole table.
-    """
+    """Writes a table chunk by chunk. Chunks of an earlier build with the same fingerprint (plain values) are kept."""
 
     def __init__(self, file: Path, fingerprint: dict[str, Any], num_rows: int) -> None:
         self.file = file
@@ -122,7 +103,7 @@ class TableBuilder:
         for folder in self.file.parent.glob(f"{self.file.stem}-*.chunks"):
             if folder != self._folder:
                 shutil.rmtree(folder, ignore_errors=True)
-        _json_of(self.file).unlink(missing_ok=True)
+        self.file.with_suffix(".json").unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -131,33 +112,23 @@ class TableBuilder:
         return [rows for rows in self.chunks if not self._chunk(rows).exists()]
 
     def write(self, rows: Rows, columns: Mapping[str, np.ndarray | list[list[str]]]) -> None:
-        """Write one chunk.
-
-        Args:
-            rows: which.
-            columns: for each column an array (rows, ...), or a list of texts per row.
-        """
-        arrays = {name: values for name, values in columns.items() if isinstance(values, np.ndarray)}
-        shapes = {name: list(values.shape[1:]) for name, values in arrays.items()}
-        batch = pa.RecordBatch.from_pydict({name: _column(values) for name, values in columns.items()})
+        """Write one chunk: for each column an array (rows, ...), or a list of texts per row."""
+        shapes = {name: list(values.shape[1:]) for name, values in columns.items() if isinstance(values, np.ndarray)}
+        arrays = {name: _column(values) for name, values in columns.items()}
+        batch = pa.RecordBatch.from_pydict(arrays, metadata={"shapes": json.dumps(shapes)})
         assert batch.num_rows == rows[1] - rows[0]
-        schema = batch.schema.with_metadata({"shapes": json.dumps(shapes)})
-        _write_stream(self._chunk(rows), schema, [batch.replace_schema_metadata(schema.metadata)])
+        _write_stream(self._chunk(rows), batch.schema, [batch])
 
     def finish(self) -> Table:
         """Join the chunks into the complete table and delete them."""
         with pa.memory_map(str(self._chunk(self.chunks[0]))) as first:
             schema = pa.ipc.open_stream(first).schema
         _write_stream(self.file, schema, self._read_chunks())
-        info = {
-            "format": FORMAT,
-            "bytes": Table(self.file).nbytes,
-            "shapes": json.loads(schema.metadata[b"shapes"]),
-            FINGERPRINT: self.fingerprint,
-        }
-        write_text(_json_of(self.file), json.dumps(info, indent=1))
+        table, shapes = Table(self.file), json.loads(schema.metadata[b"shapes"])
+        info = {"format": FORMAT, "bytes": table.nbytes, "shapes": shapes, FINGERPRINT: self.fingerprint}
+        write_text(self.file.with_suffix(".json"), json.dumps(info, indent=1))
         self.sweep()
-        return Table(self.file)
+        return table
 
     def sweep(self) -> None:
         """Delete the chunks that a build killed in its last moment left next to a complete table."""
@@ -170,10 +141,6 @@ class TableBuilder:
         for rows in self.chunks:
             with pa.memory_map(str(self._chunk(rows))) as file:
                 yield from pa.ipc.open_stream(file)
-
-
-def _json_of(file: Path) -> Path:
-    return file.with_suffix(".json")
 
 
 def _column(values: np.ndarray | list[list[str]]) -> pa.Array:

@@ -5,30 +5,31 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar, final
+from typing import Any, Literal, final
 
 import numpy as np
+import torch
 
 from diffengine import distributed
 from diffengine.cache.fingerprint import difference, digest_of, digest_of_images, digest_of_texts
-from diffengine.cache.samples import CachedDataset, columns_of, unstorable
+from diffengine.cache.samples import CachedDataset, columns_of
 from diffengine.cache.tables import Rows, Table, TableBuilder
 from diffengine.datasets import Sample, Stream, collate, variation_batches
-from diffengine.distributed import print_once
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.files import locked
 from diffengine.models.base import Encoder
 from diffengine.text import format_bytes, format_duration
 
-T = TypeVar("T")
 Choice = bool | Literal["auto"]
 CHECKED = 8  # images encoded again at each start
 TOLERATED = 0.01  # of their tokens may differ: another device rounds differently, and a tie may fall the other way
 MAX_EMBEDDINGS = 4e9  # bytes on disk that text_embeddings="auto" may take
 CAPTION_BATCH = 32
-PATHS = ("path", "data", "class_data")  # options of a data set that say where it is, not what it returns
+PATHS = ("path", "data", "class_data")  # options that locate a data set and do not change what it returns
 LOCK = ".lock"  # the first file in a cache's folder
 NOTES = "files.json"  # digests of the images' files
 
@@ -52,6 +53,7 @@ def cached_dataset(section: Mapping[str, Any]) -> CachedDataset | None:
 
 
 @final
+@dataclass(eq=False)
 class TokenCache:
     """The `token_cache` section: what the frozen encoders make of images and captions, computed once.
 
@@ -71,49 +73,36 @@ class TokenCache:
         seconds: spent on encoding, by "images" and "captions"; empty if nothing was encoded.
     """
 
-    def __init__(
-        self,
-        use: Choice = "auto",
-        path: str | None = None,
-        text_embeddings: Choice = "auto",
-        *,
-        stream: Stream,
-        encoder: Encoder | None,
-        data: Mapping[str, Any],
-        work_dir: Path,
-        precision: str,
-        autocast: Callable[[], AbstractContextManager],
-    ) -> None:
-        self.use = use
-        self.text_embeddings = text_embeddings
-        self.stream = stream
+    use: Choice = "auto"
+    path: str | None = None
+    text_embeddings: Choice = "auto"
+    _: KW_ONLY
+    stream: Stream
+    encoder: Encoder | None
+    data: Mapping[str, Any]
+    work_dir: Path
+    precision: str
+    autocast: Callable[[], AbstractContextManager]
+
+    def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._path = None if path is None else Path(path).expanduser()
-        self._encoder = encoder
-        self._data = data
-        self._work_dir = work_dir
-        self._precision = precision
-        self._autocast = autocast
-        self._without_images = isinstance(stream.dataset, CachedDataset)
+        self._without_images = isinstance(self.stream.dataset, CachedDataset)
 
     def obstacle(self, positions: int) -> str | None:
-        """Why the run has no cache; None if it has one.
-
-        Args:
-            positions: the samples that the whole run takes.
+        """Why a run that takes so many samples in all has no cache; None if it has one.
 
         Raises:
             UserError: the cache is asked for, and there is an obstacle.
         """
         reason = self._obstacle(positions)
-        if reason and (self.use is True or self._without_images):
-            raise UserError(f"the cache cannot be used: {reason}")
+        asked = self.use is True or self._without_images
+        require(reason is None or not asked, f"the cache cannot be used: {reason}")
         return reason
 
     def _obstacle(self, positions: int) -> str | None:
         if not self.use:
             return "as configured"
-        if self._encoder is None:
+        if self.encoder is None:
             return "this model learns from pixels; set cache=False"
         if self.stream.variations is None:
             return "crop and flip are drawn again each time; set image_variations to how many to keep of an image"
@@ -122,45 +111,46 @@ class TokenCache:
         if self.use == "auto" and positions <= len(self.stream.dataset) * self.stream.variations:
             return "the run takes each variation at most once; set cache=True to build it all the same"
         (sample,) = self.stream.read_variations([0])
-        if sample is not None and (entry := unstorable(sample)):
-            return f"it stores tensors and numbers, but a sample has {entry}; leave that out, or set cache=False"
+        for key, value in (sample or {}).items():
+            if key not in ("image", "text") and not isinstance(value, torch.Tensor | bool | int | float):
+                entry = f"{key} of type {type(value).__name__}"
+                return f"it stores tensors and numbers, but a sample has {entry}; leave that out, or set cache=False"
         return None
 
     def attach(self, positions: int) -> bool:
-        """Let the stream and the model read from the cache, building it first if need be. Called on all ranks.
-
-        Args:
-            positions: the samples that the whole run takes.
+        """Let the stream and the model read from the cache, built first if need be. All ranks call it.
 
         Returns:
-            Whether the run has a cache.
+            Whether a run that takes so many samples in all has a cache.
 
         Raises:
             UserError: the cache is asked for and cannot be used, or cannot be built.
         """
         if reason := self.obstacle(positions):
-            if self.use and self._encoder is not None:
-                print_once(f"token cache: none, since {reason}")
+            if self.use and self.encoder is not None:
+                distributed.print_once(f"token cache: none, since {reason}")
             return False
         folder = self.folder  # computed on all ranks
         distributed.on_rank_0(self._check_folder)
         with _locked_on_rank_0(folder):
-            images = image_table(self.folder) if self._without_images else self._build_images()
+            images = image_table(folder) if self._without_images else self._build_images()
             captions = self._build_captions()
-        self.encoder.to_host()
+        self._encoder.to_host()
         self.stream.cached_sample = CachedDataset(images, self.variations).sample
-        self.encoder.use_captions(_lookup(captions))
-        print_once(
-            f"token cache: {len(self.stream.dataset)} images in {describe_variations(self.variations)}, each taken "
-            f"{positions / len(images):.3g} times; {format_bytes(images.nbytes + captions.nbytes)} in {folder}"
-        )
+        self._encoder.use_captions(_lookup(captions))
+        size = format_bytes(images.nbytes + captions.nbytes)
+        times = f"{positions / len(images):.3g} times"
+        distributed.print_once(f"token cache: {self._describe_images()}, each taken {times}; {size} in {folder}")
         return True
 
+    def _describe_images(self) -> str:
+        variations = "one variation" if self.variations == 1 else f"{self.variations} variations each"
+        return f"{len(self.stream.dataset)} images in {variations}"
+
     @property
-    def encoder(self) -> Encoder:
-        """The model's."""
-        assert self._encoder is not None
-        return self._encoder
+    def _encoder(self) -> Encoder:
+        assert self.encoder is not None
+        return self.encoder
 
     @property
     def variations(self) -> int:
@@ -170,69 +160,58 @@ class TokenCache:
 
     @cached_property
     def folder(self) -> Path:
-        """Where it is, or will be. The same on all ranks."""
-        default = digest_of([self._data["dataset"], self._key])[:12]
-        return self._path or self._work_dir.parent / "cache" / default
+        """The folder, which need not exist yet. The same on all ranks."""
+        default = digest_of([self.data["dataset"], self._key])[:12]  # also for a path: all ranks need the key
+        return self.work_dir.parent / "cache" / default if self.path is None else Path(self.path).expanduser()
 
     @cached_property
     def _key(self) -> dict[str, Any]:
         """The fingerprint of the table of images, apart from the images and captions themselves."""
-        dataset = {name: value for name, value in self._data["dataset"].items() if name not in PATHS}
+        dataset = {name: value for name, value in self.data["dataset"].items() if name not in PATHS}
         return distributed.on_rank_0(
             lambda: {  # the names are those of version 0.1.0: the default folder's name depends on them
                 "data set": dataset,
-                "image transforms": self._data["image_transforms"],
+                "image transforms": self.data["image_transforms"],
                 "image_variations": self.stream.image_variations,
                 "forms": self.variations,
                 "seed": self.stream.seed if self.variations > 1 else None,
-                **self.encoder.image_key(),
+                **self._encoder.image_key(),
             }
         )
 
     def exists(self) -> bool:
-        """Whether the cache is complete, as far as can be told without reading the images."""
-        known = image_table(self.folder).fingerprint
+        """Whether the cache is complete, as far as is known without reading the images."""
+        known = image_table(self.folder).fingerprint or {}
         captions = digest_of_texts(self.stream.dataset.all_captions())
-        complete = caption_table(self.folder).fingerprint is not None
-        images = {"pictures": (known or {}).get("pictures"), "captions": captions, **self._key}
-        return complete and difference(known, images) is None
+        change = difference(known, {"pictures": known.get("pictures"), "captions": captions, **self._key})
+        return change is None and caption_table(self.folder).fingerprint is not None
 
     def _check_folder(self) -> None:
         """Refuse a folder that cannot be made, that holds files of other origin, or that does not fit the run."""
-        blocking = [path for path in (self.folder, *self.folder.parents) if path.exists() and not path.is_dir()]
-        if blocking:
-            raise UserError(f"the cache cannot be in '{self.folder}': '{blocking[0]}' is not a folder; set cache_path")
+        for path in (self.folder, *self.folder.parents):
+            message = f"the cache cannot be in '{self.folder}': '{path}' is not a folder; set cache_path"
+            require(path.is_dir() or not path.exists(), message)
         tables = [image_table(self.folder), caption_table(self.folder)]
         if self._without_images:
             known = tables[0].fingerprint or {}
             same = {name: known.get(name) for name in ("pictures", "captions")}  # of what is not on this machine
-            if reason := difference(known, {**same, **self._key}):
-                raise UserError(
-                    f"the cache '{self.folder}' does not fit this run, and the images to build it again are not here: "
-                    f"{reason}"
-                )
+            reason = difference(known, {**same, **self._key})
+            message = f"the cache '{self.folder}' does not fit this run, and the images to build it again are not here"
+            require(reason is None, f"{message}: {reason}")
         if (self.folder / LOCK).exists() or any(table.fingerprint is not None for table in tables):
             return
-        files = [table.file for table in tables]
-        own = [*files, *(file.with_suffix(".json") for file in files), self.folder / NOTES]
-        if there := [file.name for file in own if file.exists()]:
-            raise UserError(
-                f"the cache would overwrite {', '.join(there)} in '{self.folder}', which no cache has written; set "
-                "cache_path to a folder that is new or empty"
-            )
-
-    # ------------------------------------------------------------------------------------------------------ images
+        own = [table.file.with_suffix(suffix) for suffix in (".arrow", ".json") for table in tables]
+        there = ", ".join(file.name for file in [*own, self.folder / NOTES] if file.exists())
+        message = f"the cache would overwrite {there} in '{self.folder}', which no cache has written"
+        require(not there, f"{message}; set cache_path to a folder that is new or empty")
 
     def _build_images(self) -> Table:
         """The table of the images, built again if anything changed, or if a few of them now encode differently."""
-        table, dataset, size = image_table(self.folder), self.stream.dataset, self.encoder.batch_size
+        table, dataset, size = image_table(self.folder), self.stream.dataset, self._encoder.batch_size
 
         def find_change() -> tuple[dict[str, Any], str | None]:
-            fingerprint = {
-                "pictures": digest_of_images(dataset, self.folder / NOTES),
-                "captions": digest_of_texts(dataset.all_captions()),
-                **self._key,
-            }
+            images, captions = digest_of_images(dataset, self.folder / NOTES), digest_of_texts(dataset.all_captions())
+            fingerprint = {"pictures": images, "captions": captions, **self._key}
             return fingerprint, difference(table.fingerprint, fingerprint) or self._check_images(table)
 
         fingerprint, reason = distributed.on_rank_0(find_change)
@@ -240,17 +219,15 @@ class TokenCache:
         if reason is None:
             distributed.on_rank_0(builder.sweep)
             return table
-        print_once(f"token cache: {reason}; encoding {len(dataset)} images in {describe_variations(self.variations)}")
+        distributed.print_once(f"token cache: {reason}; encoding {self._describe_images()}")
         with distributed.all_ranks():
             template = self._first_readable()
         distributed.on_rank_0(lambda: _check_space(builder, template))
 
         def write(chunks: list[Rows]) -> None:
-            batches = [
-                list(range(start, min(start + size, end))) for first, end in chunks for start in range(first, end, size)
-            ]
-            read = variation_batches(self.stream, batches, self._data.get("num_workers", 0))
-            encoded = progress((self._encode(batch) for batch in read), sum(map(len, batches)), "image variations")
+            batches = [list(range(row, min(row + size, chunk[1]))) for chunk in chunks for row in range(*chunk, size)]
+            read = variation_batches(self.stream, batches, self.data.get("num_workers", 0))
+            encoded = _progress((self._encode(batch) for batch in read), sum(map(len, batches)))
             for first, end in chunks:
                 samples: list[Sample | None] = []
                 while len(samples) < end - first:
@@ -264,36 +241,27 @@ class TokenCache:
         images = [{"image": sample["image"]} for sample in samples if sample is not None]
         if not images:
             return samples
-        columns = self.encoder.encode_images(collate(images)["image"])
+        columns = self._encoder.encode_images(collate(images)["image"])
         rows = ({name: column[index] for name, column in columns.items()} for index in range(len(images)))
-        return [
-            None
-            if sample is None
-            else {**{key: value for key, value in sample.items() if key != "image"}, **next(rows)}
-            for sample in samples
-        ]
+        others = [sample and {key: value for key, value in sample.items() if key != "image"} for sample in samples]
+        return [None if sample is None else {**sample, **next(rows)} for sample in others]
 
     def _first_readable(self) -> Sample:
         """An encoded sample: it shows what a row holds."""
-        count = len(self.stream.dataset)
-        for index in range(count):
+        for index in range(len(self.stream.dataset)):
             (sample,) = self._encode(self.stream.read_variations([index * self.variations]))
             if sample is not None:
                 return sample
-        raise UserError(f"none of the {count} images can be read")
+        raise UserError(f"none of the {len(self.stream.dataset)} images can be read")
 
     def _check_images(self, table: Table) -> str | None:
         """Encode a few images again; what differs from the table by more than rounding."""
         rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
-        size = self.encoder.batch_size
-        raws = [
-            raw
-            for start in range(0, len(rows), size)
-            for raw in self.stream.read_variations(rows[start : start + size])
-        ]
-        encoded = [sample for start in range(0, len(rows), size) for sample in self._encode(raws[start : start + size])]
+        size = self._encoder.batch_size
+        batches = [self.stream.read_variations(rows[start : start + size]) for start in range(0, len(rows), size)]
+        encoded = [self._encode(batch) for batch in batches]
         same = total = 0
-        for row, raw, sample in zip(rows, raws, encoded):
+        for row, raw, sample in zip(rows, chain(*batches), chain(*encoded)):
             if raw is None or sample is None:
                 continue
             stored, columns = table[row], columns_of([sample], sample)
@@ -307,20 +275,16 @@ class TokenCache:
                     return f"{name} of image {row // self.variations} has changed"
         return None if same >= (1 - TOLERATED) * total else f"{total - same} of {total} tokens have changed"
 
-    # ---------------------------------------------------------------------------------------------------- captions
-
     def _build_captions(self) -> Table:
         """The table of all distinct captions, built again if anything changed."""
-        table, encoder = caption_table(self.folder), self.encoder
+        table, encoder = caption_table(self.folder), self._encoder
 
         def find_change() -> tuple[dict[str, Any], bool, str | None]:
             captions = distinct_captions(self.stream)
-            embeddings = stores_embeddings(self.text_embeddings, len(captions), encoder.embedding_bytes)
-            fingerprint = {
-                "captions": digest_of_texts([caption] for caption in captions),
-                **encoder.caption_key(embeddings),
-                **({"precision": self._precision} if embeddings else {}),
-            }
+            embeddings = self._stores_embeddings(len(captions))
+            digest = digest_of_texts([caption] for caption in captions)
+            precision = {"precision": self.precision} if embeddings else {}
+            fingerprint = {"captions": digest, **encoder.caption_key(embeddings), **precision}
             return fingerprint, embeddings, difference(table.fingerprint, fingerprint)
 
         fingerprint, embeddings, reason = distributed.on_rank_0(find_change)
@@ -329,20 +293,24 @@ class TokenCache:
         captions = distinct_captions(self.stream)
         builder = TableBuilder(table.file, fingerprint, len(captions))
 
-        def encode(rows: Rows) -> dict[str, np.ndarray]:
-            columns: dict[str, list[np.ndarray]] = {}
-            for start in range(*rows, CAPTION_BATCH):
-                with self._autocast():
-                    encoded = encoder.encode_captions(captions[start : min(start + CAPTION_BATCH, rows[1])], embeddings)
-                for name, column in encoded.items():
-                    columns.setdefault(name, []).append(column.numpy())
-            return {name: np.concatenate(batches) for name, batches in columns.items()}
-
         def write(chunks: list[Rows]) -> None:
             for rows in chunks:
-                builder.write(rows, {**encode(rows), "text": [[caption] for caption in captions[slice(*rows)]]})
+                texts = captions[slice(*rows)]
+                batches = [texts[start : start + CAPTION_BATCH] for start in range(0, len(texts), CAPTION_BATCH)]
+                with self.autocast():
+                    encoded = [encoder.encode_captions(batch, embeddings) for batch in batches]
+                columns = {name: np.concatenate([batch[name].numpy() for batch in encoded]) for name in encoded[0]}
+                builder.write(rows, {**columns, "text": [[text] for text in texts]})
 
         return self._build(builder, write, "captions")
+
+    def _stores_embeddings(self, captions: int) -> bool:
+        """Whether the table of so many captions holds their embeddings."""
+        choice, caption_bytes = self.text_embeddings, self._encoder.embedding_bytes
+        if caption_bytes is None:
+            require(choice is not True, "text_embeddings=True, but the text encoder is trained and changes; unset it")
+            return False
+        return choice is True or (choice == "auto" and captions * caption_bytes <= MAX_EMBEDDINGS)
 
     def _build(self, builder: TableBuilder, write: Callable[[list[Rows]], None], what: str) -> Table:
         """The table, its missing chunks written by all ranks, each its share."""
@@ -356,46 +324,21 @@ class TokenCache:
         return Table(builder.file)
 
 
-def describe_variations(variations: int) -> str:
-    """ "one variation" or "8 variations each"."""
-    return "one variation" if variations == 1 else f"{variations} variations each"
-
-
 def distinct_captions(stream: Stream) -> list[str]:
     """The captions of the data, and "", which a dropped caption becomes."""
-    return list(dict.fromkeys(["", *(text for texts in stream.dataset.all_captions() for text in texts)]))
-
-
-def stores_embeddings(choice: Choice, captions: int, caption_bytes: int | None) -> bool:
-    """Whether the table of captions holds their embeddings.
-
-    Args:
-        choice: `text_embeddings` of the config.
-        captions: how many.
-        caption_bytes: of one caption's embeddings; None if they change in training.
-
-    Raises:
-        UserError: True, but they change.
-    """
-    if choice is True and caption_bytes is None:
-        raise UserError("text_embeddings=True, but the text encoder is trained, so its outputs change; leave it out")
-    fits = caption_bytes is not None and captions * caption_bytes <= MAX_EMBEDDINGS
-    return caption_bytes is not None and (choice is True or (choice == "auto" and fits))
+    return list(dict.fromkeys(["", *chain.from_iterable(stream.dataset.all_captions())]))
 
 
 def _check_space(builder: TableBuilder, template: Sample) -> None:
     """Refuse a disk without room for the table and those of its chunks that are missing."""
     arrays = [value for value in columns_of([template], template).values() if isinstance(value, np.ndarray)]
     rows = builder.chunks[-1][1] + sum(end - first for first, end in builder.missing())
-    need = rows * sum(array.nbytes for array in arrays)
-    free = shutil.disk_usage(builder.file.parent).free
+    need, folder = rows * sum(array.nbytes for array in arrays), builder.file.parent
+    free = shutil.disk_usage(folder).free
     if builder.file.exists():
         free += Table(builder.file).nbytes  # it is deleted before the build
-    if need > free:
-        raise UserError(
-            f"the cache needs {format_bytes(need)} while it is built and '{builder.file.parent}' has "
-            f"{format_bytes(free)} free; free space, set cache_path to another disk, or cache=False"
-        )
+    message = f"the cache needs {format_bytes(need)} while it is built and '{folder}' has {format_bytes(free)} free"
+    require(need <= free, f"{message}; free space, set cache_path to another disk, or cache=False")
 
 
 def _lookup(table: Table) -> Callable[[str], dict[str, np.ndarray] | None]:
@@ -403,10 +346,9 @@ def _lookup(table: Table) -> Callable[[str], dict[str, np.ndarray] | None]:
     rows = {text: row for row, (text,) in enumerate(table.texts())}
 
     def look_up(caption: str) -> dict[str, np.ndarray] | None:
-        row = rows.get(caption)
-        if row is None:
+        if caption not in rows:
             return None
-        return {name: value for name, value in table[row].items() if isinstance(value, np.ndarray)}
+        return {name: value for name, value in table[rows[caption]].items() if isinstance(value, np.ndarray)}
 
     return look_up
 
@@ -414,35 +356,34 @@ def _lookup(table: Table) -> Callable[[str], dict[str, np.ndarray] | None]:
 @contextmanager
 def _locked_on_rank_0(folder: Path) -> Iterator[None]:
     """One run at a time checks and builds a cache; others wait."""
-    with ExitStack() as held:
+    file, held = folder / LOCK, ExitStack()
 
-        def lock() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                (folder / LOCK).touch()
-            except OSError as error:
-                if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                    return  # nobody can build in a read-only folder, and a complete cache there can be read
+    def lock() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file.touch()
+            held.enter_context(locked(file))
+        except BlockingIOError:
+            distributed.print_once(f"token cache: another run builds '{folder}'; waiting for it")
+            held.enter_context(locked(file, wait=True))
+        except OSError as error:  # nobody can build in a read-only folder, and a complete cache there can be read
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
-            try:
-                held.enter_context(locked(folder / LOCK))
-            except BlockingIOError:
-                print_once(f"token cache: another run builds '{folder}'; waiting for it")
-                held.enter_context(locked(folder / LOCK, wait=True))
 
+    with held:
         distributed.on_rank_0(lock)
         yield
 
 
-def progress(batches: Iterable[list[T]], total: int, what: str, every: float = 10.0) -> Iterator[list[T]]:
-    """Pass batches on, and print every few seconds how much is done, how fast, and how long to go."""
+def _progress(batches: Iterable[list[Sample | None]], total: int) -> Iterator[list[Sample | None]]:
+    """Pass batches on, and print every ten seconds how much is done, how fast, and how long to go."""
     done, began = 0, time.perf_counter()
     printed = began
     for batch in batches:
         done += len(batch)
         now = time.perf_counter()
-        if now - printed >= every:
+        if now - printed >= 10:
             printed, rate = now, done / (now - began)
             left = format_duration((total - done) / rate)
-            print_once(f"encoded {done:,}/{total:,} {what}, {rate:.3g}/s, {left} left")
+            distributed.print_once(f"encoded {done:,}/{total:,} image variations, {rate:.3g}/s, {left} left")
         yield batch

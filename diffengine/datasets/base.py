@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, final
 
 from diffengine.datasets.missing import MissingImages
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
-# What travels from a data set to the batch: "image", "text" and what the transforms add.
-Sample = dict[str, Any]
+Sample = dict[str, Any]  # "image", "text" and what the transforms add
 Size = tuple[int, int]  # (width, height) in pixels
 
 
@@ -63,13 +62,7 @@ class ImageDataset(ABC):
 
 @final
 class WrappedDataset(ImageDataset):
-    """Any object with `__len__` and `__getitem__` as an ImageDataset; or some of its items.
-
-    Args:
-        dataset: the object.
-        indices: of the items; None for all.
-        variations: of each image, if that is known.
-    """
+    """Any object with `__len__` and `__getitem__` as an ImageDataset; with `indices`, only these of its items."""
 
     def __init__(self, dataset: Any, indices: Sequence[int] | None = None, variations: int | None = None) -> None:
         self._dataset = dataset
@@ -84,19 +77,12 @@ class WrappedDataset(ImageDataset):
 
 
 def as_dataset(dataset: Any) -> ImageDataset:
-    """`dataset` itself if it is an ImageDataset; any other object with a length and items is wrapped.
-
-    Raises:
-        UserError: it has no length or no items.
-    """
+    """`dataset` itself if it is an ImageDataset; any other object with a length and items is wrapped."""
     if isinstance(dataset, ImageDataset):
         return dataset
-    kind = type(dataset)
-    if not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
-        raise UserError(
-            f"dataset got a {kind.__name__}; expected a subclass of diffengine.datasets.ImageDataset, or an object "
-            "with __len__ and __getitem__"
-        )
+    cls = type(dataset)
+    message = f"dataset got a {cls.__name__}; expected an ImageDataset, or an object with __len__ and __getitem__"
+    require(hasattr(cls, "__len__") and hasattr(cls, "__getitem__"), message)
     return WrappedDataset(dataset)
 
 

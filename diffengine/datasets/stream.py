@@ -6,8 +6,8 @@ and index. Nothing is stored or replayed, so the step at which a run resumes, an
 change nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, final
 
@@ -16,13 +16,10 @@ from torch.utils.data import Dataset
 
 from diffengine.datasets.base import Sample, UnreadableImage, as_dataset
 from diffengine.datasets.transforms import AnyTransform, apply, is_random
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
 ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
-
-
-# What a generator draws for: equal counters in two domains give unrelated draws.
-ORDER, IMAGE, SAMPLE = 0, 1, 2
+ORDER, IMAGE, SAMPLE = 0, 1, 2  # domains of generators: equal counters in two domains give unrelated draws
 
 
 @final
@@ -32,14 +29,10 @@ class Generators:
     The counter fills Philox's high words and draws count in the low one, so two streams could meet only after 2^64
     draws. One generator is reset for each counter, which is ten times as fast as making a new one: what `at` returned
     before must no longer be used.
-
-    Raises:
-        UserError: a seed outside of [0, 2^64).
     """
 
     def __init__(self, seed: int, domain: int) -> None:
-        if not 0 <= seed < 2**64:
-            raise UserError(f"seed got {seed}; expected a whole number from 0 to 2^64 - 1")
+        require(0 <= seed < 2**64, f"seed got {seed}; expected a whole number from 0 to 2^64 - 1")
         self._bits = np.random.Philox(key=np.array([seed, domain], dtype=np.uint64))
         self._state: Any = self._bits.state
         self._generator = np.random.Generator(self._bits)
@@ -61,37 +54,28 @@ class Stream(Dataset):
 
     Args:
         dataset: an ImageDataset, or any object with `__len__` and `__getitem__`.
-        image_transforms: change the image. They draw from (seed, position); with image_variations=V from (seed, index,
-            epoch modulo V): each image then has only V variations of crop and flip, which a cache can hold.
+        image_transforms: change the image. They draw from (seed, position).
         transforms: run after them, and after the caption is drawn, from (seed, position).
-        seed: default 0.
-        image_variations: see above; None for a new variation each time.
-        skip_unreadable: replace an image that cannot be decoded by the next readable one, and count how many were
-            skipped in `skipped` (int, else 0). By default such an image is an error.
+        image_variations: with V, image_transforms draw from (seed, index, epoch modulo V): each image has only V
+            variations of crop and flip, which a cache can hold. None for a new variation each time.
+        skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
+            in `skipped` (int, else 0). By default such an image is an error.
 
     Attributes:
-        cached_sample: (index, epoch) -> the sample after the image transforms; set to read from a cache instead of the
-            data set. Its samples are equal.
+        cached_sample: (index, epoch) -> the sample after the image transforms, from a cache; None to read the data set.
 
     Raises:
-        UserError: the data set is empty, or, on reading, no image can be read; else `UnreadableImage`.
+        UserError: the data set is empty; on reading, `UnreadableImage`, or no image can be read.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        image_transforms: Sequence[AnyTransform],
-        transforms: Sequence[AnyTransform],
-        *,
-        seed: int = 0,
-        image_variations: int | None = None,
-        skip_unreadable: bool = False,
-    ) -> None:
+        self, dataset: Any, image_transforms: Sequence[AnyTransform], transforms: Sequence[AnyTransform], *,
+        seed: int = 0, image_variations: int | None = None, skip_unreadable: bool = False,
+    ) -> None:  # fmt: skip
         self.dataset = as_dataset(dataset)
-        if len(self.dataset) == 0:
-            raise UserError("the data set is empty; expected at least one image")
-        if image_variations is not None and image_variations < 1:
-            raise UserError(f"image_variations got {image_variations}; expected at least 1, or None for no repeats")
+        require(len(self.dataset) > 0, "the data set is empty; expected at least one image")
+        message = f"image_variations got {image_variations}; expected at least 1, or None for no repeats"
+        require(image_variations is None or image_variations >= 1, message)
         self.image_transforms = list(image_transforms)
         self.transforms = list(transforms)
         self.seed = seed
@@ -106,22 +90,18 @@ class Stream(Dataset):
     def variations(self) -> int | None:
         """Variations of each image: `image_variations`, one if the transforms draw nothing, or None for no limit.
 
-        A random crop changes nothing of an image that is square already. So the sizes are looked at, up to the first
-        image that varies, if the data set knows them.
+        A random crop changes nothing of a square image, so sizes are read, if known, up to the first image that varies.
         """
         if self.dataset.variations is not None:
             return self.dataset.variations
-        return self.image_variations if self._varies() else 1
-
-    def _varies(self) -> bool:
         if not is_random(self.image_transforms, None):
-            return False
+            return 1
         for index in range(len(self.dataset)):
             with suppress(UnreadableImage):
                 size = self.dataset.size(index)
                 if size is None or is_random(self.image_transforms, size):
-                    return True
-        return False
+                    return self.image_variations
+        return 1
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index into the data set) of a position. Each epoch is another permutation."""
@@ -151,20 +131,12 @@ class Stream(Dataset):
         return samples
 
     def read_variations(self, rows: Sequence[int]) -> list[Sample | None]:
-        """Rows `index * variations + variation` of a cache: samples after the image transforms. Reads each image once.
-
-        Returns:
-            None for an image that cannot be read, with `skip_unreadable`.
-        """
+        """A cache's rows `index * variations + variation`: samples after the image transforms; None if skipped."""
         assert self.variations is not None
-        raw: dict[int, Sample | None] = {}
-        for index in dict.fromkeys(row // self.variations for row in rows):
-            try:
+        raw: dict[int, Sample | None] = dict.fromkeys(row // self.variations for row in rows)
+        for index in raw:
+            with suppress(UnreadableImage) if self.skip_unreadable else nullcontext():
                 raw[index] = self.dataset[index]
-            except UnreadableImage:
-                if not self.skip_unreadable:
-                    raise
-                raw[index] = None
         samples = []
         for row in rows:
             index, variation = divmod(row, self.variations)
@@ -176,12 +148,10 @@ class Stream(Dataset):
         """The samples of the positions after the image transforms."""
         located = [self.locate(position) for position in positions]
         if self.cached_sample is not None:
-            for epoch, index in located:
-                yield self.cached_sample(index, epoch)
-            return
-        raws: Iterable[Sample] = self.dataset.__getitems__([index for _, index in located])
-        for position, (epoch, index), raw in zip(positions, located, raws):
-            yield self._transform(position, epoch, index, raw)
+            return (self.cached_sample(index, epoch) for epoch, index in located)
+        raws = self.dataset.__getitems__([index for _, index in located])
+        triples = zip(positions, located, raws)
+        return (self._transform(position, epoch, index, raw) for position, (epoch, index), raw in triples)
 
     def _transform(self, position: int, epoch: int, index: int, raw: Sample) -> Sample:
         counter = (position,) if self.image_variations is None else (index, epoch % self.image_variations)

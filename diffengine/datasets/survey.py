@@ -1,61 +1,52 @@
 """What the square crop and the text length will cut off a data set, reported before training starts."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Size, UnreadableImage
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 
 def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | None:
     """One line: how many images, what share of their area the square crop cuts off, how many are enlarged.
 
-    Images that cannot be read are counted, not raised.
+    Images that cannot be read are counted, not raised. None if the data set does not know its images' sizes.
 
     Args:
         dataset: whose images' headers are read.
         resolution: the side of the square in pixels.
         limit: of more images than this, an evenly spaced sample is read.
-
-    Returns:
-        None if the data set does not know its images' sizes.
     """
-    if limit < 1:
-        raise UserError(f"survey got limit {limit}; expected at least 1")
+    require(limit >= 1, f"survey got limit {limit}; expected at least 1")
     indices = _spread(len(dataset), limit)
     sizes: list[Size] = []
-    unreadable = 0
     for index in indices:
-        try:
+        with suppress(UnreadableImage):
             size = dataset.size(index)
-        except UnreadableImage:
-            unreadable += 1
-            continue
-        if size is None:
-            return None
-        sizes.append(size)
+            if size is None:
+                return None
+            sizes.append(size)
     line = _sampled(indices, len(dataset), "images")
     if sizes:
         sides = np.sort(np.array(sizes), axis=1)
         cut = 1 - (sides[:, 0] / sides[:, 1]).mean()
         small = (sides[:, 0] < resolution).mean()
         line += f"; the {resolution} px square cuts off {cut:.1%} of the area and {small:.1%} are enlarged"
+    unreadable = len(indices) - len(sizes)
     return line + (f"; {unreadable} cannot be read" if unreadable else "")
 
 
 def survey_captions(
     captions: Iterable[str], lengths: Callable[[Sequence[str]], tuple[list[int], int]], limit: int = 1000
 ) -> str | None:
-    """One line: how many captions are longer than the model reads, and the longest.
+    """One line: how many captions are longer than the model reads, and the longest. None if no caption is cut.
 
     Args:
         captions: all captions of the data.
         lengths: the number of tokens of each of these captions, and the most that the model reads of one (0: none).
         limit: of more captions than this, an evenly spaced sample is counted.
-
-    Returns:
-        None if no caption is cut.
     """
     known = list(captions)
     indices = _spread(len(known), limit)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffengine.datasets.base import Sample, Size
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 MAX_RATIO = 64  # of the long to the short side of an image that is resized
 
@@ -26,11 +26,7 @@ class Transform(ABC):
         """The changed sample."""
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
-        """(the size afterwards, whether the result depends on a random draw) for an image of this size.
-
-        Args:
-            size: (width, height); None for an image of any size.
-        """
+        """(the size afterwards, whether the result depends on a random draw) for an image of this size (None: any)."""
         return None, True
 
 
@@ -40,9 +36,7 @@ AnyTransform = Transform | Callable[[Sample, np.random.Generator], Sample]
 def is_random(transforms: Sequence[AnyTransform], size: Size | None) -> bool:
     """Whether the result for an image of this size (None: of any size) depends on a random draw."""
     for transform in transforms:
-        if not isinstance(transform, Transform):
-            return True
-        size, random = transform.effect(size)
+        size, random = transform.effect(size) if isinstance(transform, Transform) else (None, True)
         if random:
             return True
     return False
@@ -58,12 +52,13 @@ def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Gen
 class Resize(Transform):
     """Resizes the short side to `size` pixels: aspect kept, bilinear, antialiased.
 
-    Sets `original_size`, (width, height) before, unless a transform has set it. Of an image that is more than
-    `MAX_RATIO` times as long as it is wide only the middle is kept: a line would become gigabytes.
+    Sets `original_size`, (width, height) before, unless a transform has set it. Only the middle is kept of an
+    image whose long side is more than `MAX_RATIO` times the short one: a line would become gigabytes.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = _at_least_one("Resize", size)
+        require(size >= 1, f"Resize got size={size}; expected at least 1 pixel")
+        self.size = size
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return size and self._resized(size), False
@@ -88,14 +83,12 @@ class Crop(Transform):
     """Crops a square of `size` pixels at a random position, or from the centre with random=False.
 
     Sets `crop_top_left`, (top, left) in pixels of the incoming image, `crop_from`, the incoming (width, height), and
-    `original_size` unless a transform has set it.
-
-    Raises:
-        UserError: the image is smaller than the square.
+    `original_size` unless a transform has set it. The image must be at least as large as the square.
     """
 
     def __init__(self, size: int, random: bool = True) -> None:
-        self.size = _at_least_one("Crop", size)
+        require(size >= 1, f"Crop got size={size}; expected at least 1 pixel")
+        self.size = size
         self.random = random
 
     def effect(self, size: Size | None) -> tuple[Size, bool]:
@@ -105,17 +98,10 @@ class Crop(Transform):
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
         width, height = image.size
-        if min(width, height) < self.size:
-            raise UserError(
-                f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}; put "
-                f"Resize({self.size}) before it"
-            )
+        message = f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}"
+        require(min(image.size) >= self.size, f"{message}; put Resize({self.size}) before it")
         room = (height - self.size, width - self.size)
-        shares = rng.random(2)
-        if self.random:
-            top, left = (int(share * (free + 1)) for share, free in zip(shares, room))
-        else:
-            top, left = (free // 2 for free in room)
+        top, left = (int(share * (free + 1)) if self.random else free // 2 for share, free in zip(rng.random(2), room))
         square = image.crop((left, top, left + self.size, top + self.size))
         records = {"crop_top_left": (top, left), "crop_from": image.size}
         return {"original_size": image.size, **sample, "image": square, **records}
@@ -128,7 +114,8 @@ class Flip(Transform):
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        self.p = _probability("Flip", p)
+        require(0 <= p <= 1, f"Flip got p={p}; expected a probability from 0 to 1")
+        self.p = p
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return size, 0 < self.p < 1
@@ -159,34 +146,20 @@ class ToTensor(Transform):
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
-        original_size = sample.get("original_size", image.size)
-        crop_top_left = sample.get("crop_top_left", (0, 0))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        size, corner = sample.get("original_size", image.size), sample.get("crop_top_left", (0, 0))
+        micro_conds = torch.tensor([*size, *corner, self.aesthetic_score], dtype=torch.float32)
         records = ("original_size", "crop_top_left", "crop_from")
-        return {
-            **{key: value for key, value in sample.items() if key not in records},
-            "image": pixels.to(torch.float32).div_(255),
-            "micro_conds": torch.tensor([*original_size, *crop_top_left, self.aesthetic_score], dtype=torch.float32),
-        }
+        others = {key: value for key, value in sample.items() if key not in records}
+        return {**others, "image": pixels, "micro_conds": micro_conds}
 
 
 class DropCaption(Transform):
     """Replaces the caption by "" with probability `p`, default 0.1: guidance needs the unconditional case."""
 
     def __init__(self, p: float = 0.1) -> None:
-        self.p = _probability("DropCaption", p)
+        require(0 <= p <= 1, f"DropCaption got p={p}; expected a probability from 0 to 1")
+        self.p = p
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return {**sample, "text": ""} if rng.random() < self.p else sample
-
-
-def _probability(name: str, p: float) -> float:
-    if not 0 <= p <= 1:
-        raise UserError(f"{name} got p={p}; expected a probability from 0 to 1")
-    return p
-
-
-def _at_least_one(name: str, size: int) -> int:
-    if size < 1:
-        raise UserError(f"{name} got size={size}; expected at least 1 pixel")
-    return size

@@ -148,8 +148,8 @@ def test_size_and_batches():
 
 def test_problems_of_options():
     refused("split 'val'; expected train, unseen or all", split="val")
-    refused("artists .'picasso'.; expected some of .'twemoji', 'openmoji'.", artists={"picasso": ""})
-    refused("artists ..; expected some of", artists={})
+    refused("artists got .'picasso'.; expected some of .'twemoji', 'openmoji'.", artists={"picasso": ""})
+    refused("artists got ..; expected some of", artists={})
     refused("count 9 from number 1650; expected at most 6", count=9, start=1650, min_transparent=0, size=1)
     refused("split 'unseen' without backgrounds", split="unseen", backgrounds=None)
     refused("count 0, start 0 and size 72; expected at least 1, 0 and 1", count=0)

@@ -144,7 +144,7 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("a.png,a fox, running", "line 2 has more fields than the first line; put quotes around"),
+        ("a.png,a fox, running", "line 2 has more fields than the first line; quote texts with"),
         ('a.png,"a fox', "line [23] is not CSV: unexpected end of data"),
     ],
 )
