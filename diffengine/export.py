@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,62 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diffengine import __version__
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.models import adapters
-from diffengine.models.base import MaskedImageModel, TrainableModel
+from diffengine.models.base import MaskedImageModel, TrainableModel, describe
 from diffengine.models.loading import load_module
 
 MARK = "_diffengine_version"  # in the index of a pipeline that we wrote; diffusers ignores it
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# The largest difference of outputs, over the largest output, from the live model's with its weights rounded as they are
-# written. Equal sums are equal bits; a merged adapter's are sums in another order.
+# The largest accepted difference of outputs, over the largest, from the live model's with weights in the written dtype.
+# A merged adapter adds in another order.
 LOADED, MERGED = 1e-5, 1e-3
+Difference = tuple[float, float]  # the largest of outputs, and the same over the largest output
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, loaded back, and compared with the live model for a fixed input.
-
-    Attributes:
-        folder: where it is.
-        difference: the largest difference of an output from the live model's: the effect of rounding.
-        relative: the same, over the largest output.
-        lines: Python that opens it.
-    """
+    """What was written, loaded back, and compared with the live model for a fixed input."""
 
     folder: Path
-    difference: float
-    relative: float
-    lines: tuple[str, ...]
+    difference: float  # the largest of an output from the live model's: the effect of rounding
+    relative: float  # the same, over the largest output
+    lines: tuple[str, ...]  # Python that opens the folder
 
     def __str__(self) -> str:
-        return (
-            f"{self.folder}, loaded back: its outputs differ from the live model's by at most {self.difference:.1e} "
-            f"({self.relative:.1e} of the largest)"
-        )
+        apart = f"{self.difference:.1e} ({self.relative:.1e} of the largest)"
+        return f"{self.folder}, loaded back: its outputs differ from the live model's by at most {apart}"
+
+
+def export(
+    model: TrainableModel, out: Path, keys: Sequence[str] | None = None, *,
+    pipeline: bool = False, merge: bool = False, dtype: str = "fp32",
+) -> list[Exported]:  # fmt: skip
+    """Write trained components or, with `pipeline`, a whole pipeline folder; the rest as of `export_components`.
+
+    Args:
+        dtype: "fp32", "fp16" or "bf16".
+
+    Raises:
+        UserError: options that exclude each other; or as of `export_components` and `export_pipeline`.
+    """
+    require(dtype in DTYPES, f"dtype got '{dtype}'; expected one of {', '.join(DTYPES)}")
+    require(not (pipeline and keys), "--pipeline writes every component; leave out --save-keys")
+    require(not (pipeline and merge), "--pipeline merges adapters by itself; leave out --merge")
+    if pipeline:
+        return [export_pipeline(model, out, dtype=DTYPES[dtype])]
+    return export_components(model, out, keys, merge=merge, dtype=DTYPES[dtype])
 
 
 def export_components(
-    model: TrainableModel,
-    out: Path,
-    keys: Sequence[str] | None = None,
-    *,
-    merge: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> list[Exported]:
+    model: TrainableModel, out: Path, keys: Sequence[str] | None = None, *,
+    merge: bool = False, dtype: torch.dtype = torch.float32,
+) -> list[Exported]:  # fmt: skip
     """Write `out/<key>/` for the model's exportable components: safetensors in diffusers' format.
 
     A component with an adapter becomes a folder of the adapter, which peft and (LoRA, LoKr) diffusers load. Each is
-    written to a temporary folder, checked and then renamed, so what is under its name is always complete.
+    checked in a temporary folder and then renamed, so what is under its name is always complete.
 
     Args:
         keys: which; None for all.
@@ -70,43 +77,40 @@ def export_components(
         dtype: of what is written.
 
     Raises:
-        UserError: a key that the model does not train, nothing to merge, a folder that must not be replaced, a full
-            disk, or a component that does not load back equal.
+        UserError: the model does not train a key, or has nothing to merge; a folder must not be replaced, the disk is
+            full, or a component does not load back equal.
     """
     modules = model.exportable
     for key in keys or []:
-        if key not in modules:
-            raise UserError(f"--save-keys got '{key}'; this model trains {', '.join(modules)}")
-    if merge and not any(adapters.config_of(modules[key]) for key in keys or modules):
-        raise UserError("--merge got a model without adapters; leave it out")
+        require(key in modules, f"--save-keys got '{key}'; this model trains {', '.join(modules)}")
     targets = {key: out / key for key in keys or modules}
+    adapted = [key for key in targets if adapters.config_of(modules[key]) is not None]
+    require(bool(adapted) or not merge, "--merge got a model without adapters; leave it out")
     check_targets(model, targets.values())
     exported = []
-    with _writing(out):
+    with _writing(out) as temporary:
         for key, target in targets.items():
-            temporary = _fresh(out / f".{key}.tmp")
-            if adapters.config_of(modules[key]) is not None and not merge:
-                difference = _write_adapter(model, key, temporary, dtype)
+            folder = temporary / key
+            if key in adapted and not merge:
+                difference = _write_adapter(model, key, folder, dtype)
             else:
-                with _as_written(whole := _whole(model, key, out), dtype):
-                    whole.save_pretrained(temporary, safe_serialization=True)
-                _open_as_fp32(temporary)
-                difference = _check_whole(model, key, whole, temporary, dtype)
-            lines = _opening_lines(model, key, target, merge)
-            _make_readable(temporary)
-            _replace(temporary, target)
-            exported.append(Exported(target, *difference, lines))
+                whole = _whole(model, key, temporary)
+                with _as_written(whole, dtype=dtype):
+                    whole.save_pretrained(folder, safe_serialization=True)
+                _open_as_fp32(folder)
+                difference = _check_whole(model, key, whole, folder, dtype)
+            _publish(folder, target)
+            exported.append(Exported(target, *difference, _opening_lines(model, key, target, merge)))
     return exported
 
 
 def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = torch.float32) -> Exported:
     """Write a whole folder that `AmusedPipeline.from_pretrained(out)` opens, checked by loading it back.
 
-    Adapters are merged. `dtype` is that of what was trained; the rest is written as it was loaded.
+    Adapters are merged. `dtype` is that of what was trained; the rest is written in its loaded one.
 
     Raises:
-        UserError: the model has no pipeline; a pipeline exists there that we did not write; else as
-            `export_components`.
+        UserError: the model has no pipeline; `out` holds one that we did not write; else as `export_components`.
     """
     if not isinstance(model, MaskedImageModel):
         trained = ", ".join(model.exportable)
@@ -114,82 +118,73 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     pipeline = model.build_pipeline()
     check_targets(model, [out / name for name in pipeline.components])
     index = out / "model_index.json"
-    if index.exists() and MARK not in index.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(
-            f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another folder, or "
-            "delete it"
-        )
-    with _writing(out):
-        whole = {key: _whole(model, key, out) for key in model.exportable}
+    ours = not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace")
+    message = f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another folder"
+    require(ours, message)
+    with _writing(out) as temporary:
+        folder = temporary / "pipeline"
+        whole = {key: _whole(model, key, temporary) for key in model.exportable}
         pipeline.register_modules(**whole)
-        temporary = _fresh(out / ".pipeline.tmp")
-        with ExitStack() as written:
-            for module in whole.values():
-                written.enter_context(_as_written(module, dtype))
-            pipeline.save_pretrained(temporary, safe_serialization=True)
+        with _as_written(*whole.values(), dtype=dtype):
+            pipeline.save_pretrained(folder, safe_serialization=True)
         for key in whole:
-            _open_as_fp32(temporary / key)
-        differences = [_check_whole(model, key, whole[key], temporary / key, dtype) for key in whole]
+            _open_as_fp32(folder / key)
+        differences = [_check_whole(model, key, whole[key], folder / key, dtype) for key in whole]
         for name, component in pipeline.components.items():
             if name not in whole:
-                back = type(component).from_pretrained(temporary / name, local_files_only=True)
-                _check_equal(component, back, temporary)
-        _make_readable(temporary)
-        settings = {**json.loads((temporary / index.name).read_text(encoding="utf-8")), MARK: __version__}
-        (temporary / index.name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for item in sorted(temporary.iterdir()):
-            _replace(item, out / item.name)
-        temporary.rmdir()
+                back = type(component).from_pretrained(folder / name, local_files_only=True)
+                _check_equal(component, back, folder)
+        settings = json.loads((folder / index.name).read_text(encoding="utf-8"))
+        text = json.dumps({**settings, MARK: __version__}, indent=2, sort_keys=True)
+        (folder / index.name).write_text(text + "\n", encoding="utf-8")
+        for item in sorted(folder.iterdir()):
+            _publish(item, out / item.name)
     return Exported(out, *max(differences), (f"{type(pipeline).__name__}.from_pretrained({str(out)!r})",))
 
 
 def check_targets(model: TrainableModel, targets: Iterable[Path]) -> None:
-    """Refuse folders that an export must not replace.
-
-    Raises:
-        UserError: a folder that a component was loaded from, or one that holds other things.
-    """
+    """Raise a UserError if a folder holds other things than an export, or a component was loaded from it."""
     sources = {folder.resolve(): name for name, folder in model.sources.items()}
     for target in targets:
-        if target.resolve() in sources:
-            raise UserError(
-                f"'{target}' is the {sources[target.resolve()]} that this model was made from, and would be lost; "
-                "write to another folder"
-            )
+        if name := sources.get(target.resolve()):
+            lost = f"is the {name} that this model was made from, and would be lost"
+            raise UserError(f"'{target}' {lost}; write to another folder")
         ours = target.is_dir() and (list(target.glob("*config.json")) or not list(target.iterdir()))
         if target.exists() and not ours:
             raise UserError(f"'{target}' exists and holds no exported component; write to another folder")
 
 
-# -------------------------------------------------------------------------------------------------------- writing
-
-
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn errors of the disk into the user's; whatever is raised, no temporary folder stays."""
+def _writing(out: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder in `out`, deleted in the end; turn errors of the disk into the user's."""
+    temporary = out / ".export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
+        temporary.mkdir(parents=True)
+        yield temporary
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to '{out}': {error}") from error
     finally:
-        for temporary in out.glob(".*.tmp"):
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+def _publish(item: Path, target: Path) -> None:
+    """Rename a written folder or file to `target`; what it replaces is deleted only after that.
 
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Two renames: the old folder is deleted only when the new one has its name."""
+    Files get the permissions of the umask: safetensors writes for the owner alone.
+    """
+    sample = item.with_name(".mode")
+    sample.touch()
+    for file in [item, *item.rglob("*")]:
+        if file.is_file():
+            file.chmod(sample.stat().st_mode)
+    sample.unlink()
     if not target.is_dir():
-        temporary.replace(target)
+        item.replace(target)
         return
-    old = target.rename(_fresh(target.with_name(f".{target.name}.old.tmp")))
+    old = target.rename(item.with_name(f"{item.name}.old"))
     try:
-        temporary.rename(target)
+        item.rename(target)
     except OSError:
         old.rename(target)
         raise
@@ -202,16 +197,6 @@ def _open_as_fp32(folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("dtype", "float32") != "float32":
         path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
-
-
-def _make_readable(folder: Path) -> None:
-    """Give files the permissions of the umask: safetensors writes for the owner alone."""
-    (sample := folder / ".mode").touch()
-    mode = sample.stat().st_mode
-    sample.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
 
 
 def _opening_lines(model: TrainableModel, key: str, target: Path, merge: bool) -> tuple[str, ...]:
@@ -230,37 +215,25 @@ def _opening_lines(model: TrainableModel, key: str, target: Path, merge: bool) -
     return load, f"{key}.load_lora_adapter({str(target)!r}, weight_name={weights!r})  # or {with_peft}"
 
 
-# ------------------------------------------------------------------------------------------------------- checking
-
-
-def _whole(model: TrainableModel, key: str, out: Path) -> nn.Module:
-    """A component as one plain module: the live one, or its adapter merged into a base loaded again.
-
-    Raises:
-        UserError: the method cannot be merged, or the sum does not compute what the live one does.
-    """
+def _whole(model: TrainableModel, key: str, temporary: Path) -> nn.Module:
+    """A component as one plain module: the live one, or its adapter merged into a base loaded again, and compared."""
     live = model.exportable[key]
     if adapters.config_of(live) is None:
         return live
-    temporary = _fresh(out / ".adapter.tmp")
-    adapters.write(live, key, temporary)
-    merged = adapters.merge(model.base(key), temporary)
-    shutil.rmtree(temporary)
+    folder = temporary / f"{key}.adapter"
+    adapters.write(live, folder)
+    merged = adapters.merge(model.base(key), folder)
     with _as_written(live):
         _check_close(model.probe(key, live), model.probe(key, merged), MERGED, f"the merged {key}")
     return merged
 
 
-def _write_adapter(model: TrainableModel, key: str, folder: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """Write an adapter and load it with each loader that takes it; its outputs' difference from the live ones.
-
-    Raises:
-        UserError: a loader returns another model.
-    """
+def _write_adapter(model: TrainableModel, key: str, folder: Path, dtype: torch.dtype) -> Difference:
+    """Write an adapter, check it with each of its loaders, and return its outputs' difference from the live ones."""
     live = model.exportable[key]
-    with _as_written(live, dtype):
-        adapters.write(live, key, folder)
-    with _as_written(live, dtype, again=torch.float32):
+    with _as_written(live, dtype=dtype):
+        adapters.write(live, folder)
+    with _as_written(live, dtype=dtype, read_back=True):
         rounded = model.probe(key, live)
     base = model.base(key)
     loaded = adapters.load_with_peft(base, folder)
@@ -274,27 +247,18 @@ def _write_adapter(model: TrainableModel, key: str, folder: Path, dtype: torch.d
         return _difference(model.probe(key, live), outputs)
 
 
-def _check_whole(
-    model: TrainableModel, key: str, whole: nn.Module, folder: Path, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Load a component as anyone would and compare it, bit for bit, with what was to be written.
-
-    Returns:
-        Its outputs' difference from the live ones.
-
-    Raises:
-        UserError: something is not equal.
-    """
+def _check_whole(model: TrainableModel, key: str, whole: nn.Module, folder: Path, dtype: torch.dtype) -> Difference:
+    """Load a component, compare it bit for bit with `whole`, and return its outputs' difference from the live ones."""
     back = load_module(str(folder), key, type(whole))
-    with _as_written(whole, dtype, again=torch.float32):
+    with _as_written(whole, dtype=dtype, read_back=True):
         _check_equal(whole, back, folder)
     live = model.exportable[key]
     with _as_written(live):
         return _difference(model.probe(key, live), model.probe(key, back))
 
 
-def _difference(live: Tensor, other: Tensor) -> tuple[float, float]:
-    """The largest difference, and the same over the largest of `live`. For broken weights both may be NaN."""
+def _difference(live: Tensor, other: Tensor) -> Difference:
+    """The largest difference, and the same over the largest of `live`; NaN for broken weights."""
     difference = float((live - other).abs().max())
     return difference, difference / max(float(live.abs().max()), 1e-12)
 
@@ -302,27 +266,25 @@ def _difference(live: Tensor, other: Tensor) -> tuple[float, float]:
 def _check_close(live: Tensor, other: Tensor, tolerance: float, name: str) -> None:
     """Refuse outputs that differ by more than the tolerance, over the largest; NaN equals NaN."""
     difference, relative = _difference(live.nan_to_num(), other.nan_to_num())
-    if not relative <= tolerance:
-        raise UserError(
-            f"{name} is not the model that was trained: its outputs differ by {difference:.1e}, {relative:.1e} of the "
-            f"largest, where at most {tolerance:.0e} is rounding"
-        )
+    apart = f"{difference:.1e}, {relative:.1e} of the largest; at most {tolerance:.0e} is rounding"
+    require(relative <= tolerance, f"{name} is not the model that was trained: its outputs differ by {apart}")
 
 
 @contextmanager
-def _as_written(
-    module: nn.Module, dtype: torch.dtype = torch.float32, again: torch.dtype | None = None
-) -> Iterator[None]:
-    """Inside, the module is on the host and its written tensors are `dtype` (then `again`).
+def _as_written(*modules: nn.Module, dtype: torch.dtype = torch.float32, read_back: bool = False) -> Iterator[None]:
+    """Inside, modules are on the host, and their written tensors have their values in `dtype`; `read_back`: as fp32.
 
-    After, its tensors are the same as before: on a GPU they never left it.
+    Then their tensors are the same as before: on a GPU they never left it.
     """
-    written = {id(tensor) for tensor in adapters.tensors_of(module) if tensor.is_floating_point()}
-    kept = [(tensor, tensor.data) for tensor in [*module.parameters(), *module.buffers()]]
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
-        for tensor, data in kept:
-            host = data.cpu()
-            tensor.data = host.to(dtype).to(again or dtype) if id(tensor) in written else host
+        for module in modules:
+            whole = adapters.config_of(module) is None
+            for tensor in [*module.parameters(), *module.buffers()]:
+                kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.cpu()
+                if tensor.is_floating_point() and (whole or tensor.requires_grad):
+                    tensor.data = tensor.data.to(dtype).to(torch.float32 if read_back else dtype)
         yield
     finally:
         for tensor, data in kept:
@@ -343,12 +305,10 @@ def _check_equal(component: Any, back: Any, folder: Path) -> None:
         if not isinstance(live, Tensor):
             return live == loaded
         bits = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (live, loaded)]
-        return live.dtype == loaded.dtype and live.shape == loaded.shape and torch.equal(*bits)  # NaN too
+        return describe(live) == describe(loaded) and torch.equal(*bits)  # NaN too
 
     live, loaded = content(component), content(back)
     wrong = [name for name in live.keys() & loaded.keys() if not equal(live[name], loaded[name])]
     wrong += live.keys() ^ loaded.keys()
-    if wrong:
-        raise UserError(
-            f"'{folder}' does not load back what was written: {len(wrong)} entries differ, first {min(wrong)}"
-        )
+    first = f"{len(wrong)} entries differ, first {min(wrong, default='')}"
+    require(not wrong, f"'{folder}' does not load back what was written: {first}")

@@ -103,8 +103,8 @@ def test_alpha_is_not_lost(toy: Path, tmp_path: Path) -> None:
 def test_the_export_notices_half_strength(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = adapters.write
 
-    def without_alpha(module: nn.Module, name: str, folder: Path) -> None:
-        write(module, name, folder)
+    def without_alpha(module: nn.Module, folder: Path) -> None:
+        write(module, folder)
         save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt"})
 
     monkeypatch.setattr(adapters, "write", without_alpha)

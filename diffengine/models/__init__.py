@@ -1,8 +1,4 @@
-"""Models: one folder per model, all behind the contract of base.py.
-
-To add one, write a final subclass of `TrainableModel` (or `MaskedImageModel`) in a folder here or in a module of your
-own, and name it in a config's `model`. Nothing else knows models by name.
-"""
+"""Models. To add one, name a final subclass of base.py's TrainableModel or MaskedImageModel in a config's `model`."""
 
 
 def trusted_classes() -> set[str]:

@@ -1,7 +1,4 @@
-"""peft's adapters on a component: a few trained weights next to a base that does not change.
-
-They are injected into the component itself, so its class, its name and a pipeline over it stay the same.
-"""
+"""peft's adapters, injected into a component: a few trained weights next to a base that does not change."""
 
 import json
 import re
@@ -17,9 +14,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from peft import LoKrConfig, LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.models.loading import seeded
 from diffengine.registry import resolve
 from diffengine.text import one_line
@@ -27,93 +24,67 @@ from diffengine.text import one_line
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE
 NAME = "default"  # peft's own
 
-# Options that train or change other weights than the adapter's, which diffusers' loader does not know.
+# Options that train or change weights outside the adapter, which diffusers' loader does not know.
 LOST = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
 # Methods that need their own calls during training.
 UNSUPPORTED = ("ADALORA", "ADAMSS", "XLORA", "POLY")
 
 
 def read_config(section: Any, name: str) -> PeftConfig:
-    """The peft config that `adapters` has for component `name`: `dict(type=LoraConfig, r=16, ...)`.
-
-    Raises:
-        UserError: it is none, or one that cannot be trained, saved and loaded completely.
-    """
+    """The peft config in `adapters` for component `name`, `dict(type=LoraConfig, r=16, ...)`, checked."""
     cls = resolve(section["type"]) if isinstance(section, Mapping) and "type" in section else section
     if not (isinstance(cls, type) and issubclass(cls, PeftConfig)):
-        raise UserError(
-            f"adapters.{name} got {section!r}; expected dict(type=LoraConfig, r=16, ...): a config class of peft"
-        )
+        expected = "dict(type=LoraConfig, r=16, ...): a config class of peft"
+        raise UserError(f"adapters.{name} got {section!r}; expected {expected}")
     try:
         config = cls(**{key: value for key, value in section.items() if key != "type"})
     except (TypeError, ValueError) as error:
         raise UserError(f"adapters.{name}: {one_line(error)}") from error
-    if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in UNSUPPORTED:
-        raise UserError(
-            f"adapters.{name}: {cls.__name__} cannot be trained here; expected one that is injected into modules and "
-            "trained like any weight, such as LoraConfig, LoKrConfig or LoHaConfig"
-        )
-    if not getattr(config, "target_modules", True):
-        raise UserError(f"adapters.{name} needs target_modules: which modules of the {name} get one")
+    unsupported = config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in UNSUPPORTED
+    message = f"adapters.{name}: {cls.__name__} cannot be trained here; use one such as LoraConfig or LoKrConfig"
+    require(not unsupported, message)
+    targets = getattr(config, "target_modules", True)
+    require(bool(targets), f"adapters.{name} needs target_modules: which modules of the {name} get one")
     for option in LOST:
-        if getattr(config, option, None):
-            raise UserError(
-                f"adapters.{name}: {option} trains what is no adapter and would be lost in diffusers; use "
-                "target_modules, or train the component in full"
-            )
-    if (bias := getattr(config, "bias", "none")) not in ("none", False):
-        raise UserError(
-            f"adapters.{name}: bias='{bias}' would change the base model, which must not change; leave it out"
-        )
+        message = f"adapters.{name}: {option} trains what is no adapter; use target_modules, or train it in full"
+        require(not getattr(config, option, None), message)
+    bias = getattr(config, "bias", "none")
+    require(bias in ("none", False), f"adapters.{name}: bias='{bias}' would change the base model; leave it out")
     return config
 
 
 def inject(module: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
-    """Put an adapter into component `name`, in place; from here on only the adapter requires gradients.
-
-    Args:
-        seed: of its initial weights; the global random state is left alone.
-
-    Raises:
-        UserError: a target that does not exist, or a method that changes the base.
-    """
-    modules = [key for key, _ in module.named_modules() if key]
-    targets = getattr(config, "target_modules", None)
-    for target in sorted(targets) if isinstance(targets, list | set | tuple) else []:  # a string is a pattern
-        if not any(key == target or key.endswith(f".{target}") for key in modules):
-            layers = [key for key, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-            names = dict.fromkeys(key.rpartition(".")[2] for key in layers)
-            known = [last for last in names if not last.isdigit()][:12]
-            raise UserError(
-                f"adapters.{name}: target_modules has '{target}', which no module of the {name} is called; it has "
-                f"{', '.join(known)}"
-            )
+    """Put an adapter into component `name`, with weights from `seed`; then only the adapter requires gradients."""
+    _check_targets(module, config, name)
     base = {key: (value, torch.hash_tensor(value.detach())) for key, value in module.named_parameters()}
     try:
         with seeded(seed), _quiet():
             inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"adapters.{name}: {one_line(error)}") from error
-    own = [value for value in module.parameters() if value.requires_grad]
-    kept = {id(value) for value, _ in base.values()}
-    changed = [key for key, (value, before) in base.items() if torch.hash_tensor(value.detach()) != before]
-    if changed or any(id(value) in kept for value in own):
-        raise UserError(
-            f"adapters.{name}: {type(config).__name__} with these options changes the base model"
-            f"{f' ({changed[0]})' if changed else ''}, which must not change; choose another initialisation"
-        )
-    if not own:
-        raise UserError(f"adapters.{name}: {type(config).__name__} with these options has nothing to train")
-    _check_patterns(module, config, name)
-
-
-def _check_patterns(module: nn.Module, config: PeftConfig, name: str) -> None:
-    """Refuse rank and alpha patterns that match nothing."""
+    method = f"adapters.{name}: {type(config).__name__} with these options"
+    for key, (value, before) in base.items():
+        if value.requires_grad or torch.hash_tensor(value.detach()) != before:
+            raise UserError(f"{method} changes the base model ({key}); choose another initialisation")
+    require(any(value.requires_grad for value in module.parameters()), f"{method} has nothing to train")
     adapted = [key for key, layer in module.named_modules() if hasattr(layer, "base_layer")]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in adapted):
-                raise UserError(f"adapters.{name}: {option} has '{pattern}', which matches no module with an adapter")
+            matches = any(re.match(rf"(.*\.)?({pattern})$", key) for key in adapted)
+            require(matches, f"adapters.{name}: {option} has '{pattern}', which matches no module with an adapter")
+
+
+def _check_targets(module: nn.Module, config: PeftConfig, name: str) -> None:
+    """Refuse a target that no module is called; peft does so only if all targets are missing."""
+    layers = {key: layer for key, layer in module.named_modules() if key}
+    targets = getattr(config, "target_modules", None)
+    for target in sorted(targets) if isinstance(targets, list | set | tuple) else []:  # a string is a pattern
+        if not any(f".{key}".endswith(f".{target}") for key in layers):
+            able = [key for key, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)]
+            names = dict.fromkeys(key.rpartition(".")[2] for key in able)
+            known = [last for last in names if not last.isdigit()][:12]
+            message = f"adapters.{name}: target_modules has '{target}', which no module of the {name} is called"
+            raise UserError(f"{message}; it has {', '.join(known)}")
 
 
 def config_of(module: nn.Module) -> PeftConfig | None:
@@ -124,26 +95,15 @@ def config_of(module: nn.Module) -> PeftConfig | None:
 
 def leaves_base_alone(module: nn.Module) -> bool:
     """Whether a module's adapter only adds to the outputs of its base layers, and never reads their weights."""
-    config = config_of(module)
-    adds = {"LORA", "LOKR", "LOHA"}
-    return config is not None and config.peft_type in adds and not getattr(config, "use_dora", False)
+    method = getattr(config_of(module), "peft_type", None)
+    return method in ("LORA", "LOKR", "LOHA") and not getattr(config_of(module), "use_dora", False)
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """The tensors of a component that are written: its adapter's, or, without an adapter, all."""
-    if config_of(module) is None:
-        return [*module.parameters(), *module.buffers()]
-    return [value for value in module.parameters() if value.requires_grad]
+def write(module: nn.Module, folder: Path) -> None:
+    """Write a component's adapter: peft's two files, and diffusers' if it can load the method.
 
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-def write(module: nn.Module, name: str, folder: Path) -> None:
-    """Write the adapter of component `name`: peft's two files, and diffusers' if it can load the method.
-
-    diffusers' `load_lora_adapter` takes rank and strength from metadata under the prefix `transformer.`; from peft's
-    own file it loads nothing, or at the wrong strength, without an error.
+    diffusers' `load_lora_adapter` reads rank and strength from metadata under the prefix `transformer.`; from peft's
+    file it loads nothing, or at the wrong strength, without an error.
     """
     config = config_of(module)
     assert config is not None
@@ -186,7 +146,7 @@ def load_with_diffusers(base: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a warning about what `inject` refuses, and about a name that peft 0.21 asks transformers 5 for."""
+    """Without warnings about what `inject` refuses, and about a name that peft 0.21 asks transformers 5 for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .* keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -194,30 +154,20 @@ def _quiet() -> Iterator[None]:
 
 
 def merge(base: nn.Module, folder: Path) -> nn.Module:
-    """The plain component that an adapter folder and its base add up to; `base` is changed.
-
-    Raises:
-        UserError: a method that cannot be merged.
-    """
+    """The plain component that an adapter folder and its base add up to; `base` is changed."""
     loaded = load_with_peft(base, folder)
     try:
         merged = loaded.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         method = type(config_of(base)).__name__
-        raise UserError(
-            f"{method} cannot be merged into its base ({one_line(error)}); leave out the merging"
-        ) from error
+        raise UserError(f"{method} cannot be merged into its base ({one_line(error)}); do not merge") from error
     if config_of(merged) is not None:  # peft leaves it there
         del merged.peft_config
     return merged
 
 
 def read_folder(folder: Path) -> dict[str, Any] | None:
-    """The settings of an adapter folder; None for another folder.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """The settings of an adapter folder; None for another folder. A UserError if they cannot be read."""
     path = folder / CONFIG
     if not path.is_file():
         return None
@@ -225,6 +175,5 @@ def read_folder(folder: Path) -> dict[str, Any] | None:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read '{path}': {one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"'{path}' holds no settings of an adapter")
+    require(isinstance(settings, dict), f"'{path}' holds no settings of an adapter")
     return settings

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
@@ -20,58 +20,45 @@ SampleTransform = Callable[[Sample, np.random.Generator], Sample]
 
 
 class TrainableModel(nn.Module, ABC):
-    """What the engine trains. A subclass implements the six abstract members; all else has defaults.
+    """What the engine trains. A subclass implements the five abstract members; all else has defaults.
 
-    Its registered submodules are what training changes, under the pipeline's component names. Frozen modules are held
-    by `Frozen` (frozen.py), so they are not submodules: `train()`, the optimizer, checkpoints, EMA and DDP never see
-    them. It is built by `cls(**options, assets=..., seed=...)`. Subclasses are final.
+    Its submodules are what training changes, under the pipeline's component names. `Frozen` (frozen.py) holds frozen
+    modules, so `train()`, the optimizer, checkpoints, EMA and DDP never see them. The engine builds a model by
+    `cls(**options, assets=..., seed=...)`. Subclasses are final.
     """
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
-        """A collated host batch as `forward` takes it, on the model's device. Runs without gradients or autocast."""
+        """Turn a collated host batch into `forward`'s, on the model's device. Runs without gradients or autocast."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch.
+        """Compute the loss of one micro-batch, without reading from the device.
 
         Returns:
-            The loss *summed* over its targets (`batch["num_targets"]` counts them, on the host), a scalar on the
-            device; and detached sums over the same targets to log. Nothing reads the device.
+            The loss *summed* over the targets (`batch["num_targets"]` of them), a scalar; and detached sums to log.
         """
-
-    @property
-    @abstractmethod
-    def exportable(self) -> dict[str, nn.Module]:
-        """The modules that training changes, by the pipeline's component names."""
 
     @abstractmethod
     def base(self, name: str) -> nn.Module:
-        """Component `name` loaded again, on the host, as it was before training and without an adapter."""
+        """Load component `name` again, on the host, without training and without an adapter."""
 
     @abstractmethod
     def probe(self, name: str, module: nn.Module) -> Tensor:
-        """The outputs of `module`, as component `name` on the host, for a fixed input: equal for equal components."""
+        """Run `module`, as component `name` on the host, on a fixed input; equal components give equal outputs."""
 
     @abstractmethod
     def preview(self, request: "PreviewRequest") -> list["LabelledImage"]:
-        """Labelled images of what the model can do now. Touches no global random state.
+        """Show what the model can do now, without global random state; raises NotFinite for broken outputs."""
 
-        Raises:
-            NotFinite: there is nothing to show.
-        """
-
-    # ------------------------------------------------------------------------- defaults for a model with nothing
-    # special
+    @property
+    def exportable(self) -> dict[str, nn.Module]:
+        """The modules that training changes, by the pipeline's component names."""
+        return dict(self.named_children())
 
     @classmethod
     def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
-        """Small text files learnt from the data before the model is built, such as a vocabulary. Called on rank 0.
-
-        Args:
-            options: the config's `model` section.
-            captions: returns all captions of the data.
-        """
+        """Learn text files, such as a vocabulary, from all captions, on rank 0; `options` are the `model` section."""
         return {}
 
     @property
@@ -81,49 +68,46 @@ class TrainableModel(nn.Module, ABC):
 
     @property
     def sample_transform(self) -> SampleTransform | None:
-        """What is drawn or checked per sample, as the data pipeline's last transform; light and picklable."""
+        """The data pipeline's last transform, for what the model draws or checks per sample; small and picklable."""
         return None
 
     @property
     def encoder(self) -> "Encoder | None":
-        """What a cache may keep of the samples; None if the model learns from pixels."""
+        """What a cache uses to encode samples; None if the model learns from pixels."""
         return None
 
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
-        """The number of tokens of each caption, and the most that the model reads of one (0: it reads none)."""
+        """The number of tokens of each caption, and the most that the model reads (0: it reads no captions)."""
         return [0] * len(captions), 0
 
     def before_step(self, step: int) -> None:
         """Called on every rank before optimizer step number `step` (from 0)."""
 
     def extra_metrics(self) -> dict[str, float]:
-        """Values read from the device at a log line that are no sums over targets."""
+        """Values to log that are not sums over targets; reads from the device, at log lines only."""
         return {}
 
     @property
     def chance_loss(self) -> tuple[str, float] | None:
-        """The loss of a model that knows nothing, with its name: ("ln 8192", 9.01)."""
+        """The loss of an untrained model, with its name: ("ln 8192", 9.01)."""
         return None
 
     def compile_blocks(self) -> int:
-        """Run blocks compiled from now on when gradients are recorded; returns how many (0: it has no blocks)."""
+        """Run blocks compiled from now on when gradients are recorded; returns how many there are."""
         return 0
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
-        """Keep frozen weights in `dtype`, that of the autocast around every use, where it changes nothing."""
+        """Keep frozen weights in `dtype`, the autocast's, if that leaves the outputs unchanged."""
 
     @property
     def sources(self) -> dict[str, Path]:
-        """The local folders that components were loaded from, by component: no export overwrites them."""
+        """The local folders that components were loaded from, by component; no export overwrites them."""
         return {}
-
-    # ------------------------------------------------------------------------------------------- the same for all
-    # models
 
     @final
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside, weights that `hold_frozen` changed are as they were loaded, on the host, and may be exported."""
+        """Inside, weights that `hold_frozen` changed have their loaded values, on the host, and may be exported."""
         held = []
         try:
             for name, module in self.exportable.items():
@@ -146,38 +130,18 @@ class TrainableModel(nn.Module, ABC):
 
     @final
     def check_trained_state(self, state: Mapping[str, Any], source: str) -> None:
-        """Check that `state` is what `trained_state` returns.
-
-        Raises:
-            UserError: missing or unexpected names, or shapes or dtypes that differ; `source` says whose.
-        """
-        own = self.trained_state()
-        problems = {
-            "missing": sorted(own.keys() - state.keys()),
-            "unexpected": sorted(state.keys() - own.keys()),
-            "of another shape or dtype": [
-                f"{name} is {describe(state[name])} where the model has {describe(own[name])}"
-                for name in sorted(own.keys() & state.keys())
-                if describe(state[name]) != describe(own[name])
-            ],
-        }
-        if any(problems.values()):
-            lines = [
-                f"{len(names)} {problem} ({names[0]}{', ...' if len(names) > 1 else ''})"
-                for problem, names in problems.items()
-                if names
-            ]
-            raise UserError(
-                f"{source} does not fit this model: weights {'; '.join(lines)}; use the config it was trained with"
-            )
+        """Raise a UserError that names `source` unless `state` has the names, shapes and dtypes of `trained_state`."""
+        own, problems = self.trained_state(), []
+        for name in sorted(own.keys() | state.keys()):
+            got, expected = (describe(tensors[name]) if name in tensors else "absent" for tensors in (state, own))
+            if got != expected:
+                problems.append(f"{name} is {got}, expected {expected}")
+        differ = f"{len(problems)} weights differ ({'; '.join(problems[:3])}{'; ...' if problems[3:] else ''})"
+        require(not problems, f"{source} does not fit this model: {differ}; use the config it was trained with")
 
     @final
     def load_trained_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Load what `trained_state` returned, strictly.
-
-        Raises:
-            UserError: as `check_trained_state`.
-        """
+        """Load what `trained_state` returned, after `check_trained_state`."""
         self.check_trained_state(state, source)
         with torch.no_grad():
             for name, tensor in self.trained_state().items():
@@ -190,23 +154,17 @@ class MaskedImageModel(TrainableModel):
     @property
     @abstractmethod
     def origin(self) -> str:
-        """What it was before training, by a name that is valid anywhere: the hub's, or a folder's full path."""
+        """The model before training, by a name that is valid anywhere: a hub name or a folder's absolute path."""
 
     @abstractmethod
     def build_pipeline(self) -> Any:
-        """A diffusers pipeline over the live modules: no copy, no network."""
+        """A diffusers pipeline over the live modules, which are not copied."""
 
 
 class Encoder(ABC):
-    """A model's frozen encoders: their outputs for an image or a caption never change, so a cache can keep them.
+    """A model's frozen encoders, whose outputs a cache can keep: those that `prepare` and `forward` compute."""
 
-    The outputs are what `prepare` and `forward` would compute.
-
-    Attributes:
-        batch_size: images encoded at once; the last bits of the outputs may depend on it.
-    """
-
-    batch_size: int
+    batch_size: int  # images encoded at once; the last bits of the outputs may depend on it
 
     @abstractmethod
     def image_key(self) -> dict[str, str]:
@@ -214,44 +172,44 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> dict[str, Tensor]:
-        """What replaces a sample's `image`, on the host, (B,...), for images (B,3,H,W) in [0,1]."""
+        """Encode images (B,3,H,W) in [0,1] to what replaces `image` in a sample, (B,...) on the host."""
 
     @abstractmethod
     def caption_key(self, embeddings: bool) -> dict[str, str]:
-        """As `image_key`, of `encode_captions`."""
+        """Digests of everything that `encode_captions` depends on, by name."""
 
     @abstractmethod
     def encode_captions(self, captions: list[str], embeddings: bool) -> dict[str, Tensor]:
-        """What `prepare` makes of captions, on the host, (B,...); with `embeddings`, the text encoder's outputs."""
+        """Encode captions to ids or, with `embeddings`, to the text encoder's outputs, (B,...) on the host."""
 
     @property
     @abstractmethod
     def embedding_bytes(self) -> int | None:
-        """Bytes of one caption's embeddings; None if they change while training."""
+        """Bytes of one caption's embeddings; None if training changes them."""
 
     @abstractmethod
     def to_host(self) -> None:
-        """Move the encoders to the host: a run that reads from a cache does not need them on the device."""
+        """Move the encoders to the host, for a run that reads from a cache."""
 
     @abstractmethod
     def use_captions(self, lookup: Callable[[str], Mapping[str, np.ndarray] | None]) -> None:
-        """From now on use what `encode_captions` returned for a caption, if `lookup` has it."""
+        """From now on use what `lookup` has for a caption: the arrays of `encode_captions`, or None."""
 
 
 class NotFinite(UserError):
-    """A model whose outputs are infinite or NaN generates nothing."""
+    """A model's outputs are infinite or NaN, so it generates nothing."""
 
 
 @dataclass
 class PreviewRequest:
-    """What a preview is asked to show.
+    """What a preview shows.
 
     Attributes:
         prompts: captions to generate from.
-        images: the data's own images for these captions, RGB; empty if the prompts are free text.
+        images: the data's RGB images with these captions; empty if the prompts are free text.
         seed: image i takes its noise from a generator seeded with `seed + i`.
-        resolution: side in pixels; None: the model's own.
-        options: the model's own generation options, by name.
+        resolution: side in pixels; None for the model's own.
+        options: generation options of the model, by name.
     """
 
     prompts: list[str]
@@ -263,14 +221,14 @@ class PreviewRequest:
 
 @dataclass
 class LabelledImage:
-    """An image with the words that go under it."""
+    """An image and its caption."""
 
     label: str
     image: Image.Image
 
 
 def describe(value: Any) -> str:
-    """A tensor's shape and dtype, "(2, 3) float32"; of anything else its type."""
+    """A tensor's shape and dtype, such as "(2, 3) float32"; the type of any other value."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__

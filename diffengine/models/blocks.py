@@ -1,6 +1,6 @@
-"""How a model's blocks run in training, set from outside: compiled, checkpointed, or both.
+"""How a model's blocks run in training: compiled, checkpointed, or both.
 
-Names of parameters do not change, and without gradients (previews, exports) a block runs as it is written.
+Names of parameters do not change, and without gradients (previews, exports) a block runs eagerly.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,15 +17,12 @@ def wrap_blocks(blocks: Iterable[nn.Module], *, checkpointed: bool, compiled: bo
     """Set how each block runs when gradients are recorded, whatever was set before.
 
     Args:
-        checkpointed: keep a block's inputs only, and run its forward again in the backward pass: less memory for more
-            time. Gradients are the same, with dropout too: the random state is restored for the second run.
-        compiled: run the block through `torch.compile`. Equal to rounding, except for dropout, which draws other
-            numbers from the same random state: the same in each run. Blocks of one class share a graph, compiled when
-            the first of them runs, and again at the second batch size, for all that follow.
+        checkpointed: run a block again in the backward pass, with the same dropout: less memory, more time.
+        compiled: run it through `torch.compile`: equal to rounding, except that dropout draws other numbers, the same
+            in each run. Blocks of one class share a graph, compiled again at the second batch size, for all sizes.
     """
     if compiled:
-        # It would cut each block's graph at the ends of DDP's buckets; blocks are cut finely enough.
-        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block's graph at the ends of DDP's buckets
     for block in blocks:
         eager = MethodType(type(block).forward, block)
         run: Callable[..., Any] = torch.compile(eager) if compiled else eager

@@ -1,4 +1,4 @@
-"""Modules that training never changes: where they are, in which precision, and temporary modes."""
+"""Modules that training never changes: their device, their precision, and temporary modes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +13,7 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)  # whose weights au
 
 @final
 class Frozen(Generic[ModuleT]):
-    """A module in eval mode without gradients.
-
-    It is loaded, and moved to a device, when it is first used: a conversion of the transformer alone, or a run that
-    reads cached tokens, never reads the VQ model's weights.
-    """
+    """A module in eval mode without gradients, loaded and moved to a device when it is first used."""
 
     def __init__(self, load: Callable[[], ModuleT]) -> None:
         self._load = load
@@ -36,26 +32,26 @@ class Frozen(Generic[ModuleT]):
         return self._module
 
     def hold(self, dtype: torch.dtype) -> None:
-        """Once it is loaded, keep its weights as `hold_in` does."""
+        """Keep its weights as `hold_in` does, once it is loaded."""
         assert self._module is None
         self._dtype = dtype
 
+    def _children(self) -> dict[str, nn.Module]:
+        return {} if self._module is None else dict(self._module.named_children())
+
     def tensors_on(self, device: torch.device) -> list[Tensor]:
         """The parameters and buffers of those children that are on `device`; none while nothing is loaded."""
-        children = () if self._module is None else self._module.children()
-        there = [child for child in children if _device_of(child) == device]
-        return [tensor for child in there for tensor in (*child.parameters(), *child.buffers())]
+        children = [child for child in self._children().values() if _device_of(child) == device]
+        return [tensor for child in children for tensor in (*child.parameters(), *child.buffers())]
 
     @property
     def devices(self) -> dict[str, torch.device | None]:
-        """Where each child is; empty while nothing is loaded."""
-        children = () if self._module is None else self._module.named_children()
-        return {name: _device_of(child) for name, child in children}
+        """The device of each child; empty while nothing is loaded."""
+        return {name: _device_of(child) for name, child in self._children().items()}
 
     def move_back(self, devices: Mapping[str, torch.device | None]) -> None:
-        """Move each child to where it was when `devices` was read; to the host, if it was not loaded."""
-        children = () if self._module is None else self._module.named_children()
-        for name, child in children:
+        """Move each child to its device in `devices`; to the host, if `devices` lacks it."""
+        for name, child in self._children().items():
             child.to(devices.get(name) or "cpu")
 
 
@@ -66,8 +62,8 @@ def _device_of(module: nn.Module) -> torch.device | None:
 def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen matrices and kernels of a module in `dtype`, that of the autocast it runs in.
 
-    Autocast would cast them at each use, so the outputs are the same, bit for bit, in half the memory. Norms and
-    embeddings, which it does not cast, stay as they are. Outside of autocast the module no longer runs.
+    Autocast would cast them at each use, so the outputs are equal, bit for bit, in half the memory. Norms and
+    embeddings, which it does not cast, do not change. Outside of autocast the module no longer runs.
     """
     for layer in module.modules():
         if isinstance(layer, CAST):
@@ -78,7 +74,7 @@ def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def restored(frozen: Iterable[Frozen]) -> Iterator[None]:
-    """Frozen modules that are used inside move back to where they were."""
+    """Move frozen modules that are used inside back to their devices."""
     before = [(module, module.devices) for module in frozen]
     try:
         yield

@@ -12,22 +12,18 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.text import did_you_mean
 
 
 def quiet_libraries() -> None:
-    """Leave the console to the run: only errors of diffusers and transformers, and no bars for local files.
-
-    (The hub's own bar, for a download, stays.)
-    """
+    """Let diffusers and transformers print errors only, and no progress bars except for the hub's downloads."""
     import diffusers
     import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def component_folder(origin: str, name: str) -> Path | None:
@@ -46,41 +42,30 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         name: "" for a whole pipeline.
 
     Raises:
-        UserError: no such folder, nothing of that name in it, a broken file, or a hub that cannot be reached.
+        UserError: the folder does not exist or lacks the component, a file is broken, or the hub cannot be reached.
     """
     folder = component_folder(origin, name)
-    source: dict[str, Any]
-    if folder is not None:
-        if name and folder.name != name and not list(folder.glob("*config.json")):
-            listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-            raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
-        source = {"pretrained_model_name_or_path": str(folder)}
-    elif origin.startswith((".", "/", "~")) or origin.count("/") != 1 or origin.endswith(".pth"):
-        raise UserError(
-            f"model folder '{origin}' does not exist; give a folder that save_pretrained wrote, or a hub name such as "
-            "amused/amused-512"
-        )
-    else:
-        source = {"pretrained_model_name_or_path": origin, **({"subfolder": name} if name else {})}
+    if folder is None:
+        local = origin.startswith((".", "/", "~")) or origin.count("/") != 1 or origin.endswith(".pth")
+        expected = "a folder that save_pretrained wrote, or a hub name such as amused/amused-512"
+        require(not local, f"model folder '{origin}' does not exist; give {expected}")
+        options |= {"subfolder": name} if name else {}
+    elif name and folder.name != name and not list(folder.glob("*config.json")):
+        listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
     try:
-        return load(**source, **options)
+        return load(str(folder or origin), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
 
 
 def load_module(origin: str, name: str, cls: Any) -> Any:
-    """Load a module in fp32, with every weight; the global random state is left alone.
-
-    Raises:
-        UserError: as `load_component`; or weights are missing (the libraries only warn, and initialise them).
-    """
+    """Load a module in fp32; a UserError if weights are missing, which the libraries only warn of and initialise."""
     precision = "dtype" if cls.__module__.startswith("transformers.") else "torch_dtype"
+    options = {precision: torch.float32, "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):
-        module, info = load_component(
-            origin, name, cls.from_pretrained, output_loading_info=True, **{precision: torch.float32}
-        )
+        module, info = load_component(origin, name, cls.from_pretrained, **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} of '{origin}' lacks {len(missing)} weights of a {cls.__name__}, first {missing[0]}")
     return module
@@ -96,11 +81,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def digest(module: nn.Module | None, config: Mapping[str, Any]) -> str:
     """A digest of what a component computes: its sizes and every byte of its weights, not where it was saved."""
-    sizes = {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("_") and key not in ("architectures", "dtype", "transformers_version")
-    }
+    ignored = ("architectures", "dtype", "transformers_version")
+    sizes = {key: value for key, value in config.items() if not key.startswith("_") and key not in ignored}
     found = hashlib.blake2b(json.dumps(sizes, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(module.state_dict().items()) if module else ():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

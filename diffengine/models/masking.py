@@ -5,42 +5,34 @@ Legend: B batch, h w token grid, L = h * w, n masked tokens of one image, M mask
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 Schedule = Literal["cosine", "linear"]
 
 
-def mask_ratio(t: float, schedule: Schedule = "cosine") -> float:
-    """The share of tokens masked at time t in [0, 1]: cos(pi t / 2) (MaskGIT, arXiv 2202.04200) or 1 - t.
-
-    These are the two schedules that diffusers' AmusedScheduler samples with.
-    """
-    return math.cos(math.pi * t / 2) if schedule == "cosine" else 1.0 - t
-
-
 def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
-    """n = round(L * ratio(t)), at least 1; halves round to even."""
-    return max(1, round(num_tokens * mask_ratio(t, schedule)))
+    """n = round(L * ratio(t)) tokens are masked at time t in [0, 1], at least 1; halves round to even.
+
+    The ratio is cos(pi t / 2) (MaskGIT, arXiv 2202.04200) or 1 - t: those with which AmusedScheduler generates.
+    """
+    ratio = math.cos(math.pi * t / 2) if schedule == "cosine" else 1.0 - t
+    return max(1, round(num_tokens * ratio))
 
 
 @final
+@dataclass(frozen=True)
 class TokenGrid:
-    """Checks that an image fits the model's token grid, as the last transform of the data pipeline.
+    """Checks that an image fits the model's token grid, as the last transform of the data pipeline."""
 
-    Args:
-        factor: pixels per token and side, f.
-        multiple: the token grid's sides must be multiples of it (2 for a transformer that downsamples).
-    """
-
-    def __init__(self, factor: int, multiple: int = 1) -> None:
-        self.factor = factor
-        self.multiple = multiple
+    factor: int  # pixels per token and side, f
+    multiple: int = 1  # divides the grid's sides: 2 for a transformer that downsamples
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
@@ -48,36 +40,28 @@ class TokenGrid:
         return sample
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
-        """The sides (h, w) of the token grid of an image with these sides in pixels.
-
-        Raises:
-            UserError: they are not divisible.
-        """
+        """The sides (h, w) of the token grid for an image's in pixels; a UserError if they are not divisible."""
         step = self.factor * self.multiple
-        if height % step or width % step or min(height, width) < step:
-            raise UserError(
-                f"got images of {width}x{height} px; this model needs sides divisible by {step} ({self.factor} px per "
-                f"token{', halved once more inside' if self.multiple > 1 else ''}): set resolution to "
-                f"{max(step, round(width / step) * step)}"
-            )
+        halved = ", halved once more inside" if self.multiple > 1 else ""
+        require(
+            height % step == width % step == 0 and min(height, width) >= step,
+            f"got images of {width}x{height} px; this model needs sides divisible by {step} ({self.factor} px per token"
+            f"{halved}): set resolution to {max(step, round(width / step) * step)}",
+        )
         return height // self.factor, width // self.factor
 
 
 @final
+@dataclass(frozen=True)
 class RandomMask:
     """Draws a sample's masked positions, as the last transform of the data pipeline.
 
-    Adds `masked`, int64 (n,), the first n = `num_masked(t)` entries of a random order of the image's L positions with
-    t ~ U(0, 1), and `num_targets` = n.
-
-    Args:
-        grid: the model's token grid.
-        schedule: of `mask_ratio`.
+    Adds `masked`, int64 (n,): the first n = `num_masked(t)` of the image's L positions in random order, for
+    t ~ U(0, 1); and `num_targets` = n.
     """
 
-    def __init__(self, grid: TokenGrid, schedule: Schedule = "cosine") -> None:
-        self.grid = grid
-        self.schedule = schedule
+    grid: TokenGrid
+    schedule: Schedule = "cosine"
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "token_ids" in sample:
@@ -89,10 +73,7 @@ class RandomMask:
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
-    """Flat positions (M,) int64 in a (B, h, w) batch, from each image's `masked` (n_i,).
-
-    Made on the host: `x[mask]` and `nonzero` would wait for the device.
-    """
+    """Flat positions (M,) int64 in a (B,h,w) batch, from each image's `masked` (n_i,), on the host."""
     return torch.from_numpy(np.concatenate([row + index * num_tokens for index, row in enumerate(masked)]))
 
 

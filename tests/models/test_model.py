@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from diffengine.models.amused.model import head_on
+from diffengine.models.base import describe
 from tests.models.conftest import CAPTIONS
 
 TOLERANCE = 1e-5  # of a tensor's largest value, or of 0.01: float32 sums in another order
@@ -171,10 +172,10 @@ def test_text_encoder_learns_only_when_it_is_trained(toy: Path, batch: dict[str,
 
 def test_frozen_parts_are_loaded_and_moved_when_first_used(toy: Path) -> None:
     model = AmusedModel(str(toy))
-    assert "vqvae" not in vars(model.components)
+    assert model._frozen["vqvae"].devices == {}
     model.module("vqvae")
-    assert "vqvae" in vars(model.components)
-    assert "text_encoder" not in vars(model.components)
+    assert model._frozen["vqvae"].devices != {}
+    assert model._frozen["text_encoder"].devices == {}
     moved = model._frozen["text_encoder"].on(torch.device("meta"))
     assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
 
@@ -209,14 +210,15 @@ def test_trained_state_is_strict(toy: Path) -> None:
     state = {name: tensor + 1 for name, tensor in model.trained_state().items()}
     model.load_trained_state(state, "checkpoint 'x'")
     assert all(torch.equal(state[name], tensor) for name, tensor in model.trained_state().items())
-    first = min(state)
+    first, last = min(state), max(state)
+    shapes = {name: describe(tensor) for name, tensor in state.items()}
     broken = {name: tensor for name, tensor in state.items() if name != first}
-    broken["other"] = broken.pop(max(broken))
+    broken["other"] = broken.pop(last)
     broken["transformer.embed.embeddings.weight"] = torch.zeros(2, 2)
     with pytest.raises(UserError) as error:
         model.load_trained_state(broken, "checkpoint 'x'")
     assert str(error.value) == (
-        f"checkpoint 'x' does not fit this model: weights 2 missing ({first}, ...); 1 unexpected (other); 1 "
-        "of another shape or dtype (transformer.embed.embeddings.weight is (2, 2) float32 where the model "
-        "has (80, 56) float32); use the config it was trained with"
+        f"checkpoint 'x' does not fit this model: 4 weights differ (other is {shapes[last]}, expected absent; "
+        f"{first} is absent, expected {shapes[first]}; transformer.embed.embeddings.weight is (2, 2) float32, "
+        "expected (80, 56) float32; ...); use the config it was trained with"
     )

@@ -130,11 +130,11 @@ def test_long_captions_are_cut_as_the_pipeline_cuts(model: AmusedModel) -> None:
 def test_cached_tokens_pass_through(toy: Path, batch: dict[str, Any]) -> None:
     """With tokens given, the VQ model is not even loaded."""
     model = AmusedModel(str(toy))
-    model.components.__dict__["vqvae"] = None  # where a load would put it
     ids = torch.arange(3 * 64, dtype=torch.int16).view(3, 8, 8)
     prepared = model.prepare({**batch, "token_ids": ids})
     assert prepared["token_ids"].dtype == torch.int64
     assert torch.equal(prepared["token_ids"], ids.long())
+    assert model._frozen["vqvae"].devices == {}
 
 
 def test_an_odd_grid(model: AmusedModel) -> None:

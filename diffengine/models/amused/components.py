@@ -1,7 +1,6 @@
-"""The five components of an aMUSEd model: where each comes from, and whether they fit together.
+"""The five components of an aMUSEd model: loaded from a folder or hub name, or built from sizes, and checked together.
 
-Each is loaded from a folder or hub name, or built from sizes. Sizes that follow from another component (the codebook's
-size, text widths, the mask id) are filled in, so a config states none twice.
+Sizes that follow from another component (the codebook's size, text widths, the mask id) can be left out.
 """
 
 import inspect
@@ -16,119 +15,99 @@ from diffusers import AmusedScheduler, UVit2DModel, VQModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffengine.errors import UserError
+from diffengine.errors import require
 from diffengine.models.amused.vocabulary import from_assets
-from diffengine.models.loading import component_folder, load_component, load_module, seeded, unknown_sizes
+from diffengine.models.loading import load_component, load_module, seeded, unknown_sizes
 
 CLASSES = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
-Origin = str | Mapping[str, Any] | None  # a folder or hub name, sizes, or None: from `pretrained`
 
 
 @final
 class Components:
-    """The five components, each loaded on first use; the global random state is left alone.
+    """The configs, tokenizer, scheduler and weights of an aMUSEd model; the global random state is left alone.
 
-    Args:
-        pretrained: a folder or hub name with all five in subfolders, or None.
-        origins: for `vqvae`, `tokenizer`, `text_encoder`, `transformer`: another folder, hub name, or sizes.
-        assets: the files of a vocabulary learnt from captions, where `tokenizer` is given by its size.
-        seed: of the weights that are built from sizes.
-
-    Raises:
-        UserError: a component has no origin.
+    `origins` has a folder, hub name or sizes for `vqvae`, `tokenizer`, `text_encoder` and `transformer`; None stands
+    for a subfolder of `pretrained`. `assets` are the files of a learnt vocabulary.
     """
 
-    def __init__(
-        self, pretrained: str | None, origins: Mapping[str, Origin], assets: Mapping[str, str], seed: int
-    ) -> None:
-        self.pretrained = pretrained
-        self.origins = {
-            name: pretrained if origin is None else _without_type(origin) for name, origin in origins.items()
-        }
-        self._assets = assets
-        self._seed = seed
+    def __init__(self, pretrained: str | None, origins: Mapping, assets: Mapping[str, str], seed: int) -> None:
+        self.pretrained, self.assets, self.seed = pretrained, dict(assets), seed
+        self.origins: dict[str, Any] = {}  # by name: a folder, a hub name, or sizes
+        for name, origin in origins.items():
+            if isinstance(origin, Mapping):  # a config names the class for validation
+                origin = {key: value for key, value in origin.items() if key != "type"}
+            self.origins[name] = pretrained if origin is None else origin
         missing = [f"`{name}`" for name, origin in self.origins.items() if origin is None]
-        if missing:
-            raise UserError(f"model has neither `pretrained` nor {', '.join(missing)}")
+        require(not missing, f"model has neither `pretrained` nor {', '.join(missing)}")
 
     def from_sizes(self, name: str) -> bool:
         """Whether a component is built from scratch rather than loaded."""
         return isinstance(self.origins[name], Mapping)
 
-    @property
-    def sources(self) -> dict[str, Path]:
-        """The local folders that components are loaded from."""
-        origins = {**self.origins, "scheduler": self.pretrained}
-        folders = {name: component_folder(origin, name) for name, origin in origins.items() if isinstance(origin, str)}
-        return {name: folder for name, folder in folders.items() if folder is not None}
-
     def describe_origin(self, name: str) -> str:
         """The name of a loaded component that is valid anywhere: a hub name, or a folder's absolute path."""
-        origin = str(self.origins[name])
-        folder = Path(origin).expanduser()
-        return str(folder.resolve()) if folder.is_dir() else origin
+        folder = Path(self.origins[name]).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.origins[name]
 
-    def load_again(self, name: str) -> Any:
-        """A transformer or text encoder as it was before training."""
-        return load_module(str(self.origins[name]), name, CLASSES[name])
-
-    # ------------------------------------------------------------------------------------------ configs
+    def load(self, name: str) -> Any:
+        """Component `name` before training: loaded, or built from sizes with weights from the seed."""
+        if not self.from_sizes(name):
+            return load_module(self.origins[name], name, CLASSES[name])
+        with seeded(self.seed):
+            if name == "text_encoder":
+                return CLIPTextModelWithProjection(self.text_config)
+            if name == "vqvae":
+                return VQModel.from_config(self.vqvae_config)
+            return initialise(UVit2DModel.from_config(self.transformer_config))
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         if self.from_sizes("tokenizer"):
-            tokenizer, origin = from_assets(self._assets), "the run's assets"
+            tokenizer, origin = from_assets(self.assets), "the run's assets"
         else:
-            tokenizer, origin = (
-                self._load("tokenizer", CLIPTokenizer.from_pretrained),
-                str(self.origins["tokenizer"]),
-            )
-        if len(tokenizer) < 3:  # transformers 5 returns an empty one where there are no files, with no error
-            raise UserError(
-                f"no tokenizer files in '{origin}': got a vocabulary of {len(tokenizer)}; expected "
-                "vocab.json and merges.txt, or tokenizer.json"
-            )
+            tokenizer, origin = self._read("tokenizer", CLIPTokenizer.from_pretrained), self.origins["tokenizer"]
+        require(
+            len(tokenizer) >= 3,  # without any files transformers 5 returns an empty one, and no error
+            f"no tokenizer files in '{origin}': got a vocabulary of {len(tokenizer)}; expected vocab.json and "
+            "merges.txt, or tokenizer.json",
+        )
         return tokenizer
 
     @cached_property
     def text_config(self) -> CLIPTextConfig:
         """Of the text encoder; the tokenizer completes its sizes."""
         if not self.from_sizes("text_encoder"):
-            return self._load("text_encoder", CLIPTextConfig.from_pretrained)
-        sizes = dict(self.origins["text_encoder"])  # type: ignore[arg-type]
-        ids = self.tokenizer
-        follows = {
-            "vocab_size": len(ids), "max_position_embeddings": ids.model_max_length,
-            "bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id,
-            "pad_token_id": ids.pad_token_id, "projection_dim": sizes.get("hidden_size", 512),
-        }  # fmt: skip
-        return CLIPTextConfig(**{**follows, **sizes})
+            return self._read("text_encoder", CLIPTextConfig.from_pretrained)
+        sizes, ids = self.origins["text_encoder"], self.tokenizer
+        special = {key: getattr(ids, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        follows = {"vocab_size": len(ids), "max_position_embeddings": ids.model_max_length, **special}
+        return CLIPTextConfig(**{"projection_dim": sizes.get("hidden_size", 512), **follows, **sizes})
 
     @cached_property
     def vqvae_config(self) -> Mapping[str, Any]:
-        return self._config("vqvae", VQModel)
+        return self._config("vqvae")
 
     @cached_property
     def transformer_config(self) -> Mapping[str, Any]:
         """Of the transformer; the VQ model and the text encoder complete its sizes."""
-        config = self._config("transformer", UVit2DModel)
+        config = self._config("transformer")
         if not self.from_sizes("transformer"):
             return config
-        codes = self.vqvae_config["num_vq_embeddings"]
+        codes, text = self.vqvae_config["num_vq_embeddings"], self.text_config
         follows = {
             "codebook_size": codes,
             "vocab_size": math.ceil((codes + 1) / 8) * 8,  # one more for the mask, rounded
-            "encoder_hidden_size": self.text_config.hidden_size,
-            "cond_embed_dim": self.text_config.projection_dim,
+            "encoder_hidden_size": text.hidden_size,
+            "cond_embed_dim": text.projection_dim,
             "micro_cond_embed_dim": 5 * config["micro_cond_encode_dim"],
         }
-        return {**config, **follows, **self.origins["transformer"]}  # type: ignore[dict-item]
+        return {**config, **follows, **self.origins["transformer"]}
 
     @cached_property
     def scheduler(self) -> AmusedScheduler:
         if self.from_sizes("transformer") or self.pretrained is None:
             return AmusedScheduler(mask_token_id=self.transformer_config["vocab_size"] - 1)
-        return self._load("scheduler", AmusedScheduler.from_pretrained)
+        return self._read("scheduler", AmusedScheduler.from_pretrained)
 
     def problems(self) -> list[str]:
         """What does not fit between components, by their configs; no weights are read.
@@ -136,118 +115,72 @@ class Components:
         Raises:
             UserError: a config cannot be loaded.
         """
-        text = self.text_config  # first: for a name that does not exist, the tokenizer is empty and no error
-        unknown: list[str] = []
-        for name, cls in CLASSES.items():
-            origin = self.origins[name]
-            if isinstance(origin, Mapping):
-                unknown += unknown_sizes(name, origin, cls)
-        return unknown or _problems(
-            self.tokenizer,
-            text,
-            self.vqvae_config,
-            self.transformer_config,
-            self.scheduler.config,
-        )
+        sizes = {name: self.origins[name] for name in CLASSES if self.from_sizes(name)}
+        unknown = [line for name, given in sizes.items() for line in unknown_sizes(name, given, CLASSES[name])]
+        return unknown or self._mismatches()
 
-    # ------------------------------------------------------------------------------------------ weights
+    def _mismatches(self) -> list[str]:
+        text = self.text_config  # first: if its folder does not exist, the tokenizer is empty, without an error
+        tokenizer, vqvae, sizes = self.tokenizer, self.vqvae_config, self.transformer_config
+        mask_id = self.scheduler.config.mask_token_id
+        text_end = text.eos_token_id
+        if text_end == 2:  # in the released config: CLIP takes the highest id in the row for the end
+            text_end = max(tokenizer.get_vocab().values())
+        codes, latents = vqvae["num_vq_embeddings"], vqvae["latent_channels"]
+        width, micro = text.hidden_size, 5 * sizes["micro_cond_encode_dim"]
+        pairs = [
+            ("tokenizer length", len(tokenizer), "text_encoder.vocab_size", text.vocab_size),
+            ("tokenizer's end token", tokenizer.eos_token_id, "the id text_encoder takes for it", text_end),
+            ("transformer.codebook_size", sizes["codebook_size"], "vqvae.num_vq_embeddings", codes),
+            ("transformer.vocab_size - 1", sizes["vocab_size"] - 1, "scheduler.mask_token_id", mask_id),
+            ("transformer.encoder_hidden_size", sizes["encoder_hidden_size"], "text_encoder.hidden_size", width),
+            ("transformer.cond_embed_dim", sizes["cond_embed_dim"], "text_encoder.projection_dim", text.projection_dim),
+            ("transformer.micro_cond_embed_dim", sizes["micro_cond_embed_dim"], "5 x micro_cond_encode_dim", micro),
+            ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
+            ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
+        ]
+        problems = [f"{name} is {got}, {other} is {wanted}" for name, got, other, wanted in pairs if got != wanted]
+        if sizes["vocab_size"] <= sizes["codebook_size"]:
+            problems.append("transformer.vocab_size leaves no id for the mask above codebook_size")
+        length, most = tokenizer.model_max_length, text.max_position_embeddings
+        if length > most:
+            problems.append(f"tokenizer.model_max_length is {length}, text_encoder has {most} positions")
+        return problems
 
-    @cached_property
-    def vqvae(self) -> VQModel:
-        return self._module("vqvae", VQModel, lambda: VQModel.from_config(self.vqvae_config))
-
-    @cached_property
-    def text_encoder(self) -> CLIPTextModelWithProjection:
-        return self._module(
-            "text_encoder", CLIPTextModelWithProjection, lambda: CLIPTextModelWithProjection(self.text_config)
-        )
-
-    @cached_property
-    def transformer(self) -> UVit2DModel:
-        def initialised() -> UVit2DModel:
-            model = UVit2DModel.from_config(self.transformer_config)
-            initialise(model)
-            return model
-
-        return self._module("transformer", UVit2DModel, initialised)
-
-    def _load(self, name: str, load: Callable[..., Any]) -> Any:
+    def _read(self, name: str, load: Callable[..., Any]) -> Any:
         return load_component(str(self.origins.get(name, self.pretrained)), name, load)
 
-    def _config(self, name: str, cls: Any) -> dict[str, Any]:
+    def _config(self, name: str) -> dict[str, Any]:
         """A diffusers component's config with its class's defaults."""
+        cls = CLASSES[name]
         options = inspect.signature(cls).parameters
         defaults = {key: option.default for key, option in options.items() if option.default is not option.empty}
         if self.from_sizes(name):
-            return {**defaults, **self.origins[name]}  # type: ignore[dict-item]
-        config = self._load(name, cls.load_config)
-        if config.get("_class_name", cls.__name__) != cls.__name__:
-            raise UserError(f"{name} of '{self.origins[name]}' is a {config['_class_name']}; expected a {cls.__name__}")
+            return {**defaults, **self.origins[name]}
+        config = self._read(name, cls.load_config)
+        found = config.get("_class_name", cls.__name__)
+        require(found == cls.__name__, f"{name} of '{self.origins[name]}' is a {found}; expected a {cls.__name__}")
         return {**defaults, **{key: value for key, value in config.items() if not key.startswith("_")}}
 
-    def _module(self, name: str, cls: Any, build: Callable[[], nn.Module]) -> Any:
-        if not self.from_sizes(name):
-            return load_module(str(self.origins[name]), name, cls)
-        with seeded(self._seed):
-            return build()
 
+def initialise(transformer: UVit2DModel) -> UVit2DModel:
+    """Initialise a U-ViT in place as open-muse does (`modeling_transformer_v2.py`), and return it.
 
-def _problems(tokenizer: Any, text: Any, vqvae: Mapping, transformer: Mapping, scheduler: Mapping) -> list[str]:
-    """What does not fit, a line each; each pair must be equal where two components meet."""
-    text_end = text.eos_token_id
-    if text_end == 2:  # in the released config: CLIP takes the highest id in the row for the end
-        text_end = max(tokenizer.get_vocab().values())
-    latents = vqvae["latent_channels"]
-    pairs = [
-        ("tokenizer length", len(tokenizer), "text_encoder.vocab_size", text.vocab_size),
-        ("tokenizer's end token", tokenizer.eos_token_id, "the id text_encoder takes for it", text_end),
-        ("transformer.codebook_size", transformer["codebook_size"],
-         "vqvae.num_vq_embeddings", vqvae["num_vq_embeddings"]),
-        ("transformer.vocab_size - 1", transformer["vocab_size"] - 1,
-         "scheduler.mask_token_id", scheduler["mask_token_id"]),
-        ("transformer.encoder_hidden_size", transformer["encoder_hidden_size"],
-         "text_encoder.hidden_size", text.hidden_size),
-        ("transformer.cond_embed_dim", transformer["cond_embed_dim"],
-         "text_encoder.projection_dim", text.projection_dim),
-        ("transformer.micro_cond_embed_dim", transformer["micro_cond_embed_dim"],
-         "5 x micro_cond_encode_dim", 5 * transformer["micro_cond_encode_dim"]),
-        ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
-        ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
-    ]  # fmt: skip
-    problems = [f"{name} is {got}, {other} is {expected}" for name, got, other, expected in pairs if got != expected]
-    if transformer["vocab_size"] <= transformer["codebook_size"]:
-        problems.append("transformer.vocab_size leaves no id for the mask above codebook_size")
-    if tokenizer.model_max_length > text.max_position_embeddings:
-        problems.append(
-            f"tokenizer.model_max_length is {tokenizer.model_max_length}, text_encoder has "
-            f"{text.max_position_embeddings} positions"
-        )
-    return problems
-
-
-def initialise(transformer: UVit2DModel) -> None:
-    """open-muse's initialisation of a U-ViT (`modeling_transformer_v2.py`), which diffusers' class lacks.
-
-    Truncated normal of std 0.02; embeddings of std sqrt(1/vocab_size); the head's first convolution zero and
-    its last one copied from the embedding; every adaptive-norm projection zero. open-muse differs in two points: it
-    shrinks `embed.conv` further, and leaves the transposed convolution that upsamples at torch's default.
+    Truncated normal of std 0.02; embeddings of std sqrt(1/vocab_size); the head's first convolution zero and its last
+    one copied from the embedding; every adaptive-norm projection zero. open-muse differs in two points: it shrinks
+    `embed.conv` further, and leaves the transposed convolution that upsamples at torch's default.
     """
-    for module in transformer.modules():
+    for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    embedding = transformer.embed.embeddings.weight
-    nn.init.trunc_normal_(embedding, std=math.sqrt(1 / transformer.config.vocab_size))
-    for name, module in transformer.named_modules():
         if name.endswith(("cond_embeds_mapper", "norm1.linear", "norm2.linear", "norm3.linear")):
             nn.init.zeros_(module.weight)
+    embedding = transformer.embed.embeddings.weight
+    nn.init.trunc_normal_(embedding, std=math.sqrt(1 / transformer.config.vocab_size))
     head = transformer.mlm_layer
     nn.init.zeros_(head.conv1.weight)
     with torch.no_grad():
         head.conv2.weight.copy_(embedding[: transformer.config.codebook_size, :, None, None])
-
-
-def _without_type(origin: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Sizes without the `type` that a config names for validation."""
-    return origin if isinstance(origin, str) else {key: value for key, value in origin.items() if key != "type"}
+    return transformer

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
 from torch import Tensor, nn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.models import adapters as peft_adapters
 from diffengine.models.amused.components import Components
 from diffengine.models.amused.encoder import AmusedEncoder
@@ -25,6 +25,7 @@ from diffengine.models.base import Batch, LabelledImage, MaskedImageModel, Previ
 from diffengine.models.blocks import wrap_blocks
 from diffengine.models.frozen import Frozen, evaluating, hold_in, restored
 from diffengine.models.generation import generate, generate_steps, token_grid
+from diffengine.models.loading import component_folder
 from diffengine.models.masking import RandomMask, Schedule, mask_tokens
 
 TRAINABLE = ("transformer", "text_encoder")
@@ -40,59 +41,41 @@ class AmusedModel(MaskedImageModel):
         vqvae, tokenizer, text_encoder, transformer: instead of `pretrained`, for one component: a folder or hub name,
             or `dict(...)` of sizes to build it from scratch. The tokenizer's are `vocab_size` and `max_length`: a
             byte-pair vocabulary is learnt from the captions. Sizes that follow from other components can be left out.
-        train: the components to train in full: "transformer", "text_encoder" or both. None: the transformer, unless
-            there are adapters.
+        train: the components to train in full. None: the transformer, unless there are adapters.
         adapters: the components to train by an adapter of peft, each with its config:
             `dict(transformer=dict(type=LoraConfig, r=16, lora_alpha=32, target_modules=["to_q", "to_k"]))`. The base
             does not change. One component may have an adapter while the other is trained in full.
-        gradient_checkpointing: keep only the inputs of blocks, and run them again in the backward pass: less memory for
-            more time, equal gradients.
-        mask_schedule: "cosine" or "linear", see `masking.mask_ratio`.
+        gradient_checkpointing: run blocks again in the backward pass: less memory, more time, equal gradients.
+        mask_schedule: "cosine" or "linear", see `masking.num_masked`.
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
         vq_batch_size: images that the VQ model encodes at once.
         assets: files of a learnt vocabulary, given by the run.
         seed: of adapters and of weights built from scratch, given by the run.
 
     Raises:
-        UserError: a component's config cannot be loaded; or, all in one and before any weights are read: an option is
-            out of range, components do not fit together, or one built from scratch is frozen; or an adapter does not
-            fit its component.
+        UserError: a config cannot be loaded; an option is out of range, components do not fit together, or one built
+            from scratch is frozen (all in one error, before weights are read); an adapter does not fit its component.
     """
 
     def __init__(
-        self,
-        pretrained: str | None = None,
-        *,
-        vqvae: str | dict | None = None,
-        tokenizer: str | dict | None = None,
-        text_encoder: str | dict | None = None,
-        transformer: str | dict | None = None,
+        self, pretrained: str | None = None, *,
+        vqvae: str | dict | None = None, tokenizer: str | dict | None = None,
+        text_encoder: str | dict | None = None, transformer: str | dict | None = None,
         train: list[Literal["transformer", "text_encoder"]] | tuple[str, ...] | None = None,
-        adapters: dict | None = None,
-        gradient_checkpointing: bool = False,
-        mask_schedule: Schedule = "cosine",
-        label_smoothing: float = 0.0,
-        vq_batch_size: int = 8,
-        assets: Mapping[str, str] | None = None,
-        seed: int = 0,
-    ) -> None:
+        adapters: dict | None = None, gradient_checkpointing: bool = False,
+        mask_schedule: Schedule = "cosine", label_smoothing: float = 0.0, vq_batch_size: int = 8,
+        assets: Mapping[str, str] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        origins = {
-            "vqvae": vqvae, "tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer,
-        }  # fmt: skip
+        origins = {"vqvae": vqvae, "tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer}
         self.components = Components(pretrained, origins, assets or {}, seed)
         adapters = adapters or {}
         if train is None:
             train = () if adapters else ("transformer",)
-        problems = self._option_problems(train, adapters, label_smoothing, vq_batch_size)
-        problems += self.components.problems()
-        if problems:
-            raise UserError("model: " + "; ".join(problems))
-        self._assets = dict(assets or {})
-        self._seed = seed
+        problems = self._problems(train, adapters, label_smoothing, vq_batch_size)
+        require(not problems, "model: " + "; ".join(problems))
         self._checkpointed = gradient_checkpointing
-        self.label_smoothing = label_smoothing
-        self.mask_schedule = mask_schedule
+        self.label_smoothing, self.mask_schedule = label_smoothing, mask_schedule
         self.mask_id: int = self.components.scheduler.config.mask_token_id
         self._frozen: dict[str, Frozen] = {"vqvae": Frozen(self._load_vqvae)}
         for name in TRAINABLE:
@@ -104,31 +87,25 @@ class AmusedModel(MaskedImageModel):
         self.preprocessor = AmusedPreprocessor(self._frozen["vqvae"], self.components.tokenizer, vq_batch_size)
 
     def _load_vqvae(self) -> VQModel:
-        """With activations in place in the encoder: each overwrites a norm's output, which nothing else reads."""
-        vqvae = self.components.vqvae
+        """The VQ model, whose encoder's activations overwrite the norms' outputs: nothing else reads those."""
+        vqvae = self.components.load("vqvae")
         for layer in vqvae.encoder.modules():
             if isinstance(layer, nn.SiLU):
                 layer.inplace = True
         return vqvae
 
     def _load(self, name: str, adapter: Any) -> nn.Module:
-        """A component as it is trained: with its adapter, if it has one, and checkpointed, if asked for.
-
-        Frozen ones are checkpointed as well: if the text encoder is trained, its gradient comes through the
-            transformer.
-        """
-        module = getattr(self.components, name).requires_grad_(True)
+        """A component with its adapter; checkpointed even if frozen, since gradients may pass through it."""
+        module = self.components.load(name).requires_grad_(True)
         if adapter is not None:
             config = peft_adapters.read_config(adapter, name)
             config.base_model_name_or_path = self.components.describe_origin(name)
-            peft_adapters.inject(module, config, name, self._seed)
+            peft_adapters.inject(module, config, name, self.components.seed)
         if self._checkpointed:
             wrap_blocks(blocks_of(module), checkpointed=True, compiled=False)
         return module
 
-    def _option_problems(
-        self, train: Iterable[str], adapters: Mapping[str, Any], label_smoothing: float, vq_batch_size: int
-    ) -> list[str]:
+    def _problems(self, train: Iterable[str], adapters: dict, label_smoothing: float, vq_batch_size: int) -> list[str]:
         problems = []
         if any(name not in TRAINABLE for name in train) or not (list(train) or adapters):
             problems.append(f"train got {list(train)}; expected one or both of {list(TRAINABLE)}, or [] with adapters")
@@ -148,14 +125,11 @@ class AmusedModel(MaskedImageModel):
             problems.append(f"label_smoothing got {label_smoothing}; expected a number in [0, 1)")
         if vq_batch_size < 1:
             problems.append(f"vq_batch_size got {vq_batch_size}; expected at least 1")
-        return problems + [
-            f"{name} is built from sizes and not trained, so its random weights would be lost: give a folder for it"
-            f"{'' if name == 'vqvae' else ', or name it in `train`'}"
-            for name in ("vqvae", *TRAINABLE)
-            if name not in train and name not in adapters and self.components.from_sizes(name)
-        ]
-
-    # ---------------------------------------------------------------------------------------------------- training
+        for name in ("vqvae", *TRAINABLE):
+            if name not in (*train, *adapters) and self.components.from_sizes(name):
+                remedy = "give a folder for it" + ("" if name == "vqvae" else ", or name it in `train`")
+                problems.append(f"{name} is built from sizes and not trained, so its weights would be lost: {remedy}")
+        return problems + self.components.problems()
 
     @classmethod
     def learn_assets(cls, options: Mapping[str, Any], captions: Callable[[], Iterable[str]]) -> dict[str, str]:
@@ -168,7 +142,7 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def assets(self) -> dict[str, str]:
-        return self._assets
+        return self.components.assets
 
     @property
     def sample_transform(self) -> RandomMask:
@@ -177,9 +151,8 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def encoder(self) -> AmusedEncoder:
-        vqvae, text_encoder = self._frozen["vqvae"], self._frozen.get("text_encoder")
-        text_config = self.components.text_config
-        return AmusedEncoder(self.preprocessor, vqvae, text_encoder, text_config, self.encode_text, self.device)
+        text_encoder, text_config = self._frozen.get("text_encoder"), self.components.text_config
+        return AmusedEncoder(self.preprocessor, text_encoder, text_config, self.encode_text, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -194,27 +167,23 @@ class AmusedModel(MaskedImageModel):
         return self.preprocessor(batch, self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes what `prepare` returns. With `target_weights` (M,), loss and logs are weighted sums."""
+        """As in the contract, over masked tokens; with `target_weights` (M,), loss and logs are weighted sums."""
         index = batch["masked_index"]
         if "pooled_text_emb" in batch:
             hidden_BTD, pooled_BD = batch["hidden_states"], batch["pooled_text_emb"]
         else:
             hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
+        masked = mask_tokens(batch["token_ids"], index, self.mask_id)
+        text = {"encoder_hidden_states": hidden_BTD, "pooled_text_emb": pooled_BD}
         with head_on(transformer, index):
-            logits = transformer(
-                input_ids=mask_tokens(batch["token_ids"], index, self.mask_id),
-                encoder_hidden_states=hidden_BTD,
-                pooled_text_emb=pooled_BD,
-                micro_conds=batch["micro_conds"],
-            )
+            logits = transformer(input_ids=masked, micro_conds=batch["micro_conds"], **text)
         logits_MV = logits[0, :, : len(index), 0].T.float()
         targets_M = batch["token_ids"].flatten().index_select(0, index)
+        correct_M = (logits_MV.argmax(dim=1) == targets_M).float()
         weights_M = batch.get("target_weights")
         reduction = "sum" if weights_M is None else "none"
         loss = F.cross_entropy(logits_MV, targets_M, label_smoothing=self.label_smoothing, reduction=reduction)
-        with torch.no_grad():
-            correct_M = (logits_MV.argmax(dim=1) == targets_M).float()
         if weights_M is None:
             return loss, {"accuracy": correct_M.sum()}
         return loss @ weights_M, {"accuracy": correct_M @ weights_M}
@@ -230,17 +199,13 @@ class AmusedModel(MaskedImageModel):
         return self._frozen[name].on(self.device) if name in self._frozen else getattr(self, name)
 
     def compile_blocks(self) -> int:
-        """The transformer's, also if only the text encoder is trained, through it.
-
-        The text encoder's layers are a twentieth of the arithmetic, and transformers' hooks that collect
-        `hidden_states` would break their graphs.
-        """
+        """The transformer's only: the text encoder is small, and the hooks for `hidden_states` break its graphs."""
         blocks = blocks_of(self.module("transformer"))
         wrap_blocks(blocks, checkpointed=self._checkpointed, compiled=True)
         return len(blocks)
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
-        """The bases of adapters, and frozen components except the VQ model, which always runs in fp32."""
+        """Those of adapters' bases and of frozen components; the VQ model stays in fp32."""
         for name in TRAINABLE:
             if name in self._frozen:
                 self._frozen[name].hold(dtype)
@@ -252,23 +217,18 @@ class AmusedModel(MaskedImageModel):
         codes = self.components.transformer_config["codebook_size"]
         return f"ln {codes}", math.log(codes)
 
-    # ------------------------------------------------------------------------------------------- previews and export
-
-    @property
-    def exportable(self) -> dict[str, nn.Module]:
-        return dict(self.named_children())
-
     @property
     def sources(self) -> dict[str, Path]:
-        return self.components.sources
+        origins = {**self.components.origins, "scheduler": self.components.pretrained}
+        folders = {name: component_folder(origin, name) for name, origin in origins.items() if isinstance(origin, str)}
+        return {name: folder for name, folder in folders.items() if folder is not None}
 
     @property
     def origin(self) -> str:
-        names = (self.components.describe_origin(name) for name in self.components.origins)
-        return ", ".join(dict.fromkeys(names))
+        return ", ".join(dict.fromkeys(map(self.components.describe_origin, self.components.origins)))
 
     def base(self, name: str) -> nn.Module:
-        return self.components.load_again(name)
+        return self.components.load(name)
 
     def probe(self, name: str, module: Any) -> Tensor:
         """The transformer's logits for one image, half of it masked; of the text encoder, both outputs."""
@@ -279,68 +239,55 @@ class AmusedModel(MaskedImageModel):
                 ids = torch.randint(sizes.vocab_size, (1, sizes.max_position_embeddings), generator=rng)
                 output = module(ids, output_hidden_states=True, return_dict=True)
                 return torch.cat([output.hidden_states[-2].flatten(), output.text_embeds.flatten()])
-            side = sizes.sample_size
-            token_ids = torch.randint(sizes.codebook_size, (1, side, side), generator=rng)
-            masked = torch.rand(token_ids.shape, generator=rng) < 0.5
+            token_ids = torch.randint(sizes.codebook_size, (1, sizes.sample_size, sizes.sample_size), generator=rng)
+            masked = token_ids.masked_fill(torch.rand(token_ids.shape, generator=rng) < 0.5, sizes.vocab_size - 1)
             length = self.components.tokenizer.model_max_length
-            return module(
-                token_ids.masked_fill(masked, sizes.vocab_size - 1),
-                torch.randn(1, length, sizes.encoder_hidden_size, generator=rng),
-                torch.randn(1, sizes.cond_embed_dim, generator=rng),
-                torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]]),
-            )
+            hidden = torch.randn(1, length, sizes.encoder_hidden_size, generator=rng)
+            pooled = torch.randn(1, sizes.cond_embed_dim, generator=rng)
+            return module(masked, hidden, pooled, torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]]))
 
     def build_pipeline(self) -> AmusedPipeline:
-        """With a scheduler of its own: AmusedInpaintPipeline changes one that it shares to "linear"."""
-        pipeline = AmusedPipeline(
-            vqvae=self.module("vqvae"),
-            tokenizer=self.components.tokenizer,
-            text_encoder=self.module("text_encoder"),
-            transformer=self.module("transformer"),
-            scheduler=AmusedScheduler.from_config(self.components.scheduler.config),
-        )
+        """The scheduler is a copy, since AmusedInpaintPipeline changes one that it shares to "linear"."""
+        scheduler = AmusedScheduler.from_config(self.components.scheduler.config)
+        modules = {name: self.module(name) for name in ("vqvae", *TRAINABLE)}
+        pipeline = AmusedPipeline(**modules, tokenizer=self.components.tokenizer, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
-        """Generate from the prompts.
-
-        `request.options` are `guidance_scale`, `num_inference_steps`, `temperature` of AmusedPipeline, and `strip=True`
-        to show the first prompt after every generation step as well.
-        """
-        options = dict(request.options)
+        """Generate from the prompts; with the option `strip`, also show the first prompt after each generation step."""
         known = ["guidance_scale", "num_inference_steps", "temperature", "strip"]
-        if unknown := [name for name in options if name not in known]:
-            raise UserError(f"preview option '{unknown[0]}' is unknown; expected one of {', '.join(known)}")
+        for name in request.options:
+            require(name in known, f"preview option '{name}' is unknown; expected one of {', '.join(known)}")
+        options = dict(request.options)
         strip = options.pop("strip", False)
+        seed, size = request.seed, request.resolution
         with restored(self._frozen.values()), evaluating(self):
             pipeline = self.build_pipeline()
             images = [
-                LabelledImage(prompt, generate(pipeline, prompt, request.seed + index, request.resolution, **options))
+                LabelledImage(prompt, generate(pipeline, prompt, seed + index, size, **options))
                 for index, prompt in enumerate(request.prompts)
             ]
             if strip and request.prompts:
-                steps = generate_steps(pipeline, request.prompts[0], request.seed, request.resolution, **options)
+                steps = generate_steps(pipeline, request.prompts[0], seed, size, **options)
                 images += [LabelledImage(f"step {index + 1}", image) for index, image in enumerate(steps)]
         return images
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer or text encoder, which hold nearly all of its activations."""
-    if isinstance(module, UVit2DModel):
-        ends = (module.down_block, module.up_block)
-        inner = [block for end in ends for block in (*end.res_blocks, *end.attention_blocks)]
-        return [*inner, *module.transformer_layers]
-    return list(module.text_model.encoder.layers)
+    if not isinstance(module, UVit2DModel):
+        return list(module.text_model.encoder.layers)
+    ends = [block for end in (module.down_block, module.up_block) for block in (*end.res_blocks, *end.attention_blocks)]
+    return [*ends, *module.transformer_layers]
 
 
 @contextmanager
 def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
     """Run the token head only at the flat positions `index` (M,); the transformer's logits are (1,V,>=M,1).
 
-    Exact, since the head is 1x1 convolutions and a norm over channels: positions are independent. Rows of zeros pad M
-    to a multiple of `HEAD_ROWS`, and logits after M are theirs. On a CPU torch keeps memory for each shape of a
-    convolution that it has seen, and M is different in each step.
+    Exact, since the head treats positions independently: 1x1 convolutions and a norm over channels. M is padded to a
+    multiple of `HEAD_ROWS` since it changes every step, and torch keeps CPU memory for each shape of a convolution.
     """
 
     def gather(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:

@@ -5,6 +5,7 @@ Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -22,35 +23,25 @@ Lookup = Callable[[str], Mapping[str, np.ndarray] | None]
 
 
 @final
+@dataclass
 class AmusedPreprocessor:
-    """Tokenizes images with the frozen VQ model, and captions with the tokenizer.
+    """Tokenizes images with the frozen VQ model, and captions with the tokenizer."""
 
-    Args:
-        vqvae: the frozen VQ model, in fp32 (its fp16 makes NaN).
-        tokenizer: pads captions to its own maximum length, as the pipeline does.
-        vq_batch_size: images encoded at once. Token ids are equal, id for id, for the same device and size.
-
-    Attributes:
-        lookup: what a cache has for a caption, arrays by name; None if it has nothing.
-    """
-
-    def __init__(self, vqvae: Frozen[VQModel], tokenizer: CLIPTokenizer, vq_batch_size: int) -> None:
-        self.vqvae = vqvae
-        self.tokenizer = tokenizer
-        self.vq_batch_size = vq_batch_size
-        self.lookup: Lookup = lambda caption: None
+    vqvae: Frozen[VQModel]  # runs in fp32, since its fp16 makes NaN
+    tokenizer: CLIPTokenizer
+    vq_batch_size: int  # images encoded at once; for the same device and size, token ids are equal, id for id
+    lookup: Lookup | None = None  # what a cache has for a caption: arrays by name, or None
 
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
         """Move a batch to the device and tokenize it.
 
         Args:
-            batch: `image` (B,3,H,W) in [0,1], `micro_conds` (B,5), `text` [B], `masked` [B], perhaps `weight` [B]. From
-                a cache, `token_ids` (B,h,w) instead of `image`.
+            batch: `image` (B,3,H,W) in [0,1] or, from a cache, `token_ids` (B,h,w); `micro_conds` (B,5), `text` [B],
+                `masked` [B], perhaps `weight` [B].
 
         Returns:
             `token_ids` (B,h,w) int64, `micro_conds`, `masked_index` (M,) int64, and `text_ids` (B,T) int64 or, from a
-            cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, also `target_weights` (M,): each
-            masked token has its sample's.
+            cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, `target_weights` (M,) too.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
@@ -70,40 +61,31 @@ class AmusedPreprocessor:
         }
 
     def _captions(self, captions: list[str], device: torch.device) -> Batch:
-        """What the cache has for all these captions, else their ids."""
-        rows = [self.lookup(caption) for caption in captions]
+        """What the cache has for these captions or, if it lacks one, their ids."""
+        rows = [self.lookup(caption) for caption in captions] if self.lookup else []
         found = [row for row in rows if row is not None]
-        if len(found) < len(rows):
+        if len(found) < len(captions):
             return {"text_ids": to_device(self.text_ids(captions), device)}
         columns = {name: torch.from_numpy(np.stack([row[name] for row in found])) for name in found[0]}
-        on_device = {name: to_device(column, device) for name, column in columns.items()}
-        return {name: value.long() if name == "text_ids" else value for name, value in on_device.items()}
+        tensors = {name: to_device(column, device) for name, column in columns.items()}
+        return {name: tensor.long() if name == "text_ids" else tensor for name, tensor in tensors.items()}
 
     def text_ids(self, captions: list[str]) -> Tensor:
-        """Captions as ids (B, T) int64 on the host, padded and cut as AmusedPipeline does."""
-        return self.tokenizer(
-            captions, return_tensors="pt", padding="max_length", truncation=True,
-            max_length=self.tokenizer.model_max_length,
-        ).input_ids  # fmt: skip
+        """Captions as ids (B,T) int64 on the host, padded and cut as AmusedPipeline does."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.tokenizer.model_max_length}
+        return self.tokenizer(captions, return_tensors="pt", **options).input_ids
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; in fp32, whatever autocast and TF32 are set to."""
         vqvae = self.vqvae.on(pixels.device, ENCODING)
+        chunks = []
         with torch.inference_mode(), in_fp32(pixels.device):
-            chunks = pixels.float().split(self.vq_batch_size)
-            ids = torch.cat([encode_chunk(vqvae, chunk) for chunk in chunks])
-        return ids.clone()  # autograd refuses tensors that were made in inference mode
-
-
-def encode_chunk(vqvae: VQModel, pixels: Tensor) -> Tensor:
-    """One chunk's token ids, reshaped by the chunk's own size (reference scripts use the whole batch's).
-
-    Channels-last, in which convolutions are faster. They round differently, which changes an id where two codes are
-    equally near.
-    """
-    latents = vqvae.encode(pixels.contiguous(memory_format=torch.channels_last)).latents
-    ids = vqvae.quantize(latents)[2][2]
-    return ids.view(latents.shape[0], *latents.shape[2:])
+            for chunk in pixels.float().split(self.vq_batch_size):
+                # Channels-last is faster. It rounds differently, so an id may change if two codes are equally near.
+                latents = vqvae.encode(chunk.contiguous(memory_format=torch.channels_last)).latents
+                ids = vqvae.quantize(latents)[2][2]
+                chunks.append(ids.view(len(latents), *latents.shape[2:]))
+        return torch.cat(chunks)  # here, since autograd refuses tensors that were made in inference mode
 
 
 @contextmanager

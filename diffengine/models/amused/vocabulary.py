@@ -1,7 +1,4 @@
-"""A small byte-pair vocabulary learnt from the captions, kept as plain text files.
-
-It is learnt once per run, and its files are in the checkpoint. The same captions give the same files.
-"""
+"""A byte-pair vocabulary learnt from the captions, once per run; the same captions give the same text files."""
 
 import json
 import tempfile
@@ -18,24 +15,13 @@ END_OF_WORD = "</w>"
 
 
 def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dict[str, str]:
-    """Learn a CLIP-style vocabulary.
+    """Learn a CLIP-style vocabulary of at most `size` entries, for captions of `max_length` tokens: files by name.
 
-    Args:
-        captions: what to learn from.
-        size: the most entries, the two special ones included; at least 514 (256 bytes, each alone and at the end of a
-            word).
-        max_length: tokens per caption, the two special ones included; at least 3.
-
-    Returns:
-        The tokenizer's files by name. The end token has the highest id, as in CLIP's own vocabulary, where CLIP's text
-        model looks for it.
-
-    Raises:
-        UserError: a number is too small, or is no number.
+    Both count the two special tokens. `size` is at least 514: 256 bytes, each alone and at the end of a word. The end
+    token has the highest id, by which CLIP's text model finds it.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = 2 * len(alphabet) + 2
-    for name, number, least in (("vocab_size", size, smallest), ("max_length", max_length, 3)):
+    for name, number, least in (("vocab_size", size, 2 * len(alphabet) + 2), ("max_length", max_length, 3)):
         if not isinstance(number, int) or number < least:
             raise UserError(f"model.tokenizer.{name} got {number!r}; expected a number of at least {least}")
     clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
@@ -44,7 +30,7 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
     ends = [letter + END_OF_WORD for letter in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False,
-        special_tokens=ends,  # otherwise their ids follow hash order, which changes from run to run, and break ties
+        special_tokens=ends,  # fixes their ids, which break ties; else these follow hash order, and change per run
     )  # fmt: skip
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
@@ -56,10 +42,8 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
 
 def make_tokenizer(vocab: Mapping[str, int], merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
     """A CLIPTokenizer over a vocabulary; captions are padded with the end token, as CLIP's are."""
-    return CLIPTokenizer(
-        vocab=dict(vocab), merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END,
-        model_max_length=max_length,
-    )  # fmt: skip
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    return CLIPTokenizer(vocab=dict(vocab), merges=merges, model_max_length=max_length, **special)
 
 
 def to_assets(tokenizer: CLIPTokenizer) -> dict[str, str]:

@@ -14,7 +14,7 @@ from diffusers import VQModel
 from PIL import Image
 from torch import Tensor, nn
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel
 from diffengine.models.frozen import evaluating
 from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
@@ -26,40 +26,29 @@ class VQTokenizerModel(TrainableModel):
     """Reconstruction (L1 + MSE) through a codebook, with re-seeding of dead codes.
 
     A code that no latent chose since the last re-seeding is set to a latent of the current batch; without it a small
-    codebook collapses. Decided on rank 0, from (seed, step), and broadcast.
+    codebook collapses. Rank 0 decides, from (seed, step), and broadcasts.
 
     Args:
         vqvae: a folder or hub name, or `dict(...)` of VQModel's sizes to build it from scratch.
         l1_weight, mse_weight: of the mean absolute and squared error over pixels.
-        codebook_weight: of the squared distance that moves codes towards latents.
-        commitment_weight: of the squared distance that moves latents towards codes.
+        codebook_weight, commitment_weight: of the squared distance that moves codes to latents, and latents to codes.
         quantize_after: steps of a plain autoencoder, before the codebook is filled with latents and used.
         reseed_every: steps over which the use of codes is counted, and between re-seedings.
         reseed_until: step from which on codes are no longer re-seeded, so that they settle; 0: never re-seeded.
-        seed: of re-seeding and of weights built from scratch, given by the run.
+        assets, seed: given by the run; assets are ignored, the seed is of re-seeding and of weights from scratch.
 
     Raises:
         UserError: an option is out of range, or the VQ model cannot be loaded.
     """
 
     def __init__(
-        self,
-        vqvae: str | dict,
-        *,
-        l1_weight: float = 1.0,
-        mse_weight: float = 1.0,
-        codebook_weight: float = 1.0,
-        commitment_weight: float = 0.25,
-        quantize_after: int = 0,
-        reseed_every: int = 25,
-        reseed_until: int = 0,
-        assets: Mapping[str, str] | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, vqvae: str | dict, *, l1_weight: float = 1.0, mse_weight: float = 1.0,
+        codebook_weight: float = 1.0, commitment_weight: float = 0.25,
+        quantize_after: int = 0, reseed_every: int = 25, reseed_until: int = 0,
+        assets: Mapping[str, str] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        del assets  # it learns none
-        if reseed_every < 1:
-            raise UserError(f"model.reseed_every got {reseed_every}; expected at least 1")
+        require(reseed_every >= 1, f"model.reseed_every got {reseed_every}; expected at least 1")
         self._origin = vqvae
         self.vqvae = _build(vqvae, seed).requires_grad_(True).train()
         self.l1_weight, self.mse_weight = l1_weight, mse_weight
@@ -67,20 +56,16 @@ class VQTokenizerModel(TrainableModel):
         self.quantize_after, self.reseed_every, self.reseed_until = quantize_after, reseed_every, reseed_until
         self.seed = seed
         self.codes: int = self.vqvae.config.num_vq_embeddings
-        self.usage: Tensor
-        self.usage_before: Tensor
-        self.register_buffer("usage", torch.zeros(self.codes))  # times chosen, on all ranks, in this window
-        self.register_buffer("usage_before", torch.zeros(self.codes))  # and in the window before
-        self._step = 0
-        self._window_begins = False
+        self.usage = nn.Buffer(torch.zeros(self.codes))  # times chosen, on all ranks, in this window
+        self.usage_before = nn.Buffer(torch.zeros(self.codes))  # and in the window before
+        self._step, self._window_begins = 0, False
 
     @property
     def sample_transform(self) -> TokenGrid:
         return TokenGrid(2 ** (len(self.vqvae.config.block_out_channels) - 1))
 
     def prepare(self, batch: Batch) -> Batch:
-        if "weight" in batch:
-            raise UserError("a VQ model takes no weights of samples; train it on the images alone")
+        require("weight" not in batch, "a VQ model takes no weights of samples; train it on the images alone")
         return {"image": batch["image"].to(self.usage.device, non_blocking=True)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,9 +73,9 @@ class VQTokenizerModel(TrainableModel):
         pixels = batch["image"]
         latents = self.vqvae.encode(pixels).latents.float()
         if self._step < self.quantize_after:
-            # The codes take part with gradient zero: DDP waits for every trained parameter.
+            # Codes get a gradient of zero: DDP waits for every trained parameter.
             distance_B = (0 * self.vqvae.quantize.embedding.weight).sum().expand(len(latents))
-            decoded = self._decode(latents)
+            decoded = _decode(self.vqvae, latents)
         else:
             decoded, distance_B = self._through_codes(latents)
         error = decoded.float() - pixels
@@ -113,13 +98,8 @@ class VQTokenizerModel(TrainableModel):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts_V)
         self.usage += counts_V
-        return self._decode(quantized), self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
-
-    def _decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents as pixels. VQModel.decode takes them for ids if lookup_from_codebook is set."""
-        return self.vqvae.decoder(self.vqvae.post_quant_conv(quantized))
-
-    # -------------------------------------------------------------------------------------------------- dead codes
+        distance_B = self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
+        return _decode(self.vqvae, quantized), distance_B
 
     def before_step(self, step: int) -> None:
         self._step = step
@@ -149,12 +129,6 @@ class VQTokenizerModel(TrainableModel):
         share = counts / counts.sum()
         return {"codes_used": used, "perplexity": math.exp(-float(torch.xlogy(share, share).sum()))}
 
-    # ------------------------------------------------------------------------------------------- previews and export
-
-    @property
-    def exportable(self) -> dict[str, nn.Module]:
-        return {"vqvae": self.vqvae}
-
     @property
     def sources(self) -> dict[str, Path]:
         folder = component_folder(self._origin, "vqvae") if isinstance(self._origin, str) else None
@@ -168,20 +142,17 @@ class VQTokenizerModel(TrainableModel):
         side = 4 * self.sample_transform.factor
         pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         with evaluating(module):
-            quantized, _, _ = module.quantize(module.encode(pixels).latents)
-            return module.decoder(module.post_quant_conv(quantized))
+            return _round_trip(module, pixels)
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
         """Each image and, to its right, its round trip through the codes."""
         if request.options:
             raise UserError(f"preview option '{next(iter(request.options))}' is unknown; a VQ model takes none")
-        pairs = []
+        rows = []
         for label, image in zip(request.prompts, request.images):
-            pair = Image.new("RGB", (2 * image.width, image.height))
-            pair.paste(image, (0, 0))
-            pair.paste(self.round_trip(image), (image.width, 0))
-            pairs.append(LabelledImage(label, pair))
-        return pairs
+            sides = [np.asarray(side) for side in (image.convert("RGB"), self.round_trip(image))]
+            rows.append(LabelledImage(label, Image.fromarray(np.hstack(sides))))
+        return rows
 
     @torch.no_grad()
     def round_trip(self, image: Image.Image) -> Image.Image:
@@ -189,8 +160,7 @@ class VQTokenizerModel(TrainableModel):
         pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
         self.sample_transform.sides(*pixels.shape[-2:])
         with torch.autocast(self.usage.device.type, enabled=False):
-            latents = self.vqvae.encode(pixels.to(self.usage.device)).latents
-            decoded = self._decode(self.vqvae.quantize(latents)[0])[0]
+            decoded = _round_trip(self.vqvae, pixels.to(self.usage.device))[0]
         return Image.fromarray((decoded.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -199,7 +169,16 @@ def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}
-    if problems := unknown_sizes("vqvae", sizes, VQModel):
-        raise UserError("model: " + "; ".join(problems))
+    problems = unknown_sizes("vqvae", sizes, VQModel)
+    require(not problems, "model: " + "; ".join(problems))
     with seeded(seed):
         return VQModel(**{"lookup_from_codebook": True, **sizes})
+
+
+def _round_trip(vqvae: VQModel, pixels: Tensor) -> Tensor:
+    return _decode(vqvae, vqvae.quantize(vqvae.encode(pixels).latents)[0])
+
+
+def _decode(vqvae: VQModel, quantized: Tensor) -> Tensor:
+    """Quantized latents as pixels; VQModel.decode takes them for ids if `lookup_from_codebook` is set."""
+    return vqvae.decoder(vqvae.post_quant_conv(quantized))
