@@ -2,8 +2,8 @@
 
     python -m benchmarks.equal --against COMMIT
 
-The other commit is checked out into a git worktree next to this one and runs on the same machine, since bits differ from
-processor to processor. Each config is trained at tiny size; checkpoints, metrics (times apart) and exports must be equal.
+The other commit is checked out into a temporary git worktree and runs on the same machine, since bits differ from
+processor to processor. Each config is trained at tiny size; checkpoints, metrics (without times) and exports must be equal.
 """
 
 import argparse
@@ -31,6 +31,7 @@ RUNS = {
     "vq_32_emoji": ["emoji=8", "max_iters=30", "quantize_after=5", "preview_every=15", "checkpoint_every=15"],
     "amused_32_emoji": ["emoji=8", "max_iters=12", "preview_every=6", "checkpoint_every=6", "log_every=3"],
 }
+LABELS = {"folder", "version"}  # of a checkpoint, which say who wrote it and where
 TIMES = {"images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
 
 
@@ -75,7 +76,8 @@ def compare(one: Path, other: Path) -> tuple[int, list[str]]:
             found.append(f"{name} is missing")
         elif file.suffix == ".pth":
             states = [torch.load(path, weights_only=True) for path in (file, twin)]
-            found += differences(*[{key: state[key] for key in state if key != "folder"} for state in states], name)
+            old, new = ({key: state[key] for key in state if key not in LABELS} for state in states)
+            found += differences(old, new, name)
         elif file.suffix == ".jsonl":
             lines = [
                 [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in path.open()]

@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from diffengine.engine.mmengine_seam import BaseVisBackend, Config
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 
 @final
@@ -20,24 +20,20 @@ class TensorboardBackend(BaseVisBackend):
         save_dir: given by the run.
     """
 
+    experiment: Any = None  # torch's SummaryWriter, once something is written
+
     def __init__(self, save_dir: str = ".") -> None:
         super().__init__(save_dir)
-        self._writer: Any = None
 
     def _init_env(self) -> None:
         """Do nothing: the first value opens the writer, since its step says what is replaced."""
 
-    @property
-    def experiment(self) -> Any:
-        """torch's SummaryWriter; None while nothing is written."""
-        return self._writer
-
     def _at(self, step: int) -> Any:
-        if self._writer is None:
+        if self.experiment is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(f"{self._save_dir}/tensorboard", purge_step=step)
-        return self._writer
+            self.experiment = SummaryWriter(f"{self._save_dir}/tensorboard", purge_step=step)
+        return self.experiment
 
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: Any) -> None:
         self._at(step).add_image(name, image, step, dataformats="HWC")
@@ -51,8 +47,8 @@ class TensorboardBackend(BaseVisBackend):
         self._at(step).flush()  # a run that is killed has shown what it logged
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self.experiment is not None:
+            self.experiment.close()
 
 
 @final
@@ -69,16 +65,10 @@ class WandbBackend(BaseVisBackend):
     """
 
     def __init__(
-        self,
-        project: str = "diffengine",
-        name: str | None = None,
-        options: dict | None = None,
-        save_dir: str = ".",
+        self, project: str = "diffengine", name: str | None = None, options: dict | None = None, save_dir: str = "."
     ) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError(
-                "vis_backends got WandbBackend, but wandb is not installed: pip install 'diffengine[wandb]'"
-            )
+        found = importlib.util.find_spec("wandb") is not None
+        require(found, "vis_backends got WandbBackend, but wandb is not installed: pip install 'diffengine[wandb]'")
         super().__init__(save_dir)
         self._options = {"project": project, "name": name, "dir": save_dir, **(options or {})}
         self._config: dict[str, Any] = {}

@@ -11,8 +11,7 @@
      "ema"        {"updates", "weights"}, of EMAHook
      ...}         what hooks add in `before_save_checkpoint`
 
-`torch.load(weights_only=True)` accepts one, and reading it executes nothing. state.py says what is in one, and puts it
-back into a run.
+`torch.load(weights_only=True)` accepts one, and reading it executes nothing. state.py collects and restores it.
 """
 
 import pickle
@@ -26,31 +25,26 @@ from typing import Any
 
 import torch
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.files import atomic_write
 from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
+MOVE = "move it away, and use the one before"
 NAME = re.compile(r"(epoch|iter)_\d+\.pth")
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; its tensors are streamed to the file without a copy in memory.
-
-    Raises:
-        UserError: the disk is full, the folder cannot be written, or a hook added what could not be read back.
-    """
+    """Write a checkpoint atomically; its tensors are streamed to the file without a copy in memory."""
     problems = _not_plain(checkpoint, "checkpoint")
-    if problems:
-        raise UserError(f"cannot write '{path}': {'; '.join(problems[:5])}; expected tensors and plain values")
+    require(not problems, f"cannot write '{path}': {'; '.join(problems[:5])}; expected tensors and plain values")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)  # by name: through a Python file, torch would copy each tensor first
     except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot write checkpoint '{path}' ({format_bytes(free)} free): {reason}") from error
+        free, reason = format_bytes(shutil.disk_usage(path.parent).free), str(error).partition("\n")[0]
+        raise UserError(f"cannot write checkpoint '{path}' ({free} free): {reason}") from error
 
 
 def _not_plain(value: Any, where: str) -> list[str]:
@@ -71,37 +65,28 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a broken or foreign one, or one that holds code.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint '{path}' does not exist")
+    require(path.is_file(), f"checkpoint '{path}' does not exist")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint '{path}' holds more than tensors and plain values, and was not read: it may run code"
-        ) from error
+        reason = "holds more than tensors and plain values, and was not read: it may run code"
+        raise UserError(f"checkpoint '{path}' {reason}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint '{path}' is broken or cut off ({path.stat().st_size} bytes); move it away, and use the one "
-            "before"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}")
+        size = path.stat().st_size
+        raise UserError(f"checkpoint '{path}' is broken or cut off ({size} bytes); {MOVE}") from error
+    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    require(ours, f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}")
     return checkpoint
 
 
 def verify(path: Path) -> None:
-    """Read a whole checkpoint and compare it with its checksums, which `read` does not.
-
-    Raises:
-        UserError: a byte is not what was written.
-    """
+    """Read a whole checkpoint and compare it with its checksums, which `read` does not."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"checkpoint '{path}' is broken or cut off ({error})") from error
-    if damaged:
-        raise UserError(f"checkpoint '{path}' is damaged (in {damaged}); move it away, and use the one before")
+    require(not damaged, f"checkpoint '{path}' is damaged (in {damaged}); {MOVE}")
 
 
 def paths(work_dir: Path) -> list[Path]:
@@ -110,18 +95,11 @@ def paths(work_dir: Path) -> list[Path]:
 
 
 def steps(path: Path) -> int:
-    """The optimizer steps that a checkpoint stands for.
-
-    Raises:
-        UserError: it is broken or foreign, or its counter is no step.
-    """
+    """The optimizer steps that a checkpoint stands for."""
     counters = read(path).get("counters")
     count = counters.get("iter") if isinstance(counters, dict) else None
     if type(count) is not int or count < 0:
-        raise UserError(
-            f"checkpoint '{path}' got counters {counters!r}; expected 'iter' of at least 0; move it away, and use the "
-            "one before"
-        )
+        raise UserError(f"checkpoint '{path}' got counters {counters!r}; expected 'iter' of at least 0; {MOVE}")
     return count
 
 
@@ -129,7 +107,7 @@ def newest(work_dir: Path) -> Path | None:
     """The checkpoint that is furthest in training, or None.
 
     Raises:
-        UserError: one is broken or foreign; it might be the newest, so no older one is used instead.
+        UserError: one is broken; it might be the newest, so no older one is used instead.
     """
     return max(paths(work_dir), key=steps, default=None)
 
@@ -147,20 +125,9 @@ def prune(work_dir: Path, keep: int | None) -> None:
 
 
 def check_disk(work_dir: Path, size: int, count: int) -> None:
-    """Refuse to start a run whose checkpoints would not fit.
-
-    Args:
-        size: bytes of one checkpoint, at most.
-        count: the most checkpoints on the disk at once, the one being written included. Those that a resumed run has
-            left already are among them.
-
-    Raises:
-        UserError: what is free, and what is needed.
-    """
+    """Refuse a run if `count` checkpoints of at most `size` bytes, those already there included, would not fit."""
     needed = size * count - sum(path.stat().st_size for path in paths(work_dir))
     free = shutil.disk_usage(work_dir).free
-    if needed > free:
-        raise UserError(
-            f"'{work_dir}' has {format_bytes(free)} free; {count} checkpoints of {format_bytes(size)} need "
-            f"{format_bytes(needed)}: keep fewer, or choose another --work-dir"
-        )
+    need = f"{count} checkpoints of {format_bytes(size)} need {format_bytes(needed)}"
+    has = f"'{work_dir}' has {format_bytes(free)} free"
+    require(needed <= free, f"{has}; {need}: keep fewer, or choose another --work-dir")

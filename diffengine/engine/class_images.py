@@ -1,4 +1,4 @@
-"""Generating the images that a data set lacks, with the model as it is before training."""
+"""Generating the images that a data set lacks, with the model before it is trained."""
 
 from functools import partial
 
@@ -11,18 +11,11 @@ from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableMo
 
 
 def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOptimWrapper) -> None:
-    """Generate a data set's missing images. Rank 0 writes each atomically, so a killed run continues with the next.
-
-    Raises:
-        UserError: on every rank, if the model cannot generate them, they cannot be written, or those that exist were
-            generated differently.
-    """
+    """Generate a data set's missing images. Rank 0 writes each atomically, so a killed run continues with the next."""
 
     def claim() -> MissingImages | None:
         missing = dataset.missing_images()
-        if missing is None:
-            return None
-        if not check_can_generate(missing, model):
+        if missing is None or not check_can_generate(missing, model):
             return None
         missing.claim(model.origin)
         if missing.numbers:
@@ -36,18 +29,12 @@ def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOp
 
 
 def check_can_generate(missing: MissingImages, model: TrainableModel) -> bool:
-    """Whether the model generates images from text.
-
-    Raises:
-        UserError: it does not, and images are missing.
-    """
+    """Whether the model generates images from text. If it does not and images are missing, it is refused."""
     able = isinstance(model, MaskedImageModel) and not model.assets
     if missing.numbers and not able:
         why = "is built from scratch" if model.assets else "generates nothing from text"
-        raise UserError(
-            f"{_lack(missing)}, and the model, which {why}, cannot generate them; add them, or start from a trained "
-            "model"
-        )
+        cannot = f"the model, which {why}, cannot generate them"
+        raise UserError(f"{_lack(missing)}, and {cannot}; add them, or start from a trained model")
     return able
 
 

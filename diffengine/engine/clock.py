@@ -3,44 +3,27 @@
 from typing import final
 
 from diffengine.datasets import steps_for_epochs
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 
 @final
 class Clock:
     """Counts optimizer steps, and epochs by the positions that they took.
 
-    Epoch e ends with the first step that reaches (e + 1) * N positions. The last step of a run that counts epochs may
-    reach further, and counts no more.
-
-    Args:
-        max_epochs: passes over the data; or
-        max_iters: optimizer steps. One of the two: hooks' intervals count in the same unit.
-        num_samples: N, images in the data set.
-        batch_size: samples per step, of all ranks together.
-
-    Attributes:
-        done: optimizer steps taken.
-        by_epoch: whether the config counts epochs.
-
-    Raises:
-        UserError: not exactly one of the two is given, or it is below 1.
+    Epoch e ends with the first step that reaches (e + 1) * num_samples positions. The last step of a run that counts
+    epochs may reach further, and counts no more. One of `max_epochs` and `max_iters` is given: hooks' intervals count
+    in its unit. `batch_size` is that of all ranks together.
     """
 
     def __init__(self, max_epochs: int | None, max_iters: int | None, num_samples: int, batch_size: int) -> None:
-        if (max_epochs is None) == (max_iters is None):
-            raise UserError(
-                f"got max_epochs={max_epochs} and max_iters={max_iters}; expected one of them: set the other to None"
-            )
+        both = f"max_epochs={max_epochs} and max_iters={max_iters}"
+        require((max_epochs is None) != (max_iters is None), f"got {both}; expected one of them: set the other to None")
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} got {value}; expected at least 1")
+            require(value is None or value >= 1, f"{name} got {value}; expected at least 1")
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.done = 0
+        self.done = 0  # optimizer steps taken
         self.by_epoch = max_epochs is not None
-        self.max_iters: int = (
-            steps_for_epochs(max_epochs, num_samples, batch_size) if max_epochs is not None else max_iters  # type: ignore[assignment]
-        )
+        self.max_iters = max_iters or steps_for_epochs(max_epochs, num_samples, batch_size)  # type: ignore[arg-type]
         self.max_epochs = max_epochs or self.epochs_at(self.max_iters)
 
     def epochs_at(self, step: int) -> int:

@@ -14,15 +14,7 @@ Compile = bool | Literal["auto"]
 
 
 def compile_model(compile: Compile, model: TrainableModel, steps: int, device: torch.device) -> str:
-    """Compile the blocks of `model` if that is asked for or pays; return how they run and why.
-
-    Args:
-        compile: "auto" compiles on a GPU, in a run of `PAYS_FROM` steps or more; on a CPU it gains little.
-        steps: that are left.
-
-    Raises:
-        UserError: True, but this machine cannot compile, or the model has no blocks.
-    """
+    """Compile the blocks of `model` if that is asked for or, on a GPU, pays ("auto"); return how they run and why."""
     lack = missing_compiler(device)
     if compile == "auto":
         if device.type == "cpu":
@@ -51,6 +43,5 @@ def missing_compiler(device: torch.device) -> str | None:
         if not has_triton():
             return "Triton that works with this GPU"
         variable, *names = ("CC", "gcc", "clang")  # Triton's own
-    if any(shutil.which(name) for name in (os.environ.get(variable, ""), *names)):
-        return None
-    return f"compiler ({', '.join(names)} or {variable})"
+    found = any(shutil.which(name) for name in (os.environ.get(variable, ""), *names))
+    return None if found else f"compiler ({', '.join(names)} or {variable})"

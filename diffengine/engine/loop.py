@@ -13,9 +13,9 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -37,25 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What one optimizer step leaves for the hooks. Tensors are still on the device.
+    """What one optimizer step leaves for the hooks. Tensors are still on the device."""
 
-    Attributes:
-        sums: weighted sums over this rank's targets: "loss" and what the model logs.
-        targets: this rank's targets, each with its sample's weight, on the host.
-        samples: of all ranks together.
-        learning_rate: of this step.
-        grad_norm: before clipping, or None.
-        skipped: unreadable images replaced on this rank.
-        seconds: on the host: "data", the wait for the batch, "prepare", "forward_backward", "optimizer", and "all".
-    """
-
-    sums: dict[str, Tensor]
-    targets: float
-    samples: int
-    learning_rate: float
-    grad_norm: Tensor | None
-    skipped: int
-    seconds: dict[str, float]
+    sums: dict[str, Tensor]  # weighted sums over this rank's targets: "loss" and what the model logs
+    targets: float  # this rank's, each with its sample's weight, on the host
+    samples: int  # of all ranks together
+    learning_rate: float  # of this step
+    grad_norm: Tensor | None  # before clipping; None without clipping
+    skipped: int  # unreadable images replaced on this rank
+    seconds: dict[str, float]  # on the host: "data" (the wait), "prepare", "forward_backward", "optimizer" and "all"
 
 
 @final
@@ -71,11 +61,6 @@ class StepLoop(BaseLoop):
         compile: run the model's blocks compiled by `torch.compile`: True, False, or "auto" if it pays within the run.
             Equal to rounding; dropout draws other numbers, the same in each run.
         dataloader: given by the run.
-
-    Attributes:
-        clock: steps and epochs.
-        stream: the samples by position.
-        micro: the split into micro-batches.
     """
 
     def __init__(
@@ -95,70 +80,40 @@ class StepLoop(BaseLoop):
         self.micro = MicroBatches(self.batch_size, micro_batch_size)
         self.compile: Compile = compile
         self.iter = 0  # mmengine's: as clock.done, but in `after_train_iter` it still names the step just taken
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
+        self.max_epochs, self.max_iters = self.clock.max_epochs, self.clock.max_iters  # mmengine's
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     @property
     def epoch(self) -> int:
         """mmengine's: epochs completed, but in `after_train_epoch` it still names the epoch just completed."""
         return self.clock.epochs_at(self.iter)
 
-    @property
-    def max_epochs(self) -> int:
-        """mmengine's."""
-        return self.clock.max_epochs
-
-    @property
-    def max_iters(self) -> int:
-        """mmengine's."""
-        return self.clock.max_iters
-
     def start_at(self, done: int) -> None:
         """Continue after so many steps."""
         self.clock.done = self.iter = done
 
     def run(self, run: "Run", steps: int | None = None, synchronize: bool = False) -> Step | None:
-        """Train to the end, or until a signal asks to stop.
+        """Take steps to the end, or so many and without the hooks' `after_train`; return the last one.
 
-        Args:
-            run: whose hooks are called.
-            steps: stop after so many, and call no `after_train`.
-            synchronize: wait for the device wherever a step is timed.
-
-        Returns:
-            The last step; None if there was none to take.
-
-        Raises:
-            Interrupted: a signal came; the step was finished, and hooks' `on_interrupt` has run.
+        A signal raises Interrupted, once the step is finished and hooks' `on_interrupt` has run.
         """
-        self._runner = run
-        self._last: Step | None = None
+        self._runner, clock, step = run, self.clock, None
         self._buffers = list(run.trainable.buffers())  # listing them walks all modules
         self._now = _synchronized_clock if synchronize and torch.cuda.is_available() else time.perf_counter
-        end = self.max_iters if steps is None else min(self.max_iters, self.clock.done + steps)
+        end = self.max_iters if steps is None else min(self.max_iters, clock.done + steps)
         run.call_hook("before_train")
-        with stop_signals() as stop:
-            signum = self._take_steps(run, end, stop)
-            if signum:
-                run.call_hook("on_interrupt")
-                raise Interrupted(signum)
-        if steps is None:
-            run.call_hook("after_train")
-        return self._last
-
-    def _take_steps(self, run: "Run", end: int, stop: SimpleNamespace) -> int:
-        """Step until the end, or until any rank is asked to stop: then the signal's number, else 0."""
-        batches, clock = batches_of(self.dataloader), self.clock
-        run.call_hook("before_train_epoch")
-        try:
+        with stop_signals() as stop, closing(batches_of(self.dataloader)) as batches:
+            run.call_hook("before_train_epoch")
             while clock.done < end:
                 started = self._now()
                 batch, total, signum = _next(batches, stop)
                 if signum:
-                    return signum
+                    batches.close()  # a generator: its workers end with it
+                    run.call_hook("on_interrupt")
+                    raise Interrupted(signum)
                 self._seconds = {"data": self._now() - started, "prepare": 0.0, "forward_backward": 0.0}
                 run.call_hook("before_train_iter", batch_idx=self.iter, data_batch=batch)
-                step = self._last = self.step(run, batch, total)
+                step = self.step(run, batch, total)
                 step.seconds["all"] = self._now() - started
                 clock.done += 1
                 run.call_hook("after_train_iter", batch_idx=self.iter, data_batch=batch, outputs=step)
@@ -167,23 +122,28 @@ class StepLoop(BaseLoop):
                 self.iter = clock.done
                 if clock.ends_epoch and not clock.finished:
                     run.call_hook("before_train_epoch")
-        finally:
-            batches.close()  # a generator: its workers end now
-        return 0
+        if steps is None:
+            run.call_hook("after_train")
+        return step
 
     def step(self, run: "Run", batch: dict[str, Any], total: float) -> Step:
-        """Take one optimizer step over this rank's share of a batch.
-
-        Args:
-            total: weighted targets of the whole batch, of all ranks.
-        """
+        """Take one optimizer step over this rank's share of a batch that has `total` weighted targets on all ranks."""
         optim, scale = run.optim_wrapper, distributed.world_size() / total
-        sums = self.micro.fit(
-            lambda exchange: self._forward_backward(run, batch, scale, exchange),
-            lambda: self._snapshot(run),
-            run.logger.info,
-            self.clock.done + 1,
-        )
+
+        def accumulate(exchange: bool) -> dict[str, Tensor]:
+            sums: dict[str, Tensor] = {}
+            run.trainable.before_step(self.iter)
+            for index, micro_batch in enumerate(split(batch, self.micro.count)):
+                seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
+                last = exchange and index == self.micro.count - 1  # with it, gradients are averaged over ranks
+                apart = isinstance(run.model, DistributedDataParallel) and not last
+                with run.model.no_sync() if apart else nullcontext():
+                    logs = self._forward_backward(run, micro_batch, scale)
+                for name, value in logs.items():
+                    sums[name] = sums[name] + value if name in sums else value
+            return sums
+
+        sums = self.micro.fit(accumulate, lambda: self._snapshot(run), run.logger.info, self.clock.done + 1)
         learning_rate, started = optim.optimizer.param_groups[0]["lr"], self._now()
         try:
             grad_norm = optim.step()  # clip, step, clear the gradients
@@ -194,32 +154,17 @@ class StepLoop(BaseLoop):
         skipped = sum(batch.get("skipped", ()))
         return Step(sums, count_targets(batch), self.batch_size, learning_rate, grad_norm, skipped, self._seconds)
 
-    def _forward_backward(self, run: "Run", batch: dict[str, Any], scale: float, exchange: bool) -> dict[str, Tensor]:
-        """Accumulate the gradients of all micro-batches; return the sums of their losses and logs.
-
-        Args:
-            scale: of the sums of losses.
-            exchange: average gradients over ranks with the last micro-batch; else every rank keeps its own.
-        """
-        model, optim, seconds = run.trainable, run.optim_wrapper, self._seconds
-        sums: dict[str, Tensor] = {}
-        model.before_step(self.iter)
-        for index, micro_batch in enumerate(split(batch, self.micro.count)):
-            seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
-            last = exchange and index == self.micro.count - 1
-            apart = isinstance(run.model, DistributedDataParallel) and not last
-            with run.model.no_sync() if apart else nullcontext():
-                started = self._now()
-                prepared = model.prepare(micro_batch)
-                ready = self._now()
-                with optim.autocast():
-                    loss_sum, logs = run.model(prepared)
-                optim.backward(loss_sum * scale)
-                seconds["prepare"] += ready - started
-                seconds["forward_backward"] += self._now() - ready
-            for name, value in {"loss": loss_sum.detach(), **logs}.items():
-                sums[name] = sums[name] + value if name in sums else value
-        return sums
+    def _forward_backward(self, run: "Run", micro_batch: dict[str, Any], scale: float) -> dict[str, Tensor]:
+        """Add the gradients of `scale` times a micro-batch's loss; return the sums of its loss and logs."""
+        started = self._now()
+        prepared = run.trainable.prepare(micro_batch)
+        ready = self._now()
+        with run.optim_wrapper.autocast():
+            loss_sum, logs = run.model(prepared)
+        run.optim_wrapper.backward(loss_sum * scale)
+        self._seconds["prepare"] += ready - started
+        self._seconds["forward_backward"] += self._now() - ready
+        return {"loss": loss_sum.detach(), **logs}
 
     def _snapshot(self, run: "Run") -> Callable[[], None]:
         """What undoes an attempt at a step: no gradients, and buffers as they are now."""
@@ -240,11 +185,9 @@ def _synchronized_clock() -> float:
 
 
 def _next(batches: Iterator[dict[str, Any]], stop: SimpleNamespace) -> tuple[dict[str, Any], float, int]:
-    """This rank's next batch; and of all ranks, in one exchange: the weighted targets, and the signal that asks to
-    stop, or 0.
+    """(this rank's next batch, all ranks' weighted targets, the signal that asks any rank to stop or 0).
 
-    Raises:
-        UserError: on every rank, if any rank's data has an error.
+    An error in any rank's data is raised on all. One exchange between ranks does all of this.
     """
     batch: dict[str, Any] = {"num_targets": ()}
     error: UserError | None = None
@@ -252,9 +195,7 @@ def _next(batches: Iterator[dict[str, Any]], stop: SimpleNamespace) -> tuple[dic
         batch = next(batches)
     except UserError as caught:
         error = caught
-    total, asked, errors = distributed.add_counts(
-        count_targets(batch), int(stop.signum is not None), int(error is not None)
-    )
+    total, asked, errors = distributed.add_counts(count_targets(batch), stop.signum is not None, error is not None)
     if errors:
         distributed.share_error(error)
     return batch, total, (stop.signum or signal.SIGTERM) if asked else 0
@@ -293,18 +234,15 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def stop_signals() -> Iterator[SimpleNamespace]:
     """Take SIGINT and SIGTERM as requests: yields `signum`, None until one comes, and the time `at` which it came.
 
-    A second signal, a second later or more, stops at once. (torchrun passes on a Ctrl-C that its processes have had
-    already, within milliseconds: that is one request.)
+    A second signal stops at once if it comes a second later or more: torchrun repeats a Ctrl-C within milliseconds.
     """
     stop = SimpleNamespace(signum=None, at=0.0)
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: Any) -> None:
         if stop.signum is None:
             stop.signum, stop.at = signum, time.monotonic()
         elif time.monotonic() - stop.at >= 1:
-            if signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + signum)
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

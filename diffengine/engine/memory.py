@@ -1,4 +1,4 @@
-"""How much memory and disk a run takes, computed from its parts. Nothing here waits for a device."""
+"""How much memory and disk a run takes, computed from its tensors. Nothing here waits for a device."""
 
 import resource
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,36 +15,28 @@ CONFIG = 2500  # and for the config
 
 def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes on the device by purpose, apart from activations; the optimizer has its state after its first step."""
+    device = next(model.parameters()).device
+    weights: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for value in vars(model).values():
+        for item in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(item, Frozen):
+                weights += item.tensors_on(device)
     trained = nbytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     return {
         "trained": trained,
-        "frozen": nbytes(weights_of(model)) - trained,
+        "frozen": nbytes(weights) - trained,
         "gradients": trained,
         "optimizer": nbytes(tensors_in(optimizer.state)),
         "average": nbytes(average.values()),
     }
 
 
-def weights_of(model: nn.Module) -> list[Tensor]:
-    """A model's parameters and buffers, and those of its `Frozen` modules that are on its device."""
-    device = next(model.parameters()).device
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    attributes = vars(model).values()
-    for item in (one for value in attributes for one in (value.values() if isinstance(value, dict) else [value])):
-        if isinstance(item, Frozen):
-            tensors += item.tensors_on(device)
-    return tensors
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested dicts and lists; an optimizer may nest its state."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
 
 
@@ -54,16 +46,13 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory used so far: allocated on the GPU if there is one, else resident in this process.
-
-    A GPU's counter can be reset (`reset_peak`); a process's cannot, so it includes start-up and previews.
-    """
+    """The most memory allocated on the GPU since `reset_peak`, or resident in this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak() -> None:
-    """Start to count a GPU's peak again. Nothing waits for the device."""
+    """Start to count a GPU's peak again."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

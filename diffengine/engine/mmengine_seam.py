@@ -1,8 +1,8 @@
 """Everything that touches mmengine: its Runner, hooks, loop, optimizer wrapper and visualizer backends.
 
 mmengine provides the life cycle of a run, hooks with priorities, and the visualizer with its backends, so a hook
-written for mmengine works here. The parts of it that do not serve are replaced at the points that it leaves open:
-process start-up, logging, the layout of the work dir, wrapping, and `train`. Its resume and its loops are never called.
+written for mmengine works here. What does not fit is replaced at the points that mmengine leaves open: process
+start-up, logging, the layout of the work dir, wrapping, and `train`. Its resume and its loops are never called.
 """
 
 import logging
@@ -26,26 +26,23 @@ from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
 from diffengine import distributed
-from diffengine.errors import UserError
 
 if TYPE_CHECKING:
+    from diffengine.engine.build import Job
     from diffengine.engine.loop import Step
     from diffengine.engine.run import Run
 
-__all__ = ["AnyHook", "BaseLoop", "BaseVisBackend", "Config", "Hook", "OptimWrapper", "Runner", "check_hook"]
+__all__ = ["AnyHook", "BaseLoop", "BaseVisBackend", "Config", "Hook", "OptimWrapper", "Runner"]
 
 # mmengine's default hooks read one value per step off the device, write in place, or step by epoch: all are off.
 NO_DEFAULT_HOOKS = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"))
 
-# Hooks of mmengine that cannot work here, and what to use instead.
+# Hooks of mmengine that cannot work here, their subclasses too, and what to use instead.
 REFUSED = {
-    mmengine.hooks.CheckpointHook: "use diffengine.engine.hooks.CheckpointHook",
     mmengine.hooks.DistSamplerSeedHook: "leave it out: the order of samples follows from the seed alone",
     mmengine.hooks.EMAHook: "use diffengine.engine.hooks.EMAHook",
-    mmengine.hooks.EarlyStoppingHook: "leave it out: it reads scores of a validation loop",
+    mmengine.hooks.EarlyStoppingHook: "leave it out: there is no validation loop of mmengine's that it could watch",
     mmengine.hooks.LoggerHook: "use diffengine.engine.hooks.MetricsHook",
-    mmengine.hooks.ParamSchedulerHook: "leave it out: the param_scheduler section steps once per step",
-    mmengine.hooks.PrepareTTAHook: "leave it out: there is no test loop",
     mmengine.hooks.RuntimeInfoHook: "use diffengine.engine.hooks.MetricsHook",
 }
 
@@ -82,59 +79,23 @@ class Hook(AnyHook):
         self.after_step(runner, outputs)
 
 
-def check_hook(hook: Any) -> None:
-    """Refuse a hook of mmengine that could not work.
-
-    Raises:
-        UserError: what to use instead.
-    """
-    advice = next((text for refused, text in REFUSED.items() if type(hook) is refused), None)
-    if advice:
-        raise UserError(f"custom_hooks got mmengine's {type(hook).__name__}, which cannot work here; {advice}")
-
-
-class LogFile(logging.FileHandler):
-    """A log file that raises if it cannot be written; logging's own prints a traceback for each line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # the error being handled
-
-
 class Runner(MMRunner):
-    """mmengine's Runner with its start-up, logging and training replaced.
-
-    Args:
-        model: not yet wrapped for several ranks.
-        work_dir: of the run.
-        hooks: of the run.
-        backends: where numbers and previews are shown; rank 0's are used.
-        config: as written.
-        name: the config's name.
-        seed: of the run; global generators, from which third parties may draw, start from it.
-    """
+    """mmengine's Runner with its start-up, logging and training replaced. `model` is not yet wrapped in DDP."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        work_dir: Path,
-        hooks: Sequence[AnyHook],
-        backends: Sequence[BaseVisBackend],
-        config: dict[str, Any],
-        name: str,
-        seed: int,
+        self, job: "Job", model: nn.Module, hooks: Sequence[AnyHook], backends: Sequence[BaseVisBackend]
     ) -> None:
-        experiment = f"{name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
+        experiment = f"{job.name}-{time.time_ns()}"  # mmengine keeps loggers and hubs by name, for the process's life
+        shown = list(backends) if distributed.rank() == 0 else None
         super().__init__(
             model=model,
-            work_dir=str(work_dir),
+            work_dir=str(job.work_dir),
             default_hooks=NO_DEFAULT_HOOKS,
             custom_hooks=list(hooks),
-            visualizer=Visualizer.get_instance(
-                experiment, vis_backends=list(backends) if distributed.rank() == 0 else None, save_dir=str(work_dir)
-            ),
-            randomness={"seed": seed},
+            visualizer=Visualizer.get_instance(experiment, vis_backends=shown, save_dir=str(job.work_dir)),
+            randomness={"seed": job.resolved["seed"]},
             experiment_name=experiment,
-            cfg=Config(config),
+            cfg=Config(job.config),
         )
         self.logger.setLevel(logging.INFO if self._rank == 0 else logging.ERROR)
 
@@ -161,7 +122,8 @@ class Runner(MMRunner):
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
         if self._rank == 0:
-            file = LogFile(Path(self.work_dir) / "log.txt", encoding="utf-8")
+            file = logging.FileHandler(Path(self.work_dir) / "log.txt", encoding="utf-8")
+            file.handleError = _raise  # type: ignore[method-assign]  # logging's own prints a traceback for each line
             file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(file)
         return logger
@@ -174,6 +136,10 @@ class Runner(MMRunner):
 
     def dump_config(self) -> None:
         """Do nothing: `config.py` is written before anything else."""
+
+
+def _raise(record: logging.LogRecord) -> None:
+    raise  # the error being handled
 
 
 def close_logger(logger: logging.Logger) -> None:

@@ -7,13 +7,16 @@ from typing import Any, Literal, final
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from diffengine.engine.mmengine_seam import OptimWrapper
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.registry import build, resolve
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 has none
 
 
@@ -21,9 +24,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     """(the precision that a step computes in, why).
 
     "auto" is bf16 if the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
-
-    Raises:
-        UserError: fp16 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
@@ -34,6 +34,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "auto, this GPU has bf16"
     return "fp16", "auto, this GPU has no bf16"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -53,29 +58,21 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    """Build any torch-style optimizer; those that can on every device are fused: one kernel for all parameters.
+def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Optimizer:
+    """Build any torch-style optimizer from `dict(type=AdamW, lr=...)`, for groups as of `parameter_groups`.
 
-    Args:
-        optimizer: `dict(type=AdamW, lr=...)`.
-        groups: the parameters, as `parameter_groups` returns them.
-
-    Raises:
-        UserError: the class refuses its options, or has no learning rate for a schedule to change.
+    Those that can on every device are fused: one kernel for all parameters.
     """
-    options = dict(optimizer)
+    options, name = dict(optimizer), f"optimizer {optimizer['type']}"
     if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
     try:
         built = build(options, params=list(groups))
     except ValueError as error:
-        raise UserError(f"optimizer {options['type']}: {error}") from error
-    for group in built.param_groups:
-        if not isinstance(group.get("lr"), int | float):
-            raise UserError(
-                f"optimizer {options['type']} got lr={group.get('lr')}; expected a number, which the schedule changes "
-                "(Adafactor: set lr and relative_step=False)"
-            )
+        raise UserError(f"{name}: {error}") from error
+    for lr in (group.get("lr") for group in built.param_groups):
+        advice = "expected a number, which the schedule changes (Adafactor: set lr and relative_step=False)"
+        require(isinstance(lr, int | float), f"{name} got lr={lr}; {advice}")
     return built
 
 
@@ -89,44 +86,27 @@ def build_optim_wrapper(
         precision: of autocast over fp32 weights, see `resolve_precision`.
         clip_grad: the largest norm of all gradients together; None for no limit.
         model: given by the run.
-
-    Raises:
-        UserError: an option is out of range, or the optimizer cannot be built.
     """
-    if clip_grad is not None and clip_grad <= 0:
-        raise UserError(f"clip_grad got {clip_grad}; expected a number above 0, or None for no clipping")
+    require(clip_grad is None or clip_grad > 0, f"clip_grad got {clip_grad}; expected a number above 0, or None")
     device = next(model.parameters()).device
-    name, _ = resolve_precision(precision, device)
     built = build_optimizer(optimizer, parameter_groups(model))
-    return StepOptimWrapper(built, name, clip_grad, device, optimizer)
+    return StepOptimWrapper(built, resolve_precision(precision, device)[0], clip_grad, device, optimizer)
 
 
 def build_param_scheduler(
-    name: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant",
-    warmup_iters: int = 0,
-    *,
-    optimizer: torch.optim.Optimizer,
-    num_iters: int,
-) -> torch.optim.lr_scheduler.LRScheduler:
+    name: Schedule = "constant", warmup_iters: int = 0, *, optimizer: Optimizer, num_iters: int
+) -> LRScheduler:
     """The `param_scheduler` section: diffusers' schedules by name, counted in optimizer steps.
 
     Args:
         name: as `--lr_scheduler` of diffusers' training scripts.
         warmup_iters: steps in which the rate rises from 0 (every schedule but "constant").
         optimizer, num_iters: given by the run.
-
-    Raises:
-        UserError: the warm-up is negative, or the schedule has none.
     """
-    if warmup_iters < 0:
-        raise UserError(f"param_scheduler got warmup_iters={warmup_iters}; expected at least 0")
-    if warmup_iters and name == "constant":
-        raise UserError(
-            f"param_scheduler got warmup_iters={warmup_iters} with 'constant', which has no warm-up; use "
-            "'constant_with_warmup'"
-        )
+    got = f"param_scheduler got warmup_iters={warmup_iters}"
+    require(warmup_iters >= 0, f"{got}; expected at least 0")
+    allowed = name != "constant" or warmup_iters == 0
+    require(allowed, f"{got} with 'constant', which has no warm-up; use 'constant_with_warmup'")
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_iters, num_training_steps=num_iters)
 
 
@@ -134,34 +114,20 @@ def build_param_scheduler(
 class StepOptimWrapper(OptimWrapper):
     """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
 
-    (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.)
-
-    Attributes:
-        options: the config's `optimizer`, from which another of the same kind is built.
+    (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.) `options` is the config's
+    `optimizer`, from which another of the same type can be built.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        precision: str,
-        clip_grad: float | None,
-        device: torch.device,
-        options: Mapping[str, Any],
+        self, optimizer: Optimizer, precision: str, clip_grad: float | None, device: torch.device, options: dict
     ) -> None:
         super().__init__(optimizer)
-        self.options = options
-        self.precision = precision
-        self.max_norm = clip_grad
+        self.precision, self.max_norm, self.device, self.options = precision, clip_grad, device, options
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that `forward` runs in.
-
-        Casts of weights are not cached: a forward pass uses each weight once, and with gradient checkpointing the
-        cache alone would keep all of them to its end.
-        """
+        """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)

@@ -3,30 +3,30 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from diffengine import distributed
-from diffengine.cache import CachedDataset, TokenCache
+from diffengine.cache import CachedDataset
 from diffengine.datasets import ImageDataset, survey, survey_captions
 from diffengine.engine import build, checkpoint, memory, state, workdir
-from diffengine.engine.build import Job
+from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
 from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import Step, StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
-from diffengine.engine.optim import DTYPES, StepOptimWrapper, resolve_precision
-from diffengine.errors import UserError
-from diffengine.models.base import MaskedImageModel, TrainableModel
+from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
+from diffengine.errors import UserError, require
+from diffengine.models.base import MaskedImageModel
 
 
 def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run":
-    """Train a config: claim its work dir, build every part of it, train.
+    """Train a config: claim its work dir, build it, train it.
 
     Args:
         resume: "newest" for the work dir's newest checkpoint, or a checkpoint's path; None to start.
@@ -43,34 +43,33 @@ def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run"
     return run
 
 
+def build_cache(job: Job) -> None:
+    """Build a job's token cache, unless it is up to date; a UserError if the config has none."""
+    section = job.resolved.get("token_cache", {})
+    require(section.get("use") is not False, "this config trains without a token cache: set cache=True or cache=auto")
+    build_training(replace(job, resolved={**job.resolved, "token_cache": {**section, "use": True}}))
+
+
 def build_run(
-    job: Job,
-    resume: Path | None = None,
-    dataset: ImageDataset | None = None,
-    assets: Mapping[str, str] | None = None,
+    job: Job, resume: Path | None = None, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None
 ) -> "Run":
-    """Build a run that is ready to train. Nothing is written, and no old run deleted, before every part is built.
+    """Build a run that is ready to train, or to continue from the checkpoint `resume`.
 
-    Args:
-        resume: the checkpoint to continue from.
-        dataset, assets: instead of the config's, and of what is learnt from it.
-
-    Raises:
-        UserError: on every rank, if a part cannot be built on any.
+    Nothing is written, and no old run deleted, before all of it is built. `dataset` and `assets` replace the config's
+    and what is learnt from it.
     """
-    saved = None
     with distributed.all_ranks():
-        if resume:
-            saved = state.read_for_resume(resume, job.config)
+        saved = state.read_for_resume(resume, job.config) if resume else None
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
-    model, loop, optim, schedule, cache = build_training(job, start, dataset, saved["assets"] if saved else assets)
+    training = build_training(job, start, dataset, saved["assets"] if saved else assets)
+    model, loop, *_ = training
     with distributed.all_ranks():
         compiled = compile_model(loop.compile, model, loop.max_iters - start, job.device)
         if saved and resume:
-            state.check_fits(saved, resume, model, loop, optim, schedule)
+            state.check_fits(saved, resume, training)
     distributed.on_rank_0(lambda: workdir.begin(job.work_dir, job.config, job.name, bool(saved), model.exportable))
-    run = Run(job, model, loop, optim, schedule, hooks, backends, cache, compiled)
+    run = Run(job, training, hooks, backends, compiled)
     if saved and resume:
         state.restore(run, saved, resume)
         run.logger.info(f"resumed {resume} at step {start}")
@@ -79,14 +78,10 @@ def build_run(
 
 def build_training(
     job: Job, start: int = 0, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None
-) -> tuple[TrainableModel, StepLoop, StepOptimWrapper, LRScheduler, TokenCache]:
-    """Build the model, the loop over its data, the optimizer and its schedule, and attach the token cache.
+) -> Training:
+    """Build what takes the steps from step `start` on, and attach the token cache. Missing class images are generated.
 
-    Missing class images are generated, and tokens encoded, on the way.
-
-    Args:
-        start: the step to continue from.
-        dataset, assets: as of `build_run`.
+    `dataset` and `assets` are as of `build_run`.
     """
     resolved, device, seed = job.resolved, job.device, job.resolved["seed"]
     with distributed.all_ranks():
@@ -103,73 +98,34 @@ def build_training(
         dataloader = build.build_dataloader(**data, model=model, seed=seed, start_iter=start)
         loop = StepLoop(**resolved["train_cfg"], dataloader=dataloader)
         optim = build.build_optim_wrapper(**resolved["optim_wrapper"], model=model)
-        schedule = build.build_param_scheduler(
-            **resolved.get("param_scheduler", {}), optimizer=optim.optimizer, num_iters=loop.max_iters
-        )
+        rates = resolved.get("param_scheduler", {})
+        schedule = build.build_param_scheduler(**rates, optimizer=optim.optimizer, num_iters=loop.max_iters)
     generate_missing(dataset, model, optim)
     with distributed.all_ranks():
         if not isinstance(dataset, CachedDataset):
             loop.stream[start * loop.batch_size]  # an error in the data shows before the run writes anything
-        cache = TokenCache(
-            **resolved.get("token_cache", {}), stream=loop.stream, encoder=model.encoder,
-            data=resolved["train_dataloader"], work_dir=job.work_dir, precision=optim.precision,
-            autocast=optim.autocast,
-        )  # fmt: skip
+        cache = build.build_token_cache(job, loop.stream, model, optim)
     cache.attach(loop.max_iters * loop.batch_size)
     return model, loop, optim, schedule, cache
 
 
 @final
 class Run(Runner):
-    """One run of training. Hooks and commands ask it for everything that they need to know of one another.
+    """One run of training. Hooks and commands ask it for everything that they need to know of one another."""
 
-    Attributes:
-        job: the config, and where the run goes.
-        trainable: the model, behind any DDP wrapper (`model`).
-        train_loop: takes the steps. optim_wrapper: steps the optimizer. param_scheduler: changes the learning rate.
-        cache: the token cache.
-        compiled: how the blocks run, and why.
-        average: averaged weights by name, if a hook keeps an average (EMAHook); else empty.
-        checkpoints_kept: the most checkpoints on disk at once, set by CheckpointHook; 0 if none are written.
-    """
-
-    train_loop: StepLoop
-    optim_wrapper: StepOptimWrapper
-    param_scheduler: LRScheduler
+    train_loop: StepLoop  # mmengine's property
 
     def __init__(
-        self,
-        job: Job,
-        model: TrainableModel,
-        loop: StepLoop,
-        optim: StepOptimWrapper,
-        schedule: LRScheduler,
-        hooks: Sequence[AnyHook],
-        backends: Sequence[BaseVisBackend],
-        cache: TokenCache,
-        compiled: str,
+        self, job: Job, training: Training, hooks: Sequence[AnyHook], backends: Sequence[BaseVisBackend], compiled: str
     ) -> None:
-        self.job = job
-        self.trainable = model
-        self.cache = cache
-        self.compiled = compiled
-        self.average: dict[str, Tensor] = {}
-        self.checkpoints_kept = 0
+        self.job, self.name, self.config = job, job.name, job.config
+        self.trainable, loop, optim, schedule, self.cache = training  # trainable: `model` without DDP
+        self.compiled = compiled  # how the blocks run, and why
+        self.average: dict[str, Tensor] = {}  # weights by name, if a hook keeps an average (EMAHook)
+        self.checkpoints_kept = 0  # the most on disk at once, set by CheckpointHook
         self._peak = 0
-        super().__init__(model, job.work_dir, hooks, backends, job.config, job.name, job.resolved["seed"])
-        self._train_loop = loop
-        self.optim_wrapper = optim
-        self.param_scheduler = schedule
-
-    @property
-    def name(self) -> str:
-        """The config's name."""
-        return self.job.name
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config as written."""
-        return self.job.config
+        super().__init__(job, self.trainable, hooks, backends)
+        self._train_loop, self.optim_wrapper, self.param_scheduler = loop, optim, schedule
 
     @property
     def work_dir(self) -> Path:
@@ -181,14 +137,9 @@ class Run(Runner):
         return self.train_loop.clock
 
     def train(self, steps: int | None = None, synchronize: bool = False) -> Step | None:
-        """Train to the end between the hooks' `before_run` and `after_run`.
+        """Train to the end, or for so many `steps`, between the hooks' `before_run` and `after_run`.
 
-        Args:
-            steps: take only so many steps.
-            synchronize: wait for the device wherever a step is timed.
-
-        Returns:
-            The last step.
+        Returns the last step. `synchronize` waits for the device wherever a step is timed.
         """
         try:
             self.call_hook("before_run")
@@ -201,7 +152,7 @@ class Run(Runner):
             close_logger(self.logger)
 
     def announce(self) -> None:
-        """Log what will be trained, how, and what of images and captions is cut off."""
+        """Log what will be trained and how, and how much of images and captions is cut off."""
         clock, stream, info = self.clock, self.train_loop.stream, self.logger.info
         wanted = self.job.resolved["optim_wrapper"].get("precision", "auto")
         precision, why = resolve_precision(wanted, self.job.device)
@@ -219,12 +170,10 @@ class Run(Runner):
                     info(line)
         info(f"blocks run {self.compiled}")
 
-    # ------------------------------------------------------------------------------------------- what hooks ask for
-
     @property
     def trained_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.trainable.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in trained_parameters(self.trainable).values())
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -261,8 +210,6 @@ class Run(Runner):
         yield
         memory.reset_peak()
 
-    # -------------------------------------------------------------------------------------------------- from Python
-
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
@@ -273,6 +220,11 @@ class Run(Runner):
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the work dir, the newest last."""
         return sorted(checkpoint.paths(self.work_dir), key=checkpoint.steps)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint in our format: mmengine's CheckpointHook calls this, on every rank."""
+        saved = state.collect(self)
+        distributed.on_rank_0(lambda: checkpoint.write(Path(out_dir, filename), saved))
 
     def pipeline(self) -> Any:
         """A diffusers pipeline over the trained model: with an adapter on its base, if that is what was trained.

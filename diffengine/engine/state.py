@@ -12,10 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffengine.config import PLAIN, REFERENCE, SECTIONS, Plain, resolve, substitute
 from diffengine.engine import checkpoint
-from diffengine.engine.build import BUILDERS
-from diffengine.engine.loop import StepLoop
-from diffengine.engine.optim import StepOptimWrapper, build_optimizer
-from diffengine.errors import UserError
+from diffengine.engine.build import BUILDERS, Training
+from diffengine.engine.optim import StepOptimWrapper, build_optimizer, trained_parameters
+from diffengine.errors import UserError, require
 from diffengine.models import trusted_classes
 from diffengine.models.base import TrainableModel, describe
 from diffengine.registry import resolve as resolve_type
@@ -64,18 +63,11 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def read_for_resume(path: Path, config: Plain) -> dict[str, Any]:
-    """The checkpoint to continue from: whole, with all that a resume needs, and of a run with the same config.
-
-    Raises:
-        UserError: what is damaged, missing or different.
-    """
+    """The checkpoint to continue from: whole, with all that a resume needs, and of a run with the same config."""
     state = checkpoint.read(path)
     checkpoint.verify(path)
-    problems = [
-        f"'{name}' is {describe(state.get(name))}; expected {expected.__name__}"
-        for name, expected in TYPES.items()
-        if type(state.get(name)) is not expected
-    ]
+    wrong = [name for name, expected in TYPES.items() if type(state.get(name)) is not expected]
+    problems = [f"'{name}' is {describe(state.get(name))}; expected {TYPES[name].__name__}" for name in wrong]
     if not problems and not all(type(text) is str for text in state["assets"].values()):
         problems.append("'assets' holds more than texts")
     _refuse(problems, path)
@@ -99,17 +91,11 @@ def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
     run.call_hook("after_load_checkpoint", checkpoint=state)
 
 
-# --------------------------------------------------------------------------------------------- does it fit this run?
-
-
 def check_same_run(state: Mapping[str, Any], config: Plain, path: Path) -> None:
-    """Refuse to resume under a config that would make another run of it.
+    """Refuse to resume under a config that would make another run of it, with what differs and both values.
 
     What counts is what each class gets, its defaults included: an option that only one of the two configs names is no
     change if it has the default's value.
-
-    Raises:
-        UserError: what differs, with both values.
     """
     saved = json.loads(state["config"])
     known = set(types_in(resolve(config)))  # no other class is imported on a checkpoint's word
@@ -121,21 +107,16 @@ def check_same_run(state: Mapping[str, Any], config: Plain, path: Path) -> None:
             reference = REFERENCE.fullmatch(str(written.get(key)))
             was, is_now = (repr(leaves[key]) if key in leaves else "not set" for leaves in (before, now))
             changed.append(f"{reference[1] if reference else key} was {was} and is {is_now}")
-    if changed:
-        raise UserError(
-            f"cannot resume '{path}' under another config: {'; '.join(list(dict.fromkeys(changed))[:5])}; repeat the "
-            "flags it was started with, or start another run with --work-dir"
-        )
+    first = "; ".join(list(dict.fromkeys(changed))[:5])
+    advice = "repeat the flags it was started with, or start another run with --work-dir"
+    require(not changed, f"cannot resume '{path}' under another config: {first}; {advice}")
 
 
 def _acting(resolved: Plain, known: set[str]) -> Plain:
     """The sections of a resolved config with the defaults of what they configure, and the plain settings."""
     sections = {key: with_defaults(value, known) for key, value in resolved.items() if key in {*SECTIONS, *PLAIN}}
-    return {
-        **PLAIN,
-        **sections,
-        **{name: {**defaults_of(builder), **sections.get(name, {})} for name, builder in BUILDERS.items()},
-    }
+    built = {name: {**defaults_of(builder), **sections.get(name, {})} for name, builder in BUILDERS.items()}
+    return {**PLAIN, **sections, **built}
 
 
 def _leaves(config: Any, path: str = "") -> dict[str, Any]:
@@ -147,38 +128,24 @@ def _leaves(config: Any, path: str = "") -> dict[str, Any]:
     return {path[1:]: config}
 
 
-def check_fits(
-    state: Mapping[str, Any],
-    path: Path,
-    model: TrainableModel,
-    loop: StepLoop,
-    optim: StepOptimWrapper,
-    schedule: LRScheduler,
-) -> None:
-    """Check everything that `restore` puts back against what the run is made of: names, shapes, dtypes, ranges.
+def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None:
+    """Check everything that `restore` puts back against the run: names, shapes, dtypes, ranges.
 
     A fused optimizer step takes the shapes of its state on trust and reads beyond a tensor that is too small. So this
     comes before anything is loaded or written.
-
-    Raises:
-        UserError: what does not fit.
     """
-    clock, counters = loop.clock, state["counters"]
-    if state["num_samples"] != clock.num_samples:
-        raise UserError(
-            f"cannot resume '{path}': the data had {state['num_samples']} images and has {clock.num_samples}; restore "
-            "it, or start another run with --work-dir"
-        )
+    model, loop, optim, schedule, _ = training
+    clock, had = loop.clock, state["num_samples"]
+    data = f"the data had {had} images and has {clock.num_samples}; restore it, or start another run with --work-dir"
+    require(had == clock.num_samples, f"cannot resume '{path}': {data}")
     model.check_trained_state(state["model"], f"checkpoint '{path}'")
-    steps, epoch = counters.get("iter"), counters.get("epoch")
-    if type(steps) is not int or not 0 <= steps <= clock.max_iters:
-        _refuse([f"counters.iter is {steps!r}; expected 0 to {clock.max_iters}, the steps of this run"], path)
-    problems = []
+    steps, epoch = state["counters"].get("iter"), state["counters"].get("epoch")
+    _refuse(_count_problems("counters.iter", steps, clock.max_iters, ", the steps of this run"), path)
     passes = steps * clock.batch_size // clock.num_samples
-    if type(epoch) is not int or not 0 <= epoch <= passes:
-        problems.append(f"counters.epoch is {epoch!r}; expected 0 to {passes} after {steps} steps")
+    problems = _count_problems("counters.epoch", epoch, passes, f" after {steps} steps")
     micro = state.get("micro_batch_size", {"asked": None, "found": 1})
-    asked, found = (micro.get("asked"), micro.get("found")) if isinstance(micro, dict) else (None, None)
+    known = isinstance(micro, dict) and micro.keys() == {"asked", "found"}
+    asked, found = (micro["asked"], micro["found"]) if known else (None, None)
     if type(asked) not in (int, type(None)) or type(found) is not int or not 1 <= found <= clock.batch_size:
         problems.append(f"micro_batch_size is {micro!r}; expected 'asked', and 'found' from 1 to {clock.batch_size}")
     problems += _optimizer_problems(state["optimizer"], optim, steps)
@@ -188,32 +155,27 @@ def check_fits(
     if optim.scaler.is_enabled() and state["scaler"]:
         problems += differences(state["scaler"], optim.scaler.state_dict(), "scaler")
     if "ema" in state:
-        weights = {
-            name: torch.empty_like(parameter, dtype=torch.float32, device="meta")
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        average = differences(state["ema"], {"updates": 0, "weights": weights}, "ema")
-        if not average and not 0 <= state["ema"]["updates"] <= steps:
-            average = [f"ema.updates is {state['ema']['updates']}; expected 0 to {steps}, the steps taken"]
-        problems += average
+        trained = trained_parameters(model)
+        weights = {name: torch.empty_like(item, dtype=torch.float32, device="meta") for name, item in trained.items()}
+        unlike = differences(state["ema"], {"updates": 0, "weights": weights}, "ema")
+        problems += unlike or _count_problems("ema.updates", state["ema"]["updates"], steps, ", the steps taken")
     _refuse(problems, path)
 
 
 def _refuse(problems: list[str], path: Path) -> None:
-    if problems:
-        raise UserError(
-            f"cannot resume '{path}', which is damaged or was changed: {'; '.join(problems[:5])}; move it away, and "
-            "use the one before"
-        )
+    found = "; ".join(problems[:5])
+    require(not problems, f"cannot resume '{path}', which is damaged or was changed: {found}; {checkpoint.MOVE}")
+
+
+def _count_problems(name: str, count: Any, most: int, why: str) -> list[str]:
+    """A problem, unless `count` is an int from 0 to `most`."""
+    return [] if type(count) is int and 0 <= count <= most else [f"{name} is {count!r}; expected 0 to {most}{why}"]
 
 
 def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps: int) -> list[str]:
     """What in an optimizer's saved state does not fit its parameters."""
-    groups, saved_groups, saved = (
-        optim.optimizer.state_dict()["param_groups"],
-        *map(state.get, ("param_groups", "state")),
-    )
+    groups = optim.optimizer.state_dict()["param_groups"]
+    saved_groups, saved = state.get("param_groups"), state.get("state")
     if not (isinstance(saved_groups, list) and len(saved_groups) == len(groups) and type(saved) is dict):
         return [f"optimizer has not the {len(groups)} param_groups and the state that it has in this run"]
     problems = []
@@ -245,24 +207,18 @@ def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[st
 
 
 def differences(saved: Any, expected: Any, name: str, steps: int | None = None) -> list[str]:
-    """Where `saved` has other names, types, shapes or dtypes than `expected`, or numbers that are not finite.
+    """What in `saved` has other names, types, shapes or dtypes than in `expected`, or is a number that is not finite.
 
-    Args:
-        name: of the value, for messages.
-        steps: the most that a value called "step" may be.
+    Problems call the value `name`; `steps` is the most that a value called "step" may be.
     """
-    if isinstance(expected, Mapping):
-        if not isinstance(saved, Mapping):
-            return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
-        if saved.keys() != expected.keys():
-            return [f"{name} has {sorted(map(str, saved))}; expected {sorted(map(str, expected))}"]
-        pairs = [(saved[key], value, f"{name}.{key}") for key, value in expected.items()]
-        return [problem for pair in pairs for problem in differences(*pair, steps=steps)]
     if isinstance(expected, list | tuple):
         if not isinstance(saved, list | tuple) or len(saved) != len(expected):
             return [f"{name} is {describe(saved)}; expected {len(expected)} entries"]
-        pairs = [(item, value, f"{name}.{index}") for index, (item, value) in enumerate(zip(saved, expected))]
-        return [problem for pair in pairs for problem in differences(*pair, steps=steps)]
+        saved, expected = dict(enumerate(saved)), dict(enumerate(expected))
+    if isinstance(expected, Mapping) and isinstance(saved, Mapping):
+        if saved.keys() != expected.keys():
+            return [f"{name} has {sorted(map(str, saved))}; expected {sorted(map(str, expected))}"]
+        return [text for key in expected for text in differences(saved[key], expected[key], f"{name}.{key}", steps)]
     number = type(saved) in (int, float) and type(expected) in (int, float)
     if describe(saved) != describe(expected) and not number:
         return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
@@ -279,14 +235,10 @@ def _in_both(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[dic
     return {name: saved[name] for name in names}, {name: expected[name] for name in names}
 
 
-# ------------------------------------------------------------------------------------------------- a model out of it
-
-
 def load_model(path: Path, given: Plain | None = None, average: bool = False) -> TrainableModel:
-    """The model of a checkpoint, with its weights, on the host.
+    """The model of a checkpoint, with its weights, on the host. All of the checkpoint is verified.
 
     Args:
-        path: the checkpoint; all of it is verified.
         given: the user's config, whose classes are trusted; None if there is none.
         average: take the averaged weights.
 
@@ -296,10 +248,8 @@ def load_model(path: Path, given: Plain | None = None, average: bool = False) ->
     state, source = checkpoint.read(path), f"checkpoint '{path}'"
     checkpoint.verify(path)
     if average:
-        if "ema" not in state:
-            raise UserError(
-                f"--ema: {source} keeps no average; train with EMAHook among custom_hooks, or leave out --ema"
-            )
+        advice = "train with EMAHook among custom_hooks, or leave out --ema"
+        require("ema" in state, f"--ema: {source} keeps no average; {advice}")
         state = {**state, "model": {**state["model"], **state["ema"]["weights"]}}
     return model_of(state, trusted_config(state, given, source), source)
 
@@ -308,43 +258,23 @@ def trusted_config(state: Mapping[str, Any], given: Plain | None, source: str) -
     """Resolve the config that a checkpoint carries, and judge it before any class that it names is imported.
 
     A checkpoint is data. A class that its resolved config names is used only if it is on a closed list, or if the
-    config that the user names uses it too.
-
-    Args:
-        state: the checkpoint.
-        given: the user's config with its references; None if the command got none.
-        source: what errors call the checkpoint.
-
-    Raises:
-        UserError: `given` is of another model, or the checkpoint names a class that is not trusted.
+    config that the user names (`given`, with its references) uses it too. Errors name the `source`.
     """
-    own = resolve(json.loads(state["config"]))
-    theirs = substitute(given) if given is not None else None
-    types = [item["model"].get("type") for item in (own, theirs) if item is not None]
-    if len(set(types)) > 1:
-        raise UserError(
-            f"{source} is of another model: got {types[0]}, the config has {types[1]}; use the config it was trained "
-            f"with ('{state['name']}')"
-        )
-    trusted = {*trusted_classes(), *(types_in(theirs["model"]) if theirs else ())}
+    own, trusted = resolve(json.loads(state["config"])), {*trusted_classes()}
+    if given is not None:
+        theirs = substitute(given)["model"]
+        own_type, other = own["model"].get("type"), theirs.get("type")
+        different, advice = f"got {own_type}, the config has {other}", "use the config it was trained with"
+        require(own_type == other, f"{source} is of another model: {different}; {advice} ('{state['name']}')")
+        trusted |= {*types_in(theirs)}
     for name in types_in(own["model"]):
-        if name not in trusted:
-            raise UserError(
-                f"{source} names the class '{name}', which is not run on a checkpoint's word; give the CONFIG that "
-                "uses it"
-            )
+        advice = "which is not run on a checkpoint's word; give the CONFIG that uses it"
+        require(name in trusted, f"{source} names the class '{name}', {advice}")
     return own
 
 
 def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> TrainableModel:
-    """Build the model of a resolved config and load a checkpoint's weights, on the host.
-
-    Args:
-        source: what errors call the checkpoint.
-
-    Raises:
-        UserError: the config names no model, a component does not exist any more, or the weights do not fit.
-    """
+    """Build the model of a resolved config and load a checkpoint's weights, on the host. Errors name the `source`."""
     options = {key: value for key, value in resolved["model"].items() if key != "type"}
     cls = resolve_type(resolved["model"]["type"])
     if not (isinstance(cls, type) and issubclass(cls, TrainableModel)):
@@ -352,12 +282,10 @@ def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> Trainabl
     try:
         model = cls(**options, assets=state["assets"], seed=resolved["seed"])
     except UserError as error:
-        folder = state.get("folder", str(Path.cwd()))
-        if folder == str(Path.cwd()):
+        folder = state.get("folder")
+        if folder in (None, str(Path.cwd())):
             raise
-        raise UserError(
-            f"{error}; {source} was trained in '{folder}', where relative paths in its config start: go there, and try "
-            "again"
-        ) from error
+        start = f"was trained in '{folder}', where relative paths in its config start"
+        raise UserError(f"{error}; {source} {start}: go there, and try again") from error
     model.load_trained_state(state["model"], source)
     return model.eval()

@@ -17,7 +17,7 @@ from pathlib import Path
 from diffengine import distributed
 from diffengine.config import Plain, to_text
 from diffengine.engine import checkpoint
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 from diffengine.files import locked, write_text
 
 OURS = ("metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
@@ -26,18 +26,9 @@ MARK = "as it was trained. Train it again: diffengine train config.py --work-dir
 
 @contextmanager
 def claimed(work_dir: Path, resume: str | None, overwrite: bool) -> Iterator[Path | None]:
-    """Keep other processes out of a work dir while a run uses it. Called on all ranks; rank 0 looks.
+    """Keep other processes out of a work dir while a run uses it, and yield the checkpoint to continue from, if any.
 
-    Args:
-        resume: a checkpoint, "newest", or None to start from the beginning.
-        overwrite: the run that the folder holds may be deleted.
-
-    Yields:
-        The checkpoint to continue from, or None.
-
-    Raises:
-        UserError: the folder holds a run and neither `resume` nor `overwrite` is asked for; it holds what no run wrote
-            and a run would overwrite; another process trains there; or it cannot be used.
+    Called on all ranks; rank 0 looks. Arguments as of `run.train`.
     """
     with ExitStack() as lock:
         yield distributed.on_rank_0(lambda: _claim(work_dir, resume, overwrite, lock))
@@ -49,17 +40,13 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool, lock: ExitStack)
         lock.enter_context(locked(work_dir))
         _refuse_foreign(work_dir, [*OURS, "model_index.json", *_models(work_dir)])
     except BlockingIOError as error:
-        raise UserError(
-            f"another process is training in '{work_dir}'; wait for it, or choose another --work-dir"
-        ) from error
+        advice = "wait for it, or choose another --work-dir"
+        raise UserError(f"another process is training in '{work_dir}'; {advice}") from error
     except OSError as error:
         raise UserError(f"cannot use work dir '{work_dir}': {error}") from error
     if resume is None:
-        if holds_run(work_dir) and not overwrite:
-            raise UserError(
-                f"'{work_dir}' holds a run; --resume continues it, --work-dir DIR keeps it and starts elsewhere, "
-                "--overwrite deletes it"
-            )
+        choices = "--resume continues it, --work-dir DIR keeps it and starts elsewhere, --overwrite deletes it"
+        require(overwrite or not holds_run(work_dir), f"'{work_dir}' holds a run; {choices}")
         return None
     newest = checkpoint.newest(work_dir)
     if resume == "newest":
@@ -69,10 +56,8 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool, lock: ExitStack)
     path = Path(resume)
     taken = checkpoint.steps(path)
     if newest and checkpoint.steps(newest) > taken:
-        raise UserError(
-            f"'{work_dir}' holds '{newest.name}', which is further than '{path}'; move it away, or continue in another "
-            "folder with --work-dir"
-        )
+        further = f"'{work_dir}' holds '{newest.name}', which is further than '{path}'"
+        raise UserError(f"{further}; move it away, or continue in another folder with --work-dir")
     return path
 
 
@@ -103,14 +88,7 @@ def _refuse_foreign(work_dir: Path, names: Iterable[str]) -> None:
 def begin(work_dir: Path, config: Plain, name: str, resumed: bool, components: Iterable[str]) -> None:
     """Write `config.py`; first delete what an overwritten run left, and only what a run writes.
 
-    Args:
-        config: as written.
-        name: the config's name.
-        resumed: keep what the run has written so far.
-        components: names of the folders that the run will export to.
-
-    Raises:
-        UserError: one of these exists, and no run wrote it.
+    The run will export to `components`, names of folders. If `resumed`, what it has written so far stays.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(work_dir, components)

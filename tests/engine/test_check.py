@@ -227,8 +227,7 @@ def test_a_micro_batch_that_halves(toy: Toy, tmp_path: Path, limit: Any, capsys:
     said = capsys.readouterr().out
     assert "images at once       2\n" in said
     assert said.splitlines()[-1] == (
-        "warning: memory ran out with more than 2 images at once: training will split its steps alike; set "
-        "micro_batch_size=2 to start with it"
+        "warning: memory ran out above 2 images at once, so steps will be split: set micro_batch_size=2"
     )
 
 
@@ -276,8 +275,8 @@ def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found.cache_free = 1000
     twice = format_bytes(2 * found.cache["bytes"])
     assert [line.partition(" ")[2].partition(":")[0] for line in warnings(found)[1:]] == [
-        f"disk has 1.0 MB free, and checkpoints need {format_bytes(3 * found.checkpoint)}",
-        f"cache's disk has 1.0 kB free, and {twice} are needed to build it",
+        f"disk has 1.0 MB free, and {format_bytes(3 * found.checkpoint)} are needed",
+        f"cache's disk has 1.0 kB free, and {twice} are needed",
     ]
 
 

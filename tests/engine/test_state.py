@@ -56,7 +56,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "weight of integers": (
         lambda s: s["model"].update({key: value.long() for key, value in s["model"].items()}),
-        "of another shape or dtype",
+        ") int64, expected (",
     ),
 }  # fmt: skip
 

@@ -1,7 +1,4 @@
-"""What happens around steps: numbers, checkpoints, previews, export.
-
-To add a hook, subclass `Hook` in a module of your own and list it in a config's `custom_hooks`.
-"""
+"""What happens around steps. To add a hook, subclass `Hook` and list the class in a config's `custom_hooks`."""
 
 from diffengine.engine.hooks.checkpoint import CheckpointHook
 from diffengine.engine.hooks.ema import EMAHook

@@ -1,16 +1,14 @@
 """An average of the weights over training, which often generates better images than the last weights."""
 
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
-from torch import nn
 
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
-from diffengine.errors import UserError
-
-if TYPE_CHECKING:
-    from diffengine.engine.run import Run
+from diffengine.engine.optim import trained_parameters
+from diffengine.engine.run import Run
+from diffengine.errors import require
 
 
 @final
@@ -18,14 +16,12 @@ class EMAHook(Hook):
     """Keeps an exponential moving average of exactly the parameters that are trained, in fp32 on the device.
 
     After every step `average = d * average + (1 - d) * weight`. With `warmup`, step number n (from 0) has
-    d = min(decay, (1 + n) / (10 + n)), so the first weights are soon forgotten: the ramp of TensorFlow's
-    `ExponentialMovingAverage(num_updates)`, which `diffusers.training_utils.EMAModel` and open-muse's `EMAModel` use
-    too. (Both copy the weights at their first step, where this takes nine tenths.)
+    d = min(decay, (1 + n) / (10 + n)), so the first weights are soon forgotten: the ramp of TensorFlow, diffusers and
+    open-muse. (The latter two copy the weights at their first step, where this takes nine tenths.)
 
     The average starts from the weights that the run starts from, and previews use it. The checkpoint has it as `ema`:
     {"updates": steps averaged, "weights": by name}. The export at a run's end has the last step's weights;
-    `diffengine convert --ema` writes the average. A resumed run continues it exactly; one whose checkpoint has none
-    starts an average there.
+    `diffengine convert --ema` writes the average. Resuming without `ema` starts a new average.
 
     Args:
         decay: in (0, 1); open-muse's pretraining has 0.9999, a short run needs less.
@@ -35,45 +31,34 @@ class EMAHook(Hook):
     priority = "HIGH"  # before previews and checkpoints of the same step
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
-        if not 0 < decay < 1:
-            raise UserError(f"EMAHook got decay={decay}; expected a number between 0 and 1")
-        self.decay = decay
-        self.warmup = warmup
+        require(0 < decay < 1, f"EMAHook got decay={decay}; expected a number between 0 and 1")
+        self.decay, self.warmup = decay, warmup
         self.updates = 0
 
     def decay_at(self, update: int) -> float:
         """d of update number `update`, from 0."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
-    def after_load_checkpoint(self, run: "Run", checkpoint: dict) -> None:
+    def after_load_checkpoint(self, run: Run, checkpoint: dict) -> None:
         if "ema" in checkpoint:
-            self.updates = checkpoint["ema"]["updates"]
-            saved = checkpoint["ema"]["weights"]
-            run.average = {
-                name: torch.empty_like(parameter, dtype=torch.float32).copy_(saved[name])
-                for name, parameter in _trained(run).items()
-            }
+            self.updates, saved = checkpoint["ema"]["updates"], checkpoint["ema"]["weights"]
+            for name, parameter in trained_parameters(run.trainable).items():
+                run.average[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(saved[name])
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         if not run.average:
-            run.average = {name: item.detach().float().clone() for name, item in _trained(run).items()}
+            trained = trained_parameters(run.trainable)
+            run.average = {name: parameter.detach().float().clone() for name, parameter in trained.items()}
 
     @torch.no_grad()
-    def after_step(self, run: "Run", step: Step) -> None:
-        live = [parameter.detach().float() for parameter in _trained(run).values()]
+    def after_step(self, run: Run, step: Step) -> None:
+        live = [parameter.detach().float() for parameter in trained_parameters(run.trainable).values()]
         torch._foreach_lerp_(list(run.average.values()), live, 1 - self.decay_at(self.updates))
         self.updates += 1
 
-    def after_train(self, run: "Run") -> None:
-        run.logger.info(
-            "previews show the average; what a run exports at its end are the weights of the last step: "
-            f"diffengine convert {run.work_dir} --ema writes the average"
-        )
+    def after_train(self, run: Run) -> None:
+        note = "previews show the average; what a run exports at its end are the weights of the last step"
+        run.logger.info(f"{note}: diffengine convert {run.work_dir} --ema writes the average")
 
-    def before_save_checkpoint(self, run: "Run", checkpoint: dict) -> None:
+    def before_save_checkpoint(self, run: Run, checkpoint: dict) -> None:
         checkpoint["ema"] = {"updates": self.updates, "weights": dict(run.average)}
-
-
-def _trained(run: "Run") -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
-    return {name: parameter for name, parameter in run.trainable.named_parameters() if parameter.requires_grad}

@@ -1,13 +1,11 @@
 """The end of every run: its trained components in diffusers' format."""
 
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from diffengine import distributed
 from diffengine.engine.mmengine_seam import Hook
+from diffengine.engine.run import Run
 from diffengine.export import Exported, check_targets, export_components
-
-if TYPE_CHECKING:
-    from diffengine.engine.run import Run
 
 
 @final
@@ -16,12 +14,12 @@ class ExportHook(Hook):
 
     priority = "LOWEST"
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         """Refuse a work dir that the export at the end could not write to."""
         folders = [run.work_dir / name for name in run.trainable.exportable]
         distributed.on_rank_0(lambda: check_targets(run.trainable, folders))
 
-    def after_train(self, run: "Run") -> None:
+    def after_train(self, run: Run) -> None:
         def export() -> list[Exported]:
             with run.trainable.full_precision():
                 return export_components(run.trainable, run.work_dir)

@@ -3,8 +3,7 @@
 import json
 import math
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -13,12 +12,10 @@ from torch import Tensor
 from diffengine import distributed
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
-from diffengine.errors import UserError
+from diffengine.engine.run import Run
+from diffengine.errors import require
 from diffengine.files import write_text
 from diffengine.text import format_bytes, format_duration
-
-if TYPE_CHECKING:
-    from diffengine.engine.run import Run
 
 GRAD_NORM = "grad_norm"
 STACKED = 256  # steps whose sums are kept separately before they are added up
@@ -38,26 +35,25 @@ class MetricsHook(Hook):
     priority = "ABOVE_NORMAL"
 
     def __init__(self, every: int = 10) -> None:
-        if every < 1:
-            raise UserError(f"log interval `every` got {every}; expected at least 1")
+        require(every >= 1, f"log interval `every` got {every}; expected at least 1")
         self.every = every
 
     def _clear(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}  # one per step, on the device
-        self._targets: float = 0
         self._steps = self._samples = self._skipped = 0
-        self._waited = self._seconds = 0.0
+        self._targets = self._waited = self._seconds = 0.0
 
-    def before_train(self, run: "Run") -> None:
+    def before_train(self, run: Run) -> None:
         self._file = run.work_dir / "metrics.jsonl"
-        self._first = run.clock.done + 1
-        self._began = math.inf
+        self._first, self._began = run.clock.done + 1, math.inf
         self._described_memory = False
-        if distributed.rank() == 0:
-            _drop_lines_after(self._file, run.clock.done)
+        if distributed.rank() == 0 and self._file.exists():  # drop what a resumed run writes again, and a cut-off line
+            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= run.clock.done]
+            write_text(self._file, "".join(kept))
         self._clear()
 
-    def after_step(self, run: "Run", step: Step) -> None:
+    def after_step(self, run: Run, step: Step) -> None:
         self._began = min(self._began, time.perf_counter() - step.seconds["all"])
         sums = step.sums if step.grad_norm is None else {**step.sums, GRAD_NORM: step.grad_norm}
         for name, value in sums.items():
@@ -75,32 +71,33 @@ class MetricsHook(Hook):
         if done % self.every == 0 or done == self._first or run.clock.finished:
             self._write_line(run)
 
-    def on_interrupt(self, run: "Run") -> None:
+    def on_interrupt(self, run: Run) -> None:
         """Write the steps since the last line."""
         if self._steps:
             self._write_line(run)
 
-    def _write_line(self, run: "Run") -> None:
+    def _write_line(self, run: Run) -> None:
         """Read the device, once, and write one line everywhere."""
         metrics = self._read(run)
         self._clear()
         if distributed.rank() != 0:
             return
-        clock, extra = run.clock, {}
-        if not self._described_memory and clock.done != self._first:
-            extra = self._memory(run)
-        line = {"iter": clock.done, "epoch": clock.epochs_done, **metrics, **extra}
+        clock = run.clock
+        due = not self._described_memory and clock.done != self._first  # once, when the optimizer has its state
+        memory, described = self._memory(run) if due else ({}, "")
+        self._described_memory |= due
+        line = {"iter": clock.done, "epoch": clock.epochs_done, **metrics, **memory}
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         run.visualizer.add_scalars(metrics, step=clock.done)
         run.logger.info(self._console(run, metrics))
-        if extra:
-            self._log_memory(run, extra)
+        if described:
+            run.logger.info(described)
         if not math.isfinite(metrics["loss"]):
             run.logger.info(f"the loss is {metrics['loss']}: lower the learning rate, or set precision to bf16 or fp32")
 
-    def _read(self, run: "Run") -> dict[str, float]:
+    def _read(self, run: Run) -> dict[str, float]:
         started = time.perf_counter()
         targets, skipped = distributed.add_counts(self._targets, self._skipped)
         packed = torch.stack([torch.stack(values).float().sum() for values in self._sums.values()])
@@ -120,35 +117,28 @@ class MetricsHook(Hook):
             metrics["skipped_pictures"] = skipped
         return metrics
 
-    def _memory(self, run: "Run") -> dict[str, float]:
-        """What memory is used for and what a checkpoint takes, in GB; once."""
-        self._described_memory = True
+    def _memory(self, run: Run) -> tuple[dict[str, float], str]:
+        """What memory is used for and what a checkpoint takes: GB by metric, and a line for the console."""
         held = run.memory()
-        sizes = {
-            "weights": held["trained"] + held["frozen"],
-            **{name: held[name] for name in ("gradients", "optimizer")},
-        }
+        sizes = {"weights": held["trained"] + held["frozen"]} | {key: held[key] for key in ("gradients", "optimizer")}
         if held["average"]:
             sizes["average"] = held["average"]
         if torch.cuda.is_available():  # the peak of a process includes too much else
             sizes["activations"] = max(0, run.peak_memory() - sum(held.values()))
         numbers = {f"memory_{name}_gb": size / 1e9 for name, size in sizes.items()}
-        return numbers | ({"checkpoint_gb": run.checkpoint_bytes() / 1e9} if run.checkpoints_kept else {})
+        text = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+        if run.checkpoints_kept:
+            size = run.checkpoint_bytes()
+            numbers["checkpoint_gb"] = size / 1e9
+            text += f"; on disk {run.checkpoints_kept} x {format_bytes(size)} of checkpoints at a time"
+        return numbers, f"memory: {text}; {self._left(run)} left"
 
-    def _log_memory(self, run: "Run", numbers: dict[str, float]) -> None:
-        sizes = {name: format_bytes(round(value * 1e9)) for name, value in numbers.items()}
-        checkpoint = sizes.pop("checkpoint_gb", None)
-        line = ", ".join(f"{name.removeprefix('memory_').removesuffix('_gb')} {size}" for name, size in sizes.items())
-        if checkpoint:
-            line += f"; on disk {run.checkpoints_kept} x {checkpoint} of checkpoints at a time"
-        run.logger.info(f"memory: {line}; {self._left(run)} left")
-
-    def _left(self, run: "Run") -> str:
+    def _left(self, run: Run) -> str:
         """The time to the end, previews included."""
         per_step = (time.perf_counter() - self._began) / (run.clock.done - self._first + 1)
         return format_duration(per_step * (run.clock.max_iters - run.clock.done))
 
-    def _console(self, run: "Run", metrics: dict[str, float]) -> str:
+    def _console(self, run: Run, metrics: dict[str, float]) -> str:
         clock, chance = run.clock, run.trainable.chance_loss
         reference = f" ({chance[0]} = {chance[1]:.3f})" if chance and clock.done == self._first else ""
         shown = {"loss", "lr", "images_per_second", "seconds_per_step", "data_wait", "memory_gb"}
@@ -159,11 +149,3 @@ class MetricsHook(Hook):
             f"lr {metrics['lr']:.2e}  {metrics['images_per_second']:.3g} images/s  "
             f"data wait {metrics['data_wait']:.0%}  memory {metrics['memory_gb']:.2f} GB  {self._left(run)} left"
         )
-
-
-def _drop_lines_after(file: Path, step: int) -> None:
-    """Keep the lines up to the step that a resumed run starts from, so none appears twice; drop a half-written one."""
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(file, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= step))

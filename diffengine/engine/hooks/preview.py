@@ -1,7 +1,7 @@
 """Images of what the model can do now."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import final
 
 import numpy as np
 from PIL import Image
@@ -10,12 +10,10 @@ from diffengine import distributed
 from diffengine.datasets import Crop, ImageDataset, Resize, UnreadableImage, generator
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
-from diffengine.errors import UserError
+from diffengine.engine.run import Run
+from diffengine.errors import require
 from diffengine.grids import save_grid, stack
 from diffengine.models.base import NotFinite, PreviewRequest
-
-if TYPE_CHECKING:
-    from diffengine.engine.run import Run
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -25,7 +23,7 @@ class PreviewHook(Hook):
     """Generates previews before the first step, every `every` epochs or steps, and at the end.
 
     Writes `previews/NNNNNN.png` (the number of steps), shows it in the visualizer's backends, and ends with
-    `before_after.png`. Noise comes from generators of the previews' own, so training is bit-identical without them.
+    `before_after.png`. Noise comes from separate generators, so training is bit-identical without previews.
 
     Args:
         prompts: captions to generate, none for no previews; or a number, to take that many distinct captions (with
@@ -45,24 +43,22 @@ class PreviewHook(Hook):
         seed: int = 0,
         options: dict | None = None,
     ) -> None:
-        if isinstance(prompts, int) and prompts < 1:
-            raise UserError(f"preview prompts got {prompts}; expected captions, or how many to take from the data")
-        if every is not None and every < 1:
-            raise UserError(f"preview `every` got {every}; expected at least 1, or None")
-        self.prompts = prompts
-        self.every = every
+        some = not isinstance(prompts, int) or prompts >= 1
+        require(some, f"preview prompts got {prompts}; expected captions, or how many to take from the data")
+        require(every is None or every >= 1, f"preview `every` got {every}; expected at least 1, or None")
+        self.prompts, self.every = prompts, every
         self.request = PreviewRequest([], [], seed, resolution, options or {})
         self._shown_at: int | None = None
 
-    def before_train(self, run: "Run") -> None:
+    def before_train(self, run: Run) -> None:
         if run.clock.done == 0:
             self._show(run)
 
-    def after_step(self, run: "Run", step: Step) -> None:
+    def after_step(self, run: Run, step: Step) -> None:
         if run.clock.due(self.every):
             self._show(run)
 
-    def after_train(self, run: "Run") -> None:
+    def after_train(self, run: Run) -> None:
         self._show(run)
         first, last = _path(run, 0), _path(run, run.clock.done)
 
@@ -74,13 +70,13 @@ class PreviewHook(Hook):
 
         distributed.on_rank_0(compare)
 
-    def _show(self, run: "Run") -> None:
+    def _show(self, run: Run) -> None:
         if self.prompts and self._shown_at != run.clock.done:
             self._shown_at = run.clock.done
             with run.not_training():
                 distributed.on_rank_0(lambda: self._generate(run))
 
-    def _generate(self, run: "Run") -> None:
+    def _generate(self, run: Run) -> None:
         stream, path = run.train_loop.stream, _path(run, run.clock.done)
         if not isinstance(self.prompts, int):
             self.request.prompts = list(self.prompts)
@@ -101,12 +97,12 @@ class PreviewHook(Hook):
     def _square(self, image: Image.Image) -> Image.Image:
         """The centre of an image, as training sees it."""
         size = self.request.resolution or min(image.size)
-        sample: dict[str, Any] = {"image": image, "text": ""}
         rng = generator(0, 0, 0)
-        return Crop(size, random=False)(Resize(size)(sample, rng), rng)["image"]
+        resized = Resize(size)({"image": image, "text": ""}, rng)
+        return Crop(size, random=False)(resized, rng)["image"]
 
 
-def _path(run: "Run", step: int) -> Path:
+def _path(run: Run, step: int) -> Path:
     return run.work_dir / "previews" / f"{step:06}.png"
 
 
@@ -114,9 +110,6 @@ def distinct(dataset: ImageDataset, count: int, skip_unreadable: bool = False) -
     """Up to `count` distinct captions, spread over the data, each with its image (None if it is not on this machine).
 
     Spread by the golden ratio: equal steps would coincide with groups in the data.
-
-    Raises:
-        UnreadableImage: unless those are skipped.
     """
     found: dict[str, Image.Image | None] = {}
     size = len(dataset)
