@@ -8,15 +8,17 @@ import importlib
 import logging
 from typing import Any
 
+from diffengine.errors import UserError
+
 # Diffusers and peft import bitsandbytes if it is installed, and it logs what it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "cache", "check", "convert", "sample", "train"]
+__all__ = ["UserError", "build_cache", "check", "convert", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of api.py, imported on first use: `import diffengine` stays instant."""
+    """A function of api.py, imported on first use: `import diffengine` stays instant."""
     if name in __all__:
         return getattr(importlib.import_module("diffengine.api"), name)
     raise AttributeError(f"module 'diffengine' has no attribute '{name}'")

@@ -13,15 +13,7 @@ from diffengine import __version__
 from diffengine.errors import PeerError, UserError, disk_errors
 from diffengine.text import one_line
 
-COMMANDS = {
-    "train": "train a config",
-    "check": "say what time, memory and disk a config takes",
-    "cache": "encode a config's images and captions ahead of training",
-    "convert": "write a checkpoint's trained components in diffusers' format",
-    "sample": "generate images with a pipeline folder or a work dir",
-    "list-cfg": "list the shipped configs",
-    "copy-cfg": "write a config of your own that extends a shipped one",
-}
+COMMANDS = ("train", "check", "cache", "convert", "sample", "list-cfg", "copy-cfg")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,14 +24,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; each command's module adds its own arguments."""
+    """The command line; each command's module describes the command and adds its own arguments."""
     top = Parser(prog="diffengine", description="Train aMUSEd, text-to-image by masked image modelling.")
     top.add_argument("--version", action="version", version=f"diffengine {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    for name in COMMANDS:
         module = _module(name)
-        sub = commands.add_parser(name, help=summary, description=(module.__doc__ or "").partition("\n\n")[0])
-        module.arguments(sub)
+        summary = (module.__doc__ or "").partition("\n\n")[0]
+        module.arguments(commands.add_parser(name, help=summary, description=summary))
     return top
 
 

@@ -24,10 +24,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
+from diffengine.signatures import children, problems_against, problems_of
 from diffengine.text import did_you_mean
 
 Plain = dict[str, Any]
+Builders = Mapping[str, Callable]  # what builds a section that names no class, by section
 
 SECTIONS = {
     "model", "train_dataloader", "token_cache", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
@@ -35,19 +37,14 @@ SECTIONS = {
 }  # fmt: skip
 NEEDED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
 LISTS = ("custom_hooks", "vis_backends")
-# What the run passes to the classes of a section: no option of a config.
-GIVEN = {"model": {"assets", "seed"}, "vis_backends": {"save_dir"}}
-# Where a dict must name the class that it configures.
+GIVEN = {"model": {"assets", "seed"}, "vis_backends": {"save_dir"}}  # what the run passes: no options of a config
+# The dicts that must name the class that they configure.
 TYPED = (
     "model", "default_hooks.*", "custom_hooks.*", "vis_backends.*", "optim_wrapper.optimizer",
     "train_dataloader.dataset", "train_dataloader.image_transforms.*", "train_dataloader.transforms.*",
 )  # fmt: skip
 PLAIN = {"seed": 0, "work_dir": None}  # settings that the engine reads itself, with their defaults
-
 REFERENCE = re.compile(r"\$\{(\w+)\}")
-
-
-# -------------------------------------------------------------------------------------------------------- finding
 
 
 def config_dirs() -> list[Path]:
@@ -63,27 +60,16 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name: str, folder: Path | None = None) -> Path:
-    """The file of a shipped name, or of a path relative to `folder` (default: the current one).
-
-    Raises:
-        UserError: there is no such config; the nearest name is given.
-    """
+    """The file of a shipped name, or of a path relative to `folder` (default: the current one)."""
     path = Path(name).expanduser()
     if path.suffix == ".py":
         path = folder / path if folder else path
-        if path.is_file():
-            return path
-        raise UserError(f"config file '{path}' does not exist; `diffengine list-cfg` lists the shipped ones")
+        require(path.is_file(), f"config file '{path}' does not exist; `diffengine list-cfg` lists the shipped ones")
+        return path
     known = shipped()
-    if name in known:
-        return known[name]
-    for configs in config_dirs():
-        if (base := configs / "_base_" / f"{name}.py").is_file():
-            return base
-    raise UserError(f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all")
-
-
-# -------------------------------------------------------------------------------------------------------- reading
+    files = {file.stem: file for configs in config_dirs() for file in configs.glob("_base_/*.py")} | known
+    require(name in files, f"unknown config '{name}'{did_you_mean(name, known)}; `diffengine list-cfg` lists them all")
+    return files[name]
 
 
 class Imported:
@@ -107,14 +93,13 @@ def read(name: str) -> Plain:
 
 
 def _read(path: Path, chain: list[Path]) -> Plain:
-    if path.resolve() in chain:
-        raise UserError(f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
+    """`read` of a file; `chain` holds the files that extend it, to find a loop."""
+    require(path.resolve() not in chain, f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
     config = _read_file(path)
     bases = config.pop("extends", [])
     merged: Plain = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise UserError(f"config '{path}': extends got {base!r}; expected a config's name or path")
+        require(isinstance(base, str), f"config '{path}': extends got {base!r}; expected a config's name or path")
         merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
     return extend(merged, config)
 
@@ -135,34 +120,30 @@ def _read_file(path: Path) -> Plain:
         raise UserError(f"config '{path}' is not UTF-8 text: {error}") from error
     except SyntaxError as error:
         raise UserError(f"config '{path}' line {error.lineno}: {error.msg}") from error
-    except (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-        TypeError, ValueError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a file may raise anything, and it is the user's
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f" line {lines[-1]}" if lines else ""
-        raise UserError(f"config '{path}'{where}: {type(error).__name__}: {error}") from error
+        line = f" line {lines[-1]}" if lines else ""
+        raise UserError(f"config '{path}'{line}: {type(error).__name__}: {error}") from error
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-    try:
-        return {key: _plain(value) for key, value in space.items() if key not in names and not key.startswith("_")}
-    except TypeError as error:
-        raise UserError(f"config '{path}' holds more than plain values and imported classes: {error}") from error
+    own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
+    return _plain(own, f"config '{path}'")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, source: str) -> Any:
     """Plain data only (what JSON can hold); tuples become lists, and imported classes their dotted names."""
     if isinstance(value, Imported):
         return value._name
+    if isinstance(value, Path):  # from Python: data=Path("photos")
+        return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, source) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise TypeError(f"got {value!r}, which cannot be written down")
-    if value is None or isinstance(value, bool | int | float | str):
+        return [_plain(item, source) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise TypeError(f"got {value!r} of {type(value).__name__}")
+    got = f"{value!r} of {type(value).__name__}"
+    raise UserError(f"{source} holds more than plain values and imported classes: got {got}")
 
 
 def extend(base: Plain, update: Plain) -> Plain:
@@ -172,93 +153,72 @@ def extend(base: Plain, update: Plain) -> Plain:
     return {key: merged[key] for key in dict.fromkeys([*update, *merged])}
 
 
-def merge(base: Plain, update: Mapping[str, Any]) -> Plain:
+def merge(base: Plain, update: Plain) -> Plain:
     """`update` over `base`: dicts merge, all else replaces; a dict that names another `type` replaces too."""
     merged = dict(base)
     for key, value in update.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and value.get("type", old.get("type")) == old.get("type"):  # type: ignore[union-attr]
-            merged[key] = merge(dict(old), value)  # type: ignore[arg-type]
-        else:
-            merged[key] = value
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type"):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 
-# ----------------------------------------------------------------------------------------------------- overriding
-
-
 def override(config: Plain, options: Iterable[str]) -> Plain:
-    """Apply `key=value` or `section.key=value`. A value is a Python literal, else a string, spaces kept.
-
-    Raises:
-        UserError: no '=', a path that does not exist, or a value of another type than the one it replaces.
-    """
+    """Apply `key=value` or `section.key=value`. A value is a Python literal, else a string, spaces kept."""
     config = json.loads(json.dumps(config))
+    known = {*config, *SECTIONS, *PLAIN}
     for option in options:
         key, equals, text = option.partition("=")
         key = key.strip()
-        if not equals or not key:
-            raise UserError(f"--cfg-options got '{option}'; expected KEY=VALUE, as in batch_size=4")
+        require(bool(equals and key), f"--cfg-options got '{option}'; expected KEY=VALUE, as in batch_size=4")
         *parents, last = key.split(".")
+        require(bool(parents) or last in known, f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
         target: Any = config
         for depth, name in enumerate(parents):
             target = _child(target, name, ".".join(parents[: depth + 1]))
-        if not isinstance(target, Mapping):
-            _child(target, last, key)  # an item of a list must exist
-            target[int(last)] = _literal(text, target[int(last)], key)
-            continue
-        known = {*config, *SECTIONS, *PLAIN}
-        if target is config and last not in known:
-            raise UserError(f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
-        target[last] = _literal(text, target.get(last), key)  # type: ignore[index]
+        if isinstance(target, dict):
+            target[last] = _literal(text, target.get(last), key)
+        else:
+            target[int(last)] = _literal(text, _child(target, last, key), key)  # an item of a list must exist
     return config
 
 
 def _child(target: Any, name: str, path: str) -> Any:
+    """An item of a dict or list; `path` is where it should be in the config."""
     if isinstance(target, list) and name.lstrip("-").isdigit() and -len(target) <= int(name) < len(target):
         return target[int(name)]
-    if isinstance(target, Mapping) and name in target:
+    if isinstance(target, dict) and name in target:
         return target[name]
-    known = target if isinstance(target, Mapping) else []
-    inside = "" if isinstance(target, Mapping) else f", whose parent is {target!r}"
-    size = f", in a list of {len(target)}" if isinstance(target, list) else inside
-    raise UserError(f"--cfg-options: there is no '{path}' in this config{size}{did_you_mean(name, known)}")
+    detail = did_you_mean(name, target) if isinstance(target, dict) else f"; its parent is {target!r}"
+    raise UserError(f"--cfg-options: there is no '{path}' in this config{detail}")
 
 
 def _literal(text: str, old: Any, key: str) -> Any:
-    """`text` as a value of `old`'s type, if both are single values; else as its own."""
+    """`text` as a value of `old`'s type, if both are single values."""
     if isinstance(old, str) and not REFERENCE.fullmatch(old) and text not in ("None", "True", "False"):
         return text
     try:
-        value = _plain(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = _plain(ast.literal_eval(text), key)
+    except (UserError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     if type(old) is float and type(value) is int:
         return float(value)
-    single = (bool, int, float, str)
-    if type(old) in single[:3] and type(value) in single and type(value) is not type(old):
+    if type(old) in (bool, int, float) and type(value) in (bool, int, float, str) and type(value) is not type(old):
         expected = f"expected {type(old).__name__}, as in {key}={old!r}"
         raise UserError(f"--cfg-options: {key} got {value!r} ({type(value).__name__}); {expected}")
     return value
 
 
-# ------------------------------------------------------------------------------------------------------ resolving
-
-
 def resolve(config: Plain) -> Plain:
-    """The config with every "${setting}" replaced by the setting's value.
-
-    Raises:
-        UserError: references to no setting, and settings that nothing refers to, all in one error.
-    """
+    """The config with every "${setting}" replaced; one UserError lists wrong references and unused settings."""
     resolved, problems = _resolved(config)
     _raise(_unused(config, config) + problems)
     return resolved
 
 
 def substitute(config: Plain) -> Plain:
-    """As `resolve`, but settings may be unused, and a reference to no setting is left as it is."""
+    """Like `resolve`, but settings may be unused, and a reference to no setting stays."""
     return _resolved(config)[0]
 
 
@@ -267,22 +227,23 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
     problems: list[str] = []
     settings = [key for key in config if key not in SECTIONS]
 
-    def replace(value: Any, path: str, chain: tuple[str, ...] = ()) -> Any:
-        if isinstance(value, Mapping):
+    def replace(value: Any, path: str, chain: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
             return {key: replace(item, f"{path}.{key}", chain) for key, item in value.items()}
         if isinstance(value, list):
             return [replace(item, f"{path}.{index}", chain) for index, item in enumerate(value)]
-        names = REFERENCE.findall(value) if isinstance(value, str) else []
-        wrong = [
-            f"{path} refers to setting '{name}', which does not exist{did_you_mean(name, settings)}"
-            for name in names
-            if name not in settings
-        ]
-        wrong += [f"{path} refers to '{name}', which refers back to itself" for name in names if name in chain]
-        problems.extend(wrong)
-        if wrong or not names:
+        names = dict.fromkeys(REFERENCE.findall(value)) if isinstance(value, str) else {}
+        values = {}
+        for name in names:
+            if name not in settings:
+                hint = did_you_mean(name, settings)
+                problems.append(f"{path} refers to setting '{name}', which does not exist{hint}")
+            elif name in chain:
+                problems.append(f"{path} refers to '{name}', which refers back to itself")
+            else:
+                values[name] = replace(config[name], name, (*chain, name))
+        if not names or len(values) < len(names):
             return value
-        values = {name: replace(config[name], name, (*chain, name)) for name in names}
         if whole := REFERENCE.fullmatch(value):
             return values[whole[1]]
         return REFERENCE.sub(lambda match: str(values[match[1]]), value)
@@ -293,29 +254,21 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
 
 def _used(config: Plain) -> set[str]:
     """The settings that a section refers to, directly or by way of other settings."""
-
-    def references(value: Any) -> set[str]:
-        if isinstance(value, Mapping | list):
-            items = value.values() if isinstance(value, Mapping) else value
-            return set().union(*map(references, items))
-        return set(REFERENCE.findall(value)) if isinstance(value, str) else set()
-
-    used = references({key: value for key, value in config.items() if key in SECTIONS or key in PLAIN})
-    found: set[str] = set()
-    while used - found:
-        found |= used
-        used |= references([config[name] for name in used if name in config and name not in SECTIONS])
+    used: set[str] = set()
+    waiting = [value for key, value in config.items() if key in SECTIONS or key in PLAIN]
+    while waiting:
+        value = waiting.pop()
+        new = set(REFERENCE.findall(value)) - used if isinstance(value, str) else set()
+        used |= new
+        waiting += [config[name] for name in new if name in config] + [item for _, item in children(value)]
     return used
 
 
 def _unused(config: Plain, names: Iterable[str]) -> list[str]:
     """A message for each of these settings that acts nowhere in the config."""
-    others = [*_used(config), *PLAIN, *SECTIONS]
-    return [
-        f"unknown setting '{name}'{did_you_mean(name, others)} (nothing in this config uses it)"
-        for name in names
-        if name not in others
-    ]
+    known = [*_used(config), *PLAIN, *SECTIONS]
+    unused = [name for name in names if name not in known]
+    return [f"unknown setting '{name}'{did_you_mean(name, known)} (nothing in this config uses it)" for name in unused]
 
 
 def _raise(problems: list[str]) -> None:
@@ -323,43 +276,24 @@ def _raise(problems: list[str]) -> None:
         raise UserError("the config has errors: " + "; ".join(dict.fromkeys(problems)))
 
 
-# ----------------------------------------------------------------------------------------------------- validating
+def validate(resolved: Plain, builders: Builders) -> list[str]:
+    """The problems of a resolved config, by the signatures of the classes that it configures.
 
-Builders = Mapping[str, Callable]  # what builds a section that names no class
-
-
-def validate(resolved: Plain, builders: Builders) -> None:
-    """Check every section of a resolved config against the signature of the class that it configures.
-
-    Imports the classes, builds nothing, reads no weights.
-
-    Args:
-        builders: by section; their parameters are its options, and keyword-only parameters are given by the run.
-
-    Raises:
-        UserError: every unknown key (with the nearest), wrong type and missing value, in one error.
+    Imports the classes, but builds nothing. The keyword-only parameters of builders are passed by the run.
     """
-    _raise(_problems(resolved, builders))
-
-
-def _problems(resolved: Plain, builders: Builders) -> list[str]:
-    from diffengine.signatures import problems_against, problems_of
-
     problems = [f"no section '{name}'" for name in NEEDED if name not in resolved]
     for key in [key for key in resolved if key in SECTIONS]:
-        section = resolved[key]
-        fitting = isinstance(section, list if key in LISTS else dict)
-        if not fitting:
-            problems.append(f"section '{key}' got {section!r}; expected a {'list' if key in LISTS else 'dict'}")
-        elif key not in builders:
-            problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
-        elif "type" in section:
+        section, expected = resolved[key], "list" if key in LISTS else "dict"
+        if type(section).__name__ != expected:
+            problems.append(f"section '{key}' got {section!r}; expected a {expected}")
+        elif key in builders and "type" in section:
             problems.append(f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it")
         else:
-            parameters = inspect.signature(builders[key]).parameters.values()
-            given = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-            problems += problems_against(builders[key], section, key, given)
-            problems += problems_of(section, key) + _untyped(section, key)
+            if key in builders:
+                parameters = inspect.signature(builders[key]).parameters.values()
+                given = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+                problems += problems_against(builders[key], section, key, given)
+            problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
     seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
     if type(seed) is not int or not 0 <= seed < 2**32:
         problems.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
@@ -372,42 +306,27 @@ def _untyped(value: Any, path: str) -> list[str]:
     """A message for each value in a section that must name a class and names none."""
     if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in TYPED):
         off = value is None and path.startswith("default_hooks.")  # None switches a hook off
-        if not off and not (isinstance(value, Mapping) and "type" in value):
-            return [f"{path} got {value!r}; expected dict(type=...) with the class that it configures"]
-        return []
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [problem for key, item in items for problem in _untyped(item, f"{path}.{key}")]
+        named = isinstance(value, dict) and "type" in value
+        return [] if off or named else [f"{path} got {value!r}; expected dict(type=...) that names a class"]
+    return [problem for key, item in children(value) for problem in _untyped(item, f"{path}.{key}")]
 
 
-def load(
-    name: str, options: Iterable[str], settings: Mapping[str, Any] | None, builders: Builders
-) -> tuple[Plain, Plain]:
-    """Read a config, apply settings and then `--cfg-options`, resolve, validate.
+def load(name: str, options: Iterable[str], settings: Mapping | None, builders: Builders) -> tuple[Plain, Plain]:
+    """Read a config, apply settings and then `--cfg-options`: (as written, which a run keeps, and as resolved).
 
     A setting that acts nowhere is a mistake of whoever wrote it, in the file or by a flag. One that is inherited, or
-    that an override put out of use, is dropped.
+    that an override put out of use, is dropped. One UserError lists all that is wrong.
 
     Args:
-        name: a shipped name, or a path.
         options: `key=value`, as of `override`.
-        settings: values by name; None leaves a setting as it is. A section merges.
-        builders: as of `validate`.
-
-    Returns:
-        The config as written (with references; a run keeps it) and as resolved.
-
-    Raises:
-        UserError: everything that is wrong, in one error.
+        settings: values by name; None changes nothing. A section merges.
     """
     options, config = list(options), extend(PLAIN, read(name))
     problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
-    given = {key: _plain(value) for key, value in (settings or {}).items() if value is not None}
+    given = _plain({key: value for key, value in (settings or {}).items() if value is not None}, f"config '{name}'")
+    takes = ", ".join(key for key in config if key not in SECTIONS)
     for key in given:
-        if key not in {*config, *SECTIONS}:
-            known = ", ".join(name for name in config if name not in SECTIONS)
-            raise UserError(f"config '{name}' has no setting '{key}'; it has {known}")
+        require(key in {*config, *SECTIONS}, f"config '{name}' has no setting '{key}'; it has {takes}")
     merged = extend(config, given)
     config = override({key: merged[key] for key in dict.fromkeys([*config, *merged])}, options)
     changed = [*given, *(option.partition("=")[0].strip() for option in options)]
@@ -415,11 +334,8 @@ def load(
     used = _used(config) | PLAIN.keys() | SECTIONS
     config = {key: value for key, value in config.items() if key in used}
     resolved, unresolved = _resolved(config)
-    _raise(problems + (unresolved or _problems(resolved, builders)))
+    _raise(problems + (unresolved or validate(resolved, builders)))
     return config, resolved
-
-
-# -------------------------------------------------------------------------------------------------------- writing
 
 
 def to_text(config: Plain, comment: str = "") -> str:

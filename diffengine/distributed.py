@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffengine.errors import PeerError, UserError, disk_errors
+from diffengine.errors import PeerError, UserError, disk_errors, require
 
 T = TypeVar("T")
 
 
 def start(launcher: str = "none") -> torch.device:
-    """Join the process group that the environment names, if any, and pick this process's device.
+    """Join the process group that the environment names, if any, and return this process's device.
 
     Host tensors travel over gloo and device tensors over nccl, so counts are added up without reading the device.
 
@@ -32,20 +32,19 @@ def start(launcher: str = "none") -> torch.device:
     Raises:
         UserError: the launcher's variables are missing, or there are more processes than GPUs.
     """
+    env, cuda = os.environ, torch.cuda.is_available()
     if launcher == "slurm":
         _read_slurm()
-    if launcher == "pytorch" and "RANK" not in os.environ:
-        raise UserError("--launcher pytorch got no RANK in the environment; start it with torchrun, or leave it out")
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if launcher == "pytorch":
+        require("RANK" in env, "--launcher pytorch got no RANK in the environment; start it with torchrun")
+    local_rank = int(env.get("LOCAL_RANK", 0))
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"got {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on this machine; expected at most "
-                f"{torch.cuda.device_count()}, one per GPU: lower NPROC_PER_NODE"
-            )
+        processes, gpus = env.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
+        require(
+            local_rank < gpus, f"got {processes} processes on {gpus} GPUs; expected one per GPU: lower NPROC_PER_NODE"
+        )
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in env and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
@@ -75,7 +74,7 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """The number of this process, from 0; 0 for a single process."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -100,37 +99,25 @@ def add_counts(*counts: float) -> list[float]:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0 and return its value on every rank: for reads and writes that one rank does.
+    """Call `work` on rank 0 and return its plain value on every rank: for reads and writes that one rank does.
 
-    Every rank waits, so `work` may take as long as the process group's timeout.
-
-    Args:
-        work: returns a plain value.
-
-    Raises:
-        UserError: `work` raised it on rank 0, or the disk refused it. The other ranks raise `PeerError`.
+    Every rank waits, so `work` may take as long as the process group's timeout. Errors are raised as by `all_ranks`.
     """
     if world_size() == 1:
         return work()
-    error: UserError | None = None
-    box: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            with disk_errors():
-                box[1] = work()
-        except UserError as caught:
-            error, box[0] = caught, str(caught)
-    dist.broadcast_object_list(box, src=0)
-    _raise_together(error, box[0])
-    return box[1]
+    value: list[Any] = [None]
+    with all_ranks():
+        if rank() == 0:
+            value[0] = work()
+    dist.broadcast_object_list(value, src=0)
+    return value[0]
 
 
 @contextmanager
 def all_ranks() -> Iterator[None]:
-    """Every rank leaves the block only when it succeeded on all. The block must not talk to other ranks.
+    """Every rank leaves the block only if it succeeded on all; else all raise, as by `share_error`.
 
-    Raises:
-        UserError: the block raised it on this rank; or `PeerError` if it raised on another.
+    A full disk counts as a UserError. The block must not talk to other ranks.
     """
     error: UserError | None = None
     try:
@@ -143,20 +130,12 @@ def all_ranks() -> Iterator[None]:
 
 def share_error(error: UserError | None) -> None:
     """Raise on every rank if any has an error: the first such rank raises its own, the others `PeerError`."""
-    if world_size() == 1:
-        _raise_together(error, None)
-        return
-    texts: list[Any] = [None] * world_size()
-    dist.all_gather_object(texts, None if error is None else str(error))
-    first = next((index for index, text in enumerate(texts) if text is not None), None)
-    _raise_together(error if rank() == first else None, None if first is None else texts[first])
-
-
-def _raise_together(own: UserError | None, text: str | None) -> None:
-    if own is not None:
-        raise own
-    if text is not None:
-        raise PeerError(text)
+    texts: list[Any] = [None if error is None else str(error)] * world_size()
+    if len(texts) > 1:
+        dist.all_gather_object(texts, texts[0])
+    for index, text in enumerate(texts):
+        if text is not None:
+            raise error if error is not None and index == rank() else PeerError(text)
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
 
 class UserError(Exception):
     """A mistake that the user can fix. Its message says what was given, what was expected and what to do.
@@ -12,12 +14,6 @@ class UserError(Exception):
     The command line prints it as one line on stderr and exits with code 2. Any other exception is a bug of ours: it
     ends in a traceback and exit code 1.
     """
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a UserError with this message unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 class PeerError(UserError):
@@ -32,24 +28,20 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-# Errors of a disk that is full or may not be written.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through.
-
-    Raises:
-        UserError: the disk refused to read or write.
-    """
+    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         file = f"'{error.filename}'" if error.filename else "a file"
-        raise UserError(
-            f"cannot read or write {file}: {error.strerror}; free space or fix the permissions, or choose another "
-            "folder"
-        ) from error
+        advice = "free space or fix the permissions, or choose another folder"
+        raise UserError(f"cannot read or write {file}: {error.strerror}; {advice}") from error

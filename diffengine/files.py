@@ -31,14 +31,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a file or folder until the block ends or the process dies.
+    """Hold an exclusive lock on an existing file or folder until the block ends or the process dies.
 
-    Args:
-        path: must exist.
-        wait: wait for the process that holds the lock.
-
-    Raises:
-        BlockingIOError: another process holds it, and `wait` is False.
+    If another process holds it: wait, or raise a BlockingIOError.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

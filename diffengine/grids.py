@@ -15,10 +15,9 @@ MORE = "…"
 
 
 def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int = 128) -> Image.Image:
-    """Captioned images in rows.
+    """(caption, RGB image) pairs in rows, each caption wrapped to its image's width.
 
     Args:
-        images: (caption, RGB image); captions are wrapped to the image's width.
         columns: None for the square root of their number, rounded up.
         smallest: images narrower than this, in pixels, are enlarged by a whole factor.
     """
@@ -26,30 +25,26 @@ def grid(images: Sequence[Captioned], columns: int | None = None, smallest: int 
     shown = [(caption, enlarge(image, smallest)) for caption, image in images]
     width, height = (max(image.size[axis] for _, image in shown) for axis in (0, 1))
     font = ImageFont.load_default(size=max(11, min(width // 18, 20)))
-    lines = [wrap(caption, font, width) for caption, _ in shown]
+    wrapped = [wrap(caption, font, width) for caption, _ in shown]
     line_height = math.ceil(sum(font.getmetrics()) * 1.1)  # type: ignore[union-attr]
-    foot = line_height * max(map(len, lines)) + line_height // 2
-    gap = 8
-    rows = math.ceil(len(shown) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), PAPER)
+    gap, foot = 8, line_height * max(map(len, wrapped)) + line_height // 2
+    across, down = width + gap, height + foot + gap
+    sheet = Image.new("RGB", (columns * across + gap, math.ceil(len(shown) / columns) * down + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, ((_, image), words) in enumerate(zip(shown, lines)):
-        left = gap + (index % columns) * (width + gap)
-        top = gap + (index // columns) * (height + foot + gap)
+    for index, ((_, image), lines) in enumerate(zip(shown, wrapped)):
+        left, top = gap + (index % columns) * across, gap + (index // columns) * down
         sheet.paste(image, (left, top))
-        for number, text in enumerate(words):
-            draw.text((left, top + height + 2 + number * line_height), text, INK, font)
+        for number, line in enumerate(lines):
+            draw.text((left, top + height + 2 + number * line_height), line, INK, font)
     return sheet
 
 
 def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = None) -> Image.Image:
     """Write a grid as PNG; captions that the font cannot render become numbers, listed in `captions.txt`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbered = [
-        (caption if renderable(caption) else f"[{index + 1}]", image) for index, (caption, image) in enumerate(images)
-    ]
+    numbered = [(text if renderable(text) else f"[{number}]", image) for number, (text, image) in enumerate(images, 1)]
     if any(new != old for (new, _), (old, _) in zip(numbered, images)):
-        lines = [f"[{index + 1}] {caption}\n" for index, (caption, _) in enumerate(images)]
+        lines = [f"[{number}] {caption}\n" for number, (caption, _) in enumerate(images, 1)]
         (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
     sheet = grid(numbered, columns)
     with atomic_write(path) as temporary:
@@ -77,19 +72,16 @@ def enlarge(image: Image.Image, smallest: int) -> Image.Image:
 
 
 def renderable(caption: str) -> bool:
-    """Whether the font has a glyph for every letter: those it lacks all become the same box."""
+    """Whether the font has a glyph for every character: those it lacks all become the same box."""
     font = ImageFont.load_default(size=14)
-    box = font.getmask("\U0010ffff")
-    return all(
-        letter.isspace() or letter.isascii() or bytes(font.getmask(letter)) != bytes(box) for letter in set(caption)
-    )
+    box = bytes(font.getmask("\U0010ffff"))
+    return all(char.isspace() or char.isascii() or bytes(font.getmask(char)) != box for char in set(caption))
 
 
 def wrap(caption: str, font: Font, width: int, most: int = 4) -> list[str]:
     """At most `most` lines no wider than `width` pixels, broken at spaces, or within a word that is too long."""
 
-    def fitting(text: str, room: int) -> int:
-        """How many letters fit; at least one."""
+    def fitting(text: str, room: int) -> int:  # how many characters fit; at least one
         count = len(text)
         while count > 1 and font.getlength(text[:count]) > room:
             count -= 1

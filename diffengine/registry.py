@@ -1,7 +1,7 @@
 """From the names in a config to objects.
 
 A config imports a class and writes `dict(type=Class, option=value, ...)`; once loaded, `type` is the class's dotted
-name. Any importable class serves, so a stranger's data set or model needs no entry in a list here.
+name. Any importable class works, so your own data set or model needs no entry in a list here.
 """
 
 import importlib
@@ -15,29 +15,21 @@ EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of o
 
 
 def import_from_here() -> None:
-    """Let a user's config name modules in the current folder, as under `python -m`.
-
-    For commands that were given a config: a checkpoint alone never makes the current folder importable.
-    """
+    """Let a config that the user named import from the current folder; a checkpoint alone never may."""
     if "" not in sys.path:
         sys.path.append("")
 
 
 def resolve(type_name: str) -> Any:
-    """The class or function of a dotted name.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
+    """The class or function of a dotted name; a UserError if it cannot be imported."""
     module, _, name = type_name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        extra = EXTRAS.get(type_name.partition(".")[0])
+        extra = EXTRAS.get(type_name.partition(".")[0]) if isinstance(error, ImportError) else None
         check = "check the import at the top of the config, and that the package that holds it is installed"
-        if extra and isinstance(error, ImportError):
-            check = f"pip install 'diffengine[{extra}]'"
-        raise UserError(f"type '{type_name}' cannot be imported ({error}): {check}") from error
+        advice = f"pip install 'diffengine[{extra}]'" if extra else check
+        raise UserError(f"type '{type_name}' cannot be imported ({error}): {advice}") from error
 
 
 def build(section: Any, **given: Any) -> Any:
@@ -45,4 +37,8 @@ def build(section: Any, **given: Any) -> Any:
     if not isinstance(section, Mapping) or "type" not in section:
         return section
     options = {key: value for key, value in section.items() if key != "type"}
-    return resolve(section["type"])(**options, **given)
+    cls = resolve(section["type"])
+    try:
+        return cls(**options, **given)
+    except ImportError as error:  # a package that the class needs only now
+        raise UserError(f"{section['type']} needs a package that is missing ({error}); install it") from error

@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from diffengine.errors import UserError
@@ -11,22 +11,21 @@ from diffengine.registry import resolve
 from diffengine.text import did_you_mean
 
 
+def children(value: Any) -> Iterable[tuple[Any, Any]]:
+    """(key, item) of a dict, (index, item) of a list; none of another value."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
+
+
 def problems_of(section: Any, path: str, given: Set[str] = frozenset()) -> list[str]:
     """Every problem in a (nested) section of a resolved config: unknown keys, wrong types, missing values.
 
-    Args:
-        section: a dict with `type` is checked against that class.
-        path: of the section, for messages.
-        given: the parameters that the run passes itself; an optimizer's `params` always is.
+    `given` are the parameters that the run passes itself; an optimizer's `params` always is.
     """
-    if isinstance(section, list):
-        return [
-            problem for index, item in enumerate(section) for problem in problems_of(item, f"{path}.{index}", given)
-        ]
-    if not isinstance(section, Mapping):
-        return []
-    nested = [problem for key, item in section.items() for problem in problems_of(item, f"{path}.{key}")]
-    if "type" not in section:
+    inherited = given if isinstance(section, list) else frozenset()
+    nested = [problem for key, item in children(section) for problem in problems_of(item, f"{path}.{key}", inherited)]
+    if not isinstance(section, Mapping) or "type" not in section:
         return nested
     if not isinstance(section["type"], str):
         return [f"{path}.type got {section['type']!r}; expected an imported class", *nested]
@@ -44,22 +43,20 @@ def problems_against(target: Callable, section: Mapping[str, Any], path: str, gi
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a module, or written in C
         return [] if callable(target) else [f"{path}: type got {section['type']}; expected a class or a function"]
-    many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in many}
-    options = [key for key in named if key not in given]
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError):  # a third party's annotations that only a type checker can read
         hints = {}
+    named = {key: item for key, item in parameters.items() if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)}
+    options = [key for key in named if key not in given]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     problems = []
     for key, value in section.items():
-        if key == "type":
+        if key == "type" or (key not in options and open_ended):
             continue
         if key not in options:
-            if not open_ended:
-                takes = f"; it takes {', '.join(options) or 'no options'}"
-                problems.append(f"{path}: unknown key '{key}' for {name}{did_you_mean(key, options) or takes}")
+            advice = did_you_mean(key, options) or f"; it takes {', '.join(options) or 'no options'}"
+            problems.append(f"{path}: unknown key '{key}' for {name}{advice}")
         elif key in hints and not fits(value, hints[key]):
             expected = describe_hint(hints[key])
             problems.append(f"{path}.{key} got {value!r} ({type(value).__name__}); expected {expected}")
@@ -69,10 +66,8 @@ def problems_against(target: Callable, section: Mapping[str, Any], path: str, gi
 
 def types_in(section: Any) -> list[str]:
     """The dotted names of the classes that a (nested) section names."""
-    if isinstance(section, Mapping):
-        own = [str(section["type"])] if "type" in section else []
-        return own + [name for value in section.values() for name in types_in(value)]
-    return [name for item in section for name in types_in(item)] if isinstance(section, list) else []
+    own = [str(section["type"])] if isinstance(section, Mapping) and "type" in section else []
+    return own + [name for _, item in children(section) for name in types_in(item)]
 
 
 def with_defaults(section: Any, known: Set[str]) -> Any:
@@ -97,32 +92,32 @@ def defaults_of(target: Callable) -> dict[str, Any]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value satisfies an annotation; an annotation that is not known here admits everything."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in inner)
     if origin is typing.Literal:
         return value in inner
-    if hint in (None, type(None)):
+    if origin in (None, types.NoneType):
         return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint in (int, str, bool):
-        return type(value) is hint
-    if origin in (list, tuple) or hint in (list, tuple):
-        if not isinstance(value, list):
-            return False
-        if len(inner) > 1 and inner[1] is not Ellipsis:  # tuple[X, Y], a list in a config
-            return len(value) == len(inner) and all(map(fits, value, inner))
-        return not inner or all(fits(item, inner[0]) for item in value)
-    if origin is dict or hint is dict:
+    if origin is float:
+        return type(value) in (int, float)
+    if origin in (int, str, bool):
+        return type(value) is origin
+    if origin is dict:
         return isinstance(value, Mapping)
-    return True
+    if origin not in (list, tuple):
+        return True
+    if not isinstance(value, list):
+        return False
+    if len(inner) > 1 and inner[1] is not Ellipsis:  # tuple[X, Y], a list in a config
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    return not inner or all(fits(item, inner[0]) for item in value)
 
 
 def describe_hint(hint: Any) -> str:
-    """An annotation as a person would write it: "int or None", "'cosine' or 'linear'"."""
+    """An annotation in plain text: "int or None", "'cosine' or 'linear'"."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(describe_hint, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(repr(option) for option in typing.get_args(hint))
+        return " or ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -1,4 +1,4 @@
-"""Small pieces of messages: sizes, durations, suggestions."""
+"""What messages are made of: sizes, durations, suggestions."""
 
 import difflib
 from collections.abc import Iterable

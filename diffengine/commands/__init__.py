@@ -1,4 +1,1 @@
-"""One file per command: `arguments(parser)` says what it takes, `run(options) -> exit code` does it.
-
-Imports of torch and the like stay inside `run`.
-"""
+"""One file per command: `arguments(parser)` adds what it takes, `run(options)` does it and returns the exit code."""

@@ -1,9 +1,7 @@
-"""Take a config's first steps, and say what time, memory and disk all of it will take.
-
-Nothing is generated, nothing stays, and the work dir may be in use.
-"""
+"""Take a config's first steps, and report what time, memory and disk all of it will take; nothing stays."""
 
 import argparse
+import time
 from typing import TYPE_CHECKING
 
 from diffengine.commands import launch
@@ -13,16 +11,14 @@ if TYPE_CHECKING:
     from diffengine.engine.build import Job
     from diffengine.engine.check import Report
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    launch.arguments(parser)
+arguments = launch.arguments
 
 
 def run(options: argparse.Namespace) -> int:
     return launch.run(options, check)
 
 
-def check(job: "Job", options: argparse.Namespace) -> None:
+def check(job: "Job") -> None:
     from diffengine.distributed import print_once
     from diffengine.engine.check import check
 
@@ -32,14 +28,11 @@ def check(job: "Job", options: argparse.Namespace) -> None:
 
 def table(report: "Report") -> list[str]:
     """One number per line: its name, the number, and what to know of it."""
-    from datetime import datetime, timedelta
-
-    seconds, memory, clock, cache = report.seconds, report.memory, report.clock, report.cache
+    clock, cache = report.clock, report.cache
     building = cache["seconds"] if isinstance(cache, dict) else 0.0
-    end = datetime.now() + timedelta(seconds=building + report.training)
+    end = time.localtime(time.time() + building + report.training)
     missing = f", {report.missing} of them to be generated before training" if report.missing else ""
     epochs = clock.max_iters * clock.batch_size / clock.num_samples
-    names = {"data": "data", "prepare": "prepare", "forward_backward": "forward, backward", "optimizer": "optimizer"}
     rows = [
         ("images", f"{report.images:,}{missing}"),
         ("steps", f"{clock.max_iters:,} of {clock.batch_size} images: {epochs:.4g} epochs"),
@@ -48,11 +41,11 @@ def table(report: "Report") -> list[str]:
         ("runs in", report.description),
         ("", ""),
         ("a step", f"{report.step:.3g} s, {clock.batch_size / report.step:.3g} images/s"),
-        *((f"  {name}", f"{seconds[key]:.3g} s") for key, name in names.items()),
+        *((f"  {name.replace('_', ', ')}", f"{seconds:.3g} s") for name, seconds in report.seconds.items()),
         ("  the first step", f"{report.first_step:.3g} s"),
         ("", ""),
         ("peak memory", f"{format_bytes(report.peak)} of {format_bytes(report.available)}, without previews"),
-        *((f"  {name}", format_bytes(size)) for name, size in memory.items() if size),
+        *((f"  {name}", format_bytes(size)) for name, size in report.memory.items() if size),
         ("", ""),
         ("a checkpoint", format_bytes(report.checkpoint)),
         ("checkpoints", f"{format_bytes(report.checkpoint * report.checkpoints)}: {report.checkpoints} at a time"),
@@ -60,8 +53,8 @@ def table(report: "Report") -> list[str]:
     if isinstance(cache, str):
         rows.append(("token cache", f"none: {cache}"))
     else:
-        there = ", exists already" if cache["exists"] else ""
-        rows.append(("token cache", f"{format_bytes(cache['bytes'])} in {cache['folder']}{there}"))
+        exists = ", exists already" if cache["exists"] else ""
+        rows.append(("token cache", f"{format_bytes(cache['bytes'])} in {cache['folder']}{exists}"))
         rows.append(("  holds", f"{cache['rows']:,} variations of images, {cache['captions']:,} captions"))
     rows.append(("free on disk", format_bytes(report.free)))
     if report.cache_free is not None:
@@ -70,40 +63,30 @@ def table(report: "Report") -> list[str]:
     if building:
         rows.append(("building the cache", format_duration(building)))
     rows.append(("training", f"{format_duration(report.training)}, without previews and checkpoints"))
-    rows.append(("done at", f"{end:%Y-%m-%d %H:%M}, if started now"))
+    rows.append(("done at", time.strftime("%Y-%m-%d %H:%M, if started now", end)))
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {value}".rstrip() for name, value in rows]
 
 
 def warnings(report: "Report") -> list[str]:
     """What will not work, each with what to do about it."""
-    lines, cache = [], report.cache
+
+    def lack(free: int, needed: int) -> str:
+        return f"has {format_bytes(free)} free, and {format_bytes(needed)} are needed"
+
+    lines, cache, most = [], report.cache, report.images_at_once
     if report.halved:
-        lines.append(
-            f"memory ran out with more than {report.images_at_once} images at once: training will split its steps "
-            f"alike; set micro_batch_size={report.images_at_once} to start with it"
-        )
+        lines.append(f"memory ran out above {most} images at once, so steps will be split: set micro_batch_size={most}")
     if report.peak > report.available:
-        lines.append(
-            f"{format_bytes(report.peak)} of memory are more than the {format_bytes(report.available)} that there are: "
-            "lower micro_batch_size, or set model.gradient_checkpointing=True"
-        )
+        peak, available = format_bytes(report.peak), format_bytes(report.available)
+        advice = "lower micro_batch_size, or set model.gradient_checkpointing=True"
+        lines.append(f"{peak} of memory are more than the {available} that there are: {advice}")
     kept = cache["bytes"] if isinstance(cache, dict) and not cache["exists"] else 0
     building = 2 * kept  # its chunks, and then the whole table
     checkpoints = report.checkpoint * report.checkpoints
-    has = f"the disk has {format_bytes(report.free)} free, and"
-    if report.cache_free is None:
-        needed = max(building, kept + checkpoints)
-        if needed > report.free:
-            lines.append(
-                f"{has} {format_bytes(needed)} are needed: keep fewer checkpoints, or choose another --work-dir"
-            )
-        return lines
-    if checkpoints > report.free:
-        lines.append(f"{has} checkpoints need {format_bytes(checkpoints)}: keep fewer, or choose another --work-dir")
-    if building > report.cache_free:
-        lines.append(
-            f"the cache's disk has {format_bytes(report.cache_free)} free, and {format_bytes(building)} are needed to "
-            "build it: set cache_path to another disk, or cache=False"
-        )
+    needed = max(building, kept + checkpoints) if report.cache_free is None else checkpoints
+    if needed > report.free:
+        lines.append(f"the disk {lack(report.free, needed)}: keep fewer checkpoints, or choose another --work-dir")
+    if report.cache_free is not None and building > report.cache_free:
+        lines.append(f"the cache's disk {lack(report.cache_free, building)}: set another cache_path, or cache=False")
     return lines

@@ -7,7 +7,7 @@ itself, replacing what an earlier conversion wrote there.
 import argparse
 from pathlib import Path
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
 
 NO_OUT = "convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT"
 
@@ -17,10 +17,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("config", nargs="?", help="the config that was trained, or a run's work dir alone")
     add("checkpoint", nargs="?", help="a .pth file of the run")
     add("out", nargs="?", help="the folder to write to; for a work dir alone, that one")
-    add(
-        "--save-keys", nargs="+", action="extend", metavar="KEY",
-        help="components to write; default all that was trained",
-    )  # fmt: skip
+    keys = "components to write; default all that was trained"
+    add("--save-keys", nargs="+", action="extend", metavar="KEY", help=keys)
     add("--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained")
     add("--merge", action="store_true", help="write whole components, adapters merged into their base")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)")
@@ -30,28 +28,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from diffengine import config
     from diffengine.engine.state import load_model
-    from diffengine.export import DTYPES, export_components, export_pipeline
+    from diffengine.export import export
     from diffengine.models.loading import quiet_libraries
     from diffengine.registry import import_from_here
 
     quiet_libraries()
-    if options.pipeline and options.save_keys:
-        raise UserError("--pipeline writes every component; leave out --save-keys")
-    if options.pipeline and options.merge:
-        raise UserError("--pipeline merges adapters by itself; leave out --merge")
     words, keys = _words(options)
     given, path, out = _sources(words)
     if given:
         import_from_here()
     model = load_model(path, config.read(given) if given else None, options.ema)
-    if keys != options.save_keys and str(out) in model.exportable:
-        raise UserError(NO_OUT)
-    dtype = DTYPES[options.dtype]
-    if options.pipeline:
-        exported = [export_pipeline(model, out, dtype=dtype)]
-    else:
-        exported = export_components(model, out, keys, merge=options.merge, dtype=dtype)
-    for item in exported:
+    require(keys == options.save_keys or str(out) not in model.exportable, NO_OUT)
+    for item in export(model, out, keys, pipeline=options.pipeline, merge=options.merge, dtype=options.dtype):
         print("\n  ".join([f"wrote {item}; open it with", *item.lines]))
     return 0
 
@@ -69,19 +57,17 @@ def _words(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
 
 
 def _sources(words: list[str]) -> tuple[str | None, Path, Path]:
-    """(config, checkpoint, out) of either form of the command."""
+    """(config, checkpoint, out) of CONFIG CKPT OUT or WORK_DIR."""
     from diffengine.engine import checkpoint
 
-    if len(words) < 2:
-        work_dir = Path(words[0] if words else "")
-        if not words or not work_dir.is_dir():
-            absent = "" if work_dir.exists() else ", which does not exist"
-            got = f"only '{work_dir}'{absent}" if words else "nothing to convert"
-            raise UserError(f"convert got {got}; expected CONFIG CKPT OUT, or the work dir of a run")
-        newest = checkpoint.newest(work_dir)
-        if newest is None:
-            raise UserError(f"work dir '{work_dir}' holds no checkpoint")
-        return None, newest, work_dir
-    if len(words) < 3:
-        raise UserError(NO_OUT)
-    return words[0], Path(words[1]), Path(words[2])
+    if len(words) > 1:
+        require(len(words) > 2, NO_OUT)
+        return words[0], Path(words[1]), Path(words[2])
+    work_dir = Path(words[0] if words else "")
+    absent = "" if work_dir.exists() else ", which does not exist"
+    got = f"only '{work_dir}'{absent}" if words else "nothing to convert"
+    require(bool(words) and work_dir.is_dir(), f"convert got {got}; expected CONFIG CKPT OUT, or the work dir of a run")
+    newest = checkpoint.newest(work_dir)
+    if newest is None:
+        raise UserError(f"work dir '{work_dir}' holds no checkpoint")
+    return None, newest, work_dir

@@ -4,9 +4,7 @@ import argparse
 from pathlib import Path
 
 from diffengine import config
-from diffengine.errors import UserError
-
-SECTION = "# train_dataloader = dict(skip_unreadable=True)"
+from diffengine.errors import UserError, require
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,24 +13,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.name not in config.shipped():
-        config.find(options.name)  # names the nearest
-        raise UserError(f"copy-cfg got '{options.name}'; expected a shipped name, see `diffengine list-cfg`")
-    path = Path(options.file)
-    if path.suffix != ".py":
-        raise UserError(f"copy-cfg got '{path}'; expected a file name that ends in .py")
-    if path.exists():
-        raise UserError(f"'{path}' exists; choose another name, or delete it first")
-    settings = {key: value for key, value in config.read(options.name).items() if key not in config.SECTIONS}
+    name, path = options.name, Path(options.file)
+    config.find(name)  # an unknown name gets the nearest one in the error
+    require(name in config.shipped(), f"copy-cfg got '{name}'; expected a shipped name, see `diffengine list-cfg`")
+    require(path.suffix == ".py", f"copy-cfg got '{path}'; expected a file name that ends in .py")
+    require(not path.exists(), f"'{path}' exists; choose another name, or delete it first")
     lines = [
-        f"# My own {options.name}. Remove the # before a line to change it; all else is as shipped.",
+        f"# My own {name}. Remove the # before a line to change it; all else is as shipped.",
         f"# Train it: diffengine train {path}",
-        f"extends = {options.name!r}",
+        f"extends = {name!r}",
         "",
-        *(f"# {key} = {value!r}" for key, value in settings.items()),
+        *(f"# {key} = {value!r}" for key, value in config.read(name).items() if key not in config.SECTIONS),
         "",
         "# A section merges into the shipped one:",
-        SECTION,
+        "# train_dataloader = dict(skip_unreadable=True)",
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,17 @@ import ast
 import fnmatch
 
 from diffengine import config
-from diffengine.errors import UserError
+from diffengine.errors import require
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern: 'vq_*'")
+    parser.add_argument("pattern", nargs="?", default="*", help="a substring of the name, or a pattern: 'vq_*'")
 
 
 def run(options: argparse.Namespace) -> int:
-    shipped = config.shipped()
-    pattern = options.pattern if set(options.pattern) & set("*?[") else f"*{options.pattern}*"
-    names = fnmatch.filter(shipped, pattern)
-    if not names:
-        raise UserError(f"no shipped config matches '{options.pattern}'; there are {', '.join(shipped)}")
+    shipped, pattern = config.shipped(), options.pattern
+    names = fnmatch.filter(shipped, pattern if set(pattern) & set("*?[") else f"*{pattern}*")
+    require(bool(names), f"no shipped config matches '{pattern}'; there are {', '.join(shipped)}")
     width = max(map(len, names))
     for name in names:
         doc = ast.get_docstring(ast.parse(shipped[name].read_text(encoding="utf-8"))) or ""
