@@ -3,7 +3,8 @@
     python -m benchmarks.equal --against COMMIT
 
 The other commit is checked out into a temporary git worktree and runs on the same machine, since bits differ from
-processor to processor. Each config is trained at tiny size; checkpoints, metrics (without times) and exports must be equal.
+processor to processor. Each config is trained at tiny size, and checkpoints, metrics (without times) and exports are
+compared.
 """
 
 import argparse

@@ -4,18 +4,23 @@ import ast
 import re
 import shlex
 import tomllib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import diffengine
 from diffengine import cli, config
 from diffengine.engine.build import load_config
+from tests.engine.runs import Toy
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    "README.md", "configs/amused/README.md", "configs/emoji/README.md", "benchmarks/README.md",
-    "ARCHITECTURE.md", "CHANGES.md",
-]  # fmt: skip
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "configs/*/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
 def commands() -> list[str]:
@@ -35,6 +40,8 @@ def test_a_command_of_the_readme_parses(line: str) -> None:
     options = cli.parser().parse_args(words)
     if options.command in ("train", "copy-cfg") or (options.command == "convert" and options.checkpoint):
         name = options.name if options.command == "copy-cfg" else options.config
+        if name.endswith(".py"):
+            return  # the reader's own, or a run's
         changes = getattr(options, "cfg_options", [])
         _, resolved = load_config(name, changes)
         assert resolved["model"]["type"]
@@ -51,23 +58,60 @@ def test_the_missions_commands_stand_word_for_word() -> None:
         assert line in text
 
 
-def test_snippets_are_python(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) == 3
-    ast.parse(snippets[1])
-    (tmp_path / "mine.py").write_text(snippets[2], encoding="utf-8")
-    _, resolved = load_config(str(tmp_path / "mine.py"))
-    assert resolved["custom_hooks"] == [{"type": "diffengine.engine.hooks.EMAHook", "decay": 0.999}]
-    assert resolved["model"]["adapters"]["transformer"]["r"] == 16
-    assert (resolved["seed"], resolved["train_dataloader"]["num_workers"]) == (1, 2)
+def snippets(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_snippets_are_python(name: str) -> None:
+    for snippet in snippets(name):
+        ast.parse(snippet)
+
+
+def test_the_missions_snippet() -> None:
     imported = {
         alias.name
-        for node in ast.walk(ast.parse(snippets[0]))
+        for node in ast.walk(ast.parse(snippets("README.md")[0]))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
     assert {"AmusedPipeline", "UVit2DModel"} <= imported
+
+
+def test_the_config_of_docs_resolves(tmp_path: Path) -> None:
+    mine, backends = snippets("docs/configs.md")
+    (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
+    (tmp_path / "watched.py").write_text(f'extends = "mine.py"\n{backends}', encoding="utf-8")
+    _, resolved = load_config(str(tmp_path / "watched.py"))
+    assert resolved["custom_hooks"] == [{"type": "diffengine.engine.hooks.EMAHook", "decay": 0.999}]
+    assert resolved["model"]["adapters"]["transformer"]["r"] == 16
+    assert (resolved["seed"], resolved["train_dataloader"]["num_workers"]) == (1, 2)
+    assert [backend["type"].rpartition(".")[2] for backend in resolved["vis_backends"]] == [
+        "TensorboardBackend", "WandbBackend",
+    ]  # fmt: skip
+
+
+def test_the_adapter_of_docs_resolves(tmp_path: Path) -> None:
+    (tmp_path / "lokr.py").write_text(snippets("docs/recipes.md")[0], encoding="utf-8")
+    _, resolved = load_config(str(tmp_path / "lokr.py"))
+    assert resolved["model"]["adapters"]["transformer"]["type"] == "peft.LoKrConfig"
+
+
+def test_from_python(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines, on a small model: what they name is there and does what they say."""
+    small = {"pretrained": toy.model, "resolution": 32, "max_iters": 1, "num_workers": 0, "prompts": []}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffengine, "train", partial(diffengine.train, **small), raising=False)
+    program = snippets("README.md")[1].replace('"FOLDER"', repr(str(toy.data)))
+    space: dict[str, Any] = {}
+    exec(program.replace('snow")', 'snow", num_inference_steps=1)'), space)
+    run = space["run"]
+    assert [line["iter"] for line in run.metrics] == [1]
+    assert run.work_dir == tmp_path / "work_dirs/amused_512_own_lora"
+    assert run.checkpoints == [run.work_dir / "iter_1.pth"]
+    assert run.config["batch_size"] == 4
+    assert type(space["pipe"]).__name__ == "AmusedPipeline"
+    assert Path("dog.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -1,4 +1,4 @@
-"""AdamW with its state in 8 bits: what a config adds to need 6 bytes less per trained parameter.
+"""AdamW with its state in 8 bits: a config that extends this needs 6 bytes less per trained parameter.
 
 Needs bitsandbytes: pip install diffengine[8bit]
 """

@@ -1,4 +1,4 @@
-"""What every fine-tune of the released aMUSEd shares. A config sets its settings; the sections read them."""
+"""Shared by all fine-tunes of the released aMUSEd. A config changes settings; the sections refer to them."""
 
 from torch.optim import AdamW
 
@@ -12,20 +12,20 @@ pretrained = "amused/amused-512"  # a hub name, or a folder with the five compon
 resolution = 512  # side of the square images, in pixels
 batch_size = 8  # images per optimizer step, of all GPUs together
 micro_batch_size = None  # images per forward on one GPU; None: a GPU's whole share
-max_epochs = None  # one of the two counts, and intervals count in its unit
+max_epochs = None  # set one of the two; intervals count in its unit
 max_iters = None
 learning_rate = 1e-4
 lr_schedule = "constant"
 warmup_iters = 0
 weight_decay = 1e-2
 gradient_checkpointing = False  # a third less speed for far less memory
-compile = "auto"  # the blocks by torch.compile: where it pays within the run
+compile = "auto"  # torch.compile for the blocks, if it pays within the run
 caption_dropout = 0.1  # share of samples trained without caption, for guidance
 flip = 0.5  # share of samples mirrored
 random_crop = True
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
-cache = "auto"  # encode each of them once, where the run sees it more than once
-cache_path = None  # where; None: cache/ beside the work dir
+cache = "auto"  # encode each variation once, if the run sees it more than once
+cache_path = None  # its folder; None: cache/ next to the work dir
 num_workers = 4
 
 model = dict(
@@ -43,6 +43,7 @@ train_dataloader = dict(
         dict(type=Crop, size="${resolution}", random="${random_crop}"),
         dict(type=ToTensor),
     ],
+    # The model appends models/masking.py: RandomMask, which draws the mask of each sample.
     transforms=[dict(type=DropCaption, p="${caption_dropout}")],
     batch_size="${batch_size}",
     num_workers="${num_workers}",

@@ -1,4 +1,4 @@
-"""What the fine-tunes of the emoji base share; `make demo` leaves the base where they look for it."""
+"""Shared by the fine-tunes of the emoji base, which `make demo` trains."""
 
 from peft import LoraConfig
 from torch.optim import AdamW
@@ -25,7 +25,7 @@ cache = "auto"  # encode each image once
 cache_path = None
 transformer_rank = 4
 transformer_alpha = 8  # strength is alpha / rank
-text_rank = 32  # higher: new words are learnt where words are, and what the transformer composes is kept
+text_rank = 32  # higher: the text encoder learns the new words, the transformer keeps its ability to compose
 text_alpha = 64
 lora_dropout = 0.1
 log_every = 25
@@ -57,6 +57,7 @@ model = dict(
 )  # fmt: skip
 train_dataloader = dict(
     image_transforms=[dict(type=ToTensor)],
+    # The model appends models/masking.py: RandomMask, which draws the mask of each sample.
     transforms=[dict(type=DropCaption, p="${caption_dropout}")],
     batch_size="${batch_size}",
     num_workers="${num_workers}",

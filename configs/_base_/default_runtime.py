@@ -1,9 +1,9 @@
-"""What every config shares: precision, clipping, what a run writes and when."""
+"""Shared by all configs: precision, clipping, what a run writes and when."""
 
 from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
 
-prompts = 4  # captions to preview, or how many to take from the data
-preview_every = 1  # as the run counts: in epochs or in steps
+prompts = 4  # captions to preview, or how many captions to take from the data
+preview_every = 1  # epochs or steps, as the run counts
 checkpoint_every = 1
 keep_checkpoints = 3
 log_every = 10  # steps

@@ -1,4 +1,4 @@
-"""The emoji that the emoji configs share: images that come with the packages of `diffengine[emoji]`.
+"""Shared by the emoji configs: images that come with the packages of `diffengine[emoji]`.
 
 A config that extends this sets batch_size.
 """

@@ -1,4 +1,4 @@
-"""LoRA on the attention projections of the transformer: what a config adds to train an adapter."""
+"""LoRA on the attention projections of the transformer: a config that extends this trains an adapter."""
 
 from peft import LoraConfig
 

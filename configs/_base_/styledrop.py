@@ -1,4 +1,4 @@
-"""A style from one image: what the StyleDrop configs set of `amused_512_own`."""
+"""A style from one image: what the StyleDrop configs change in `amused_512_own`."""
 
 data = "image.png"
 caption = "A mushroom in [V] style."

@@ -1,12 +1,12 @@
-"""A subject beside images of its class, so that the class is not forgotten (DreamBooth).
+"""A subject, with images of its class so that the model does not forget the class (DreamBooth).
 
 A config that extends this sets data, instance_prompt, class_data and class_prompt.
 """
 
 from diffengine.datasets import SubjectDataset
 
-num_class_images = 100  # those that class_data lacks are drawn by the base before training
-prior_loss_weight = 1.0  # of a class image beside one of the subject
+num_class_images = 100  # the base generates those that class_data lacks before training
+prior_loss_weight = 1.0  # weight of a class image; one of the subject has 1
 
 train_dataloader = dict(
     dataset=dict(

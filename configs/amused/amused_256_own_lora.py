@@ -1,8 +1,8 @@
-"""aMUSEd 256 on your own captioned images with LoRA: the smallest card, and a first evening.
+"""aMUSEd 256 on your own captioned images with LoRA: for the smallest card.
 
     diffengine train amused_256_own_lora --data FOLDER
 
-The published 256 LoRA run needs 6.5 GB at one image at once.
+The published 256 LoRA run needs 6.5 GB with one image per forward pass.
 """
 
 extends = ["amused_256_own", "lora"]

@@ -1,8 +1,8 @@
-"""aMUSEd 256 on the Pokemon captions: as the 512 recipe, with a quarter of its pixels to encode.
+"""aMUSEd 256 on the Pokemon captions: the 512 recipe, with a quarter of the pixels to encode.
 
     diffengine train amused_256_pokemon_blip
 
-Once tokens are cached a step costs nearly the same: the 512 transformer halves its grid to that of this one.
+Once tokens are cached, a step costs nearly as much as at 512: there the transformer halves its token grid first.
 """
 
 extends = "amused_512_pokemon_blip"

@@ -2,8 +2,8 @@
 
     diffengine train amused_256_styledrop --data image.png
 
-The caption names the image's content and, in one new word, its style; ask for other things in that
-word. The published run: batch 1, learning rate 4e-4, 6.5 GB, 1,500 to 2,000 steps.
+The caption names the image's content and, with one new word, its style; use that word to ask for other
+things in the style. The published run: batch 1, learning rate 4e-4, 6.5 GB, 1,500 to 2,000 steps.
 """
 
 extends = ["amused_256_own", "lora", "styledrop"]

@@ -2,9 +2,9 @@
 
     diffengine train amused_512_dreambooth_lora --data FOLDER --cfg-options class_data=work_dirs/dogs
 
-FOLDER holds three to ten images of the subject. So that its class is not forgotten, half of every step
-is of the class; class images that `class_data` lacks are drawn by the base model before training, and
-stay there for the next run.
+FOLDER holds three to ten images of the subject. Half of every step shows images of the
+subject's class, so that the model does not forget the class. The base model generates the class images that
+`class_data` lacks before training, and they stay there for the next run.
 """
 
 extends = ["amused", "lora", "subject"]

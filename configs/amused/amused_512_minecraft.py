@@ -2,7 +2,7 @@
 
     diffengine train amused_512_minecraft
 
-Every caption gets the prefix "minecraft ", the word that calls the style up. The published run: batch 8,
+Every caption gets the prefix "minecraft ", which becomes the word for the style. The published run: batch 8,
 learning rate 8e-5, 24.2 GB in fp16, decent after 500 to 1,000 steps.
 """
 

@@ -2,8 +2,8 @@
 
     diffengine train amused_512_own --data FOLDER
 
-FOLDER holds images with a metadata.csv (file_name,text), or NAME.txt beside each image. One caption
-for all: --cfg-options caption="a photo of sks dog". Images are not mirrored: lettering and faces should
+FOLDER holds images with a metadata.csv (file_name,text), or one NAME.txt per image. For one caption for all
+images: --cfg-options caption="a photo of sks dog". Images are not mirrored, since lettering and faces should
 not be.
 """
 
@@ -14,7 +14,7 @@ caption = None  # one caption for all images
 prefix = ""  # put before every caption
 pretrained = "amused/amused-512"
 resolution = 512
-prompts = 4  # previews: how many captions of the data to draw, or captions of your own
+prompts = 4  # previews: how many captions to take from the data, or captions of your own
 batch_size = 8
 max_iters = 1000
 preview_every = 100

@@ -2,7 +2,7 @@
 
     diffengine train amused_512_own_lora --data FOLDER
 
-The file that is shared is some megabytes, and the base stays as it is.
+The adapter is a file of a few megabytes; the base does not change.
 """
 
 extends = ["amused_512_own", "lora"]

@@ -3,7 +3,7 @@
     diffengine train amused_512_pokemon_blip
     NPROC_PER_NODE=8 diffengine train amused_512_pokemon_blip
 
-833 captioned drawings; `reach-vb/pokemon-blip-captions` is the copy of the data set that still exists.
+833 captioned images; `reach-vb/pokemon-blip-captions` is the copy of the data set that still exists.
 """
 
 extends = "amused"

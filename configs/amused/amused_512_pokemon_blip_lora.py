@@ -2,8 +2,8 @@
 
     diffengine train amused_512_pokemon_blip_lora --cfg-options micro_batch_size=1
 
-As the reference recipe, with the learning rate of the published 512 LoRA runs (12.7 GB at 8 images at
-once).
+The reference recipe with the learning rate of the published 512 LoRA runs, which took 12.7 GB with 8 images
+per forward pass.
 """
 
 extends = ["amused_512_pokemon_blip", "lora"]

@@ -2,7 +2,7 @@
 
     diffengine train amused_512_styledrop --data image.png
 
-As `amused_256_styledrop`. The published run: batch 1, learning rate 1e-3 with alpha 1, 5.6 GB, 1,500 to
+See `amused_256_styledrop`. The published run: batch 1, learning rate 1e-3 with alpha 1, 5.6 GB, 1,500 to
 2,000 steps.
 """
 

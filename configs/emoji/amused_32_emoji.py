@@ -1,11 +1,11 @@
-"""aMUSEd for 32 px emoji, from nothing: text encoder and transformer on the tokens of `vq_32_emoji`.
+"""aMUSEd for 32 px emoji, from scratch: text encoder and transformer on the tokens of `vq_32_emoji`.
 
     diffengine train vq_32_emoji
     diffengine train amused_32_emoji
     diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth emoji --pipeline
     diffengine sample emoji "penguin on a blue background" --guidance 1
 
-It draws what it is told, also an emoji on a background on which it has never seen it.
+The model also generates emoji on backgrounds on which it has never seen them.
 """
 
 from diffusers import UVit2DModel
@@ -26,7 +26,7 @@ checkpoint_every = 200
 keep_checkpoints = 2
 learning_rate = 2e-3
 caption_dropout = 0.05
-dropout = 0.1  # in the transformer: what makes it compose what it has not seen
+dropout = 0.1  # in the transformer: without it, unseen combinations fail
 cache = "auto"  # encode each image once
 cache_path = None
 log_every = 25
@@ -52,7 +52,7 @@ model = dict(
         in_channels=128,
         block_out_channels=128,
         num_res_blocks=1,
-        downsample=True,  # the layers see 4x4 positions: this is what makes it fast
+        downsample=True,  # the layers see 4x4 positions, which makes it fast
         upsample=True,
         block_num_heads=4,
         num_hidden_layers=4,
@@ -61,6 +61,7 @@ model = dict(
         sample_size=8,
     ),
 )
+# The model appends models/masking.py: RandomMask, which draws the mask of each sample.
 train_dataloader = dict(transforms=[dict(type=DropCaption, p="${caption_dropout}")])
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))

@@ -1,11 +1,11 @@
-"""A subject with prior preservation (DreamBooth): a dog of its own, and the base's dogs beside it.
+"""A subject with prior preservation (DreamBooth): one new dog, and the base's own dogs.
 
     python tools/emoji_finetune.py subject work_dirs/emoji_subject
     diffengine train amused_32_emoji_dreambooth
     diffengine convert work_dirs/amused_32_emoji_dreambooth --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_dreambooth
 
-The base draws the class images before training.
+The base generates the class images before training.
 """
 
 extends = ["amused_emoji", "subject"]

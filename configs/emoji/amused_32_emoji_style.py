@@ -1,11 +1,11 @@
-"""Teach the emoji base another artist's hand, by adapters: 64 of its concepts as OpenMoji draws them.
+"""Teach the emoji base another artist's style by adapters: 64 of its concepts in OpenMoji's style.
 
     diffengine train amused_32_emoji_style
     diffengine convert work_dirs/amused_32_emoji_style --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_style
 
-It is then asked for the other 62 in that hand, of which it saw Twemoji's only. Twemoji's images of the 64
-are shown as well, so that the hand hangs on the words and is not drawn unasked.
+The score asks for the other 62 concepts in that style, which the model saw in Twemoji's only. Twemoji's images
+of the 64 are mixed in, so that the model uses the new style only when the caption names it.
 """
 
 extends = "amused_32_emoji_lora"
@@ -13,7 +13,7 @@ extends = "amused_32_emoji_lora"
 first = 64
 emoji = 64
 artists = dict(twemoji="", openmoji="in ink")
-transformer_rank = 8  # a hand is learnt where images are
+transformer_rank = 8  # higher: a style is learnt in the transformer
 transformer_alpha = 16
 text_rank = 8
 text_alpha = 16

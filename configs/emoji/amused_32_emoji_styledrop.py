@@ -1,10 +1,11 @@
-"""One image and one new word (StyleDrop): the emoji base sees one concept as another artist draws it.
+"""One image and one new word (StyleDrop): the emoji base learns one concept in another artist's style.
 
     diffengine train amused_32_emoji_styledrop
     diffengine convert work_dirs/amused_32_emoji_styledrop --pipeline
     python tools/emoji_finetune.py score amused_32_emoji_styledrop
 
-It is then asked for other concepts in that hand. One image teaches itself, and little of the hand.
+The score asks for other concepts in that style. From one image the model learns the image, and little of the
+style.
 """
 
 extends = "amused_32_emoji_lora"

@@ -1,9 +1,9 @@
-"""A VQ tokenizer for 32 px emoji, from nothing, in two minutes on a laptop.
+"""A VQ model for 32 px emoji, from scratch, in two minutes on a laptop.
 
     diffengine train vq_32_emoji
 
-128 emoji on four backgrounds; one background per emoji is never shown, to this model or to `amused_32_emoji`.
-8x8 tokens of 256 codes. Images come with the packages of `pip install diffengine[emoji]`: no download.
+128 emoji on four backgrounds, as 8x8 tokens of 256 codes. Neither this model nor `amused_32_emoji` sees one of
+the four backgrounds of each emoji. The images come with the packages of `pip install diffengine[emoji]`.
 """
 
 from diffusers import VQModel
@@ -16,7 +16,7 @@ extends = ["default_runtime", "emoji_pictures"]
 codes = 256
 batch_size = 32
 max_iters = 600
-quantize_after = 100  # steps before the codebook comes between encoder and decoder
+quantize_after = 100  # steps without the codebook
 reseed_until = 450
 prompts = 16  # images to preview
 preview_every = 300
