@@ -136,7 +136,7 @@ def test_a_missing_package_is_a_problem_of_validation(folder):
         ("a = 1 / 0\n", "line 1: ZeroDivisionError: division by zero"),
         ("a = b\n", "line 1: NameError: name 'b' is not defined"),
         ("a = {1, 2}\n", "holds more than plain values and imported classes: got {1, 2} of set"),
-        ("a = float('inf')\n", "got inf, which cannot be written down"),
+        ("a = float('inf')\n", "got inf of float"),
         ("def f():\n    pass\n", "holds more than plain values"),
         ("from .other import *\n", "line 1: ImportError: imports here are names of classes only"),
         ("from torch import *\n", 'to build on another config: extends = "NAME"'),
@@ -222,10 +222,10 @@ def test_paths():
         ("=3", "got '=3'; expected KEY=VALUE"),
         ("sise=3", "unknown key 'sise'; did you mean 'size'?"),
         ("modle.x=3", "there is no 'modle' in this config; did you mean 'model'?"),
-        ("model.parts.2.p=1", "there is no 'model.parts.2' in this config, in a list of 2"),
-        ("model.parts.x=1", "there is no 'model.parts.x' in this config, in a list of 2"),
-        ("size.x=1", "there is no 'size.x' in this config, whose parent is 1"),
-        ("size.x.y=1", "there is no 'size.x' in this config, whose parent is 1"),
+        ("model.parts.2.p=1", "there is no 'model.parts.2' in this config; its parent is [{'p': 1}, {'p': 2}]"),
+        ("model.parts.x=1", "there is no 'model.parts.x' in this config; its parent is [{'p': 1}, {'p': 2}]"),
+        ("size.x=1", "there is no 'size.x' in this config; its parent is 1"),
+        ("size.x.y=1", "there is no 'size.x' in this config; its parent is 1"),
     ],
 )
 def test_paths_that_do_not_exist(option, says):
@@ -340,9 +340,9 @@ def test_problems_of_sections(option, says):
 
 
 def test_missing_section_and_missing_option():
-    assert refusal(config.validate, {"model": {"type": "diffengine.models.amused.AmusedModel"}}, BUILDERS) == (
-        "the config has errors: no section 'train_dataloader'; no section 'optim_wrapper'; no section 'train_cfg'"
-    )
+    assert config.validate({"model": {"type": "diffengine.models.amused.AmusedModel"}}, BUILDERS) == [
+        f"no section '{name}'" for name in ("train_dataloader", "optim_wrapper", "train_cfg")
+    ]
     assert problems_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
 
 
