@@ -1,4 +1,4 @@
-# Every target runs in the project's own virtual environment, .venv, with the tested versions of constraints.txt.
+# Every target runs in the virtual environment .venv, with the tested versions from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,3 +1,3 @@
-"""How fast and how lean diffengine trains. README.md says how to run each, and what came out last."""
+"""Benchmarks of training speed and memory. README.md explains how to run them and lists the latest results."""
 
-import diffengine  # noqa: F401  first: it silences what diffusers and peft make others say
+import diffengine  # noqa: F401  first: it silences the libraries that diffusers and peft import

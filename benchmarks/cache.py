@@ -1,10 +1,10 @@
-"""The token cache: images per second while it is built, its size, and samples per second while it is read.
+"""Token cache: build speed, size and read speed.
 
     python -m benchmarks.cache --size mid --resolution 256 512
 
-Building reads images by workers, encodes them, and writes; a form is one crop and flip of an image.
-Reading is what one worker does of a step, on one thread: samples of a batch with their masks drawn, collated.
-A caption's row holds the frozen text encoder's outputs, and is looked up by the main process.
+Building: workers read the images, the main process encodes them and writes the cache. A row is one variation, that is
+one crop and flip, of an image. Reading: one worker on one thread reads the samples of a batch, draws their masks and
+collates them. A caption row holds the outputs of the frozen text encoder; the main process looks it up.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from diffengine.engine.run import Run
 
 
 def build(run: Run, root: Path) -> tuple[float, float]:
-    """Seconds to build the cache, and to find it good at the next start."""
+    """Seconds to build the cache, and to validate it at the next start."""
     seconds, optim = [], run.optim_wrapper
     for _ in range(2):
         started = time.perf_counter()
@@ -36,7 +36,7 @@ def build(run: Run, root: Path) -> tuple[float, float]:
 
 
 def read(stream: Stream, options: argparse.Namespace) -> list[float]:
-    """Seconds for each batch."""
+    """Seconds per batch, without the first."""
     seconds = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def read(stream: Stream, options: argparse.Namespace) -> list[float]:
 
 
 def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[str]:
-    """The cells of one resolution."""
+    """Table cells for one resolution."""
     model = common.make_model(root / "model", options.size, resolution)
     data = common.write_images(root / "data", options.images)
     run = common.build(
@@ -59,15 +59,15 @@ def measure(root: Path, resolution: int, options: argparse.Namespace) -> list[st
          f"num_workers={options.workers}"],
         {"data": str(data), "pretrained": str(model)},
     )  # fmt: skip
-    built, again = build(run, root)
+    building, validating = build(run, root)
     images, captions = (root / "cache" / f"{name}.arrow" for name in ("pictures", "captions"))
     rows = options.images * options.variations
     return [
-        f"{rows / built:.3g}",
+        f"{rows / building:.3g}",
         f"{images.stat().st_size / rows:.0f}",
-        f"{captions.stat().st_size / (options.images + 1):,.0f}",  # one row is of no caption
+        f"{captions.stat().st_size / (options.images + 1):,.0f}",  # plus the empty caption
         f"{options.batch / statistics.median(read(run.train_loop.stream, options)):,.0f}",
-        f"{again:.2f}",
+        f"{validating:.2f}",
     ]
 
 
@@ -76,17 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=common.SIZES, default="tiny")
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--variations", type=int, default=4, help="of each image")
-    parser.add_argument("--batch", type=int, default=64, help="samples that are read at once")
-    parser.add_argument("--batches", type=int, default=200, help="that are read")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images while building")
+    parser.add_argument("--variations", type=int, default=4, help="variations per image")
+    parser.add_argument("--batch", type=int, default=64, help="samples per batch")
+    parser.add_argument("--batches", type=int, default=200, help="batches to read")
+    parser.add_argument("--workers", type=int, default=2, help="data loader workers for building")
     options = parser.parse_args(arguments)
-    print(f"{options.images} images in {options.variations} variations each on {common.machine()}\n")
-    table = common.Table(
-        "size", "px", "rows/s built", "bytes/row", "bytes/caption", "samples/s read", "s at the next start"
-    )
+    print(f"{options.images} images, {options.variations} variations each, on {common.machine()}\n")
+    table = common.Table("size", "px", "rows/s built", "bytes/row", "bytes/caption", "samples/s read", "s to validate")
     for resolution in options.resolution:
-        with tempfile.TemporaryDirectory() as folder, common.aside():
+        with tempfile.TemporaryDirectory() as folder, common.stdout_to_stderr():
             cells = measure(Path(folder), resolution, options)
         table.row(options.size, resolution, *cells)
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: models, images, runs that are timed from outside, and tables.
+"""Shared by the benchmarks: models, images, timed runs and tables.
 
-Models have random weights in the real layout, images are real photos, and nothing is downloaded.
+Models have random weights in the real architecture, images are real photos, and nothing is downloaded.
 """
 
 import json
@@ -28,10 +28,10 @@ from tests.support import models, photos
 SIZES = ("tiny", "mid", "full")
 ROOT = Path(__file__).parents[1]
 PHOTO_SIDE = 600  # pixels of the square photos
-DISTINCT_PHOTOS = 64  # the others are the same files by another name
+DISTINCT_PHOTOS = 64  # further ones are hard links to these
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# 15.6M parameters at 512 px, of which the VQ encoder takes 55 % of a step's arithmetic, as at full size.
+# 15.6M parameters at 512 px. As at full size, the VQ encoder takes 55 % of a step's FLOPs.
 MID_TRANSFORMER = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4,
     "in_channels": 192, "block_out_channels": 192, "block_num_heads": 3, "cond_embed_dim": 192,
@@ -43,7 +43,7 @@ MID_TEXT = {
     "num_attention_heads": 4,
 }  # fmt: skip
 
-# Recipes are timed as they are shipped, but for what only some steps do.
+# The shipped recipes are timed without the hooks that run only at some steps.
 STEPS_ONLY = ("default_hooks.preview=None", "default_hooks.checkpoint=None", "default_hooks.export=None")
 
 
@@ -51,14 +51,14 @@ STEPS_ONLY = ("default_hooks.preview=None", "default_hooks.checkpoint=None", "de
 
 
 def transformer_sizes(size: str, resolution: int) -> dict[str, Any]:
-    """Arguments of UVit2DModel."""
+    """Arguments for UVit2DModel."""
     if size == "mid":
         return {**models.transformer_config("full", resolution), **MID_TRANSFORMER}
     return models.transformer_config(size, resolution)  # type: ignore[arg-type]
 
 
 def make_model(path: Path, size: str, resolution: int) -> Path:
-    """A pipeline folder of a size of SIZES for 256 or 512 px: 4 MB, 90 MB or 3.5 GB on the disk."""
+    """Write a pipeline folder for 256 or 512 px; size is one of SIZES: 4 MB, 90 MB or 3.5 GB on disk."""
     if size != "mid":
         return models.make_model_folder(path, size, resolution=resolution)  # type: ignore[arg-type]
     transformer = transformer_sizes(size, resolution)
@@ -75,10 +75,9 @@ def make_model(path: Path, size: str, resolution: int) -> Path:
 
 
 def write_images(path: Path, count: int) -> Path:
-    """A folder of `count` captioned photos with a metadata.csv, PHOTO_SIDE pixels square."""
-    said = photos.write_photo_folder(path, min(count, DISTINCT_PHOTOS), PHOTO_SIDE)
-    rows = [f'"{file}","photo {number}"' for number, file in enumerate(said)]
-    files = list(said)
+    """Write a folder of `count` captioned square photos, PHOTO_SIDE pixels wide, with a metadata.csv."""
+    files = list(photos.write_photo_folder(path, min(count, DISTINCT_PHOTOS), PHOTO_SIDE))
+    rows = [f'"{file}","photo {number}"' for number, file in enumerate(files)]
     for number in range(len(files), count):
         original = path / files[number % len(files)]
         os.link(original, path / f"{number}{original.suffix}")
@@ -91,7 +90,7 @@ def write_images(path: Path, count: int) -> Path:
 
 
 def build(name: str, work_dir: Path, options: Sequence[str], settings: dict[str, Any]) -> Run:
-    """A run in this process that is ready to train; what the work dir holds is deleted."""
+    """Build a run in this process, ready to train. Deletes an existing work dir."""
     job = replace(make_job(name, *load_config(name, options, settings), DEVICE), work_dir=work_dir)
     with workdir.claimed(work_dir, None, overwrite=True):
         return build_run(job)
@@ -99,13 +98,13 @@ def build(name: str, work_dir: Path, options: Sequence[str], settings: dict[str,
 
 @dataclass
 class Timings:
-    """What a program did up to its last timed optimizer step.
+    """Measurements of a program, up to its last timed optimizer step.
 
     Attributes:
         first: seconds from the start of the program to the end of its first step.
-        seconds: from the end of one step to the end of the next; one less than there were steps.
-        memory_gb: the most that torch had allocated on the GPU; on a CPU the process's resident memory.
-        torch: its version.
+        seconds: seconds from the end of one step to the end of the next; one value fewer than steps.
+        memory_gb: peak memory that torch allocated on the GPU; on a CPU, peak resident memory of the process.
+        torch: the version of torch.
     """
 
     first: float
@@ -114,74 +113,79 @@ class Timings:
     torch: str
 
 
-def python(*arguments: str, executable: str = sys.executable, **environment: str) -> str | None:
-    """Run Python to its end; None, or the last line of its errors."""
-    done = subprocess.run(
+def run_python(*arguments: str, executable: str = sys.executable, **environment: str) -> str | None:
+    """Run Python until it exits. Returns None, or the last line of stderr if it failed."""
+    result = subprocess.run(
         [executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT,
         env={
             **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "GOMP_SPINCOUNT": "10000",  # as the diffengine command sets it: for the reference as well
+            "GOMP_SPINCOUNT": "10000",  # the diffengine command sets it; the reference gets it too
             **environment,
         },
     )  # fmt: skip
-    if done.returncode == 0:
+    if result.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
 
 
-def timed(command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str) -> Timings | str:
-    """Run a script (its path first) or a module ("-m", its name) until it has taken `steps` optimizer steps.
+def run_timed(
+    command: Sequence[str], steps: int, executable: str = sys.executable, **environment: str
+) -> Timings | str:
+    """Run a program until it has taken `steps` optimizer steps.
+
+    Args:
+        command: arguments for Python: a script's path or "-m" and a module's name, then their arguments.
 
     Returns:
-        The run, or the last line of its errors.
+        The measurements, or the last line of stderr if the program failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        watch = str(Path(__file__).with_name("timed.py"))
+        timer = str(Path(__file__).with_name("timed.py"))
         started = time.time()
-        problem = python(watch, str(out), str(steps), *command, executable=executable, **environment)
+        problem = run_python(timer, str(out), str(steps), *command, executable=executable, **environment)
         if not out.exists():
-            return problem or f"it ended before step {steps}"
-        found = json.loads(out.read_text(encoding="utf-8"))
-        return Timings(found["ended"] - started, found["seconds"], found["memory_gb"], found["torch"])
+            return problem or f"the program exited before step {steps}"
+        result = json.loads(out.read_text(encoding="utf-8"))
+        return Timings(result["first_ended"] - started, result["seconds"], result["memory_gb"], result["torch"])
 
 
-def diffengine(command: str, config: str, model: Path, data: Path, work_dir: Path, *rest: str) -> list[str]:
-    """A command line of ours, for `python` and `timed`."""
+def diffengine_command(command: str, config: str, model: Path, data: Path, work_dir: Path, *rest: str) -> list[str]:
+    """A `diffengine` command line for `run_python` and `run_timed`."""
     return [
         "-m", "diffengine", command, config, "--pretrained", str(model), "--data", str(data),
         "--work-dir", str(work_dir), *rest,
     ]  # fmt: skip
 
 
-def tokens(way: str, cache: Path) -> list[str]:
-    """The settings of "online", tokens made at each step, or "cached", read from this folder."""
-    return ["cache=True", f"cache_path={cache}", "image_variations=1"] if way == "cached" else ["cache=False"]
+def token_options(mode: str, cache: Path) -> list[str]:
+    """Config options: "online" encodes images at every step, "cached" reads tokens from this folder."""
+    return ["cache=True", f"cache_path={cache}", "image_variations=1"] if mode == "cached" else ["cache=False"]
 
 
-# ------------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------------- output
 
 
 def machine() -> str:
-    """The device and torch, for the line above a table."""
+    """The device and the version of torch, for the line above a table."""
     cores = f"{len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cores
     return f"{device}, torch {torch.__version__}"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """ "median (first quartile to third)", of at least one value."""
+    """Format as "median (first quartile to third quartile)". Needs at least one value."""
     low, middle, high = statistics.quantiles(values, method="inclusive") if values[1:] else [*values] * 3
     return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
 
 
-def aside() -> AbstractContextManager:
-    """What is printed inside goes to the errors' stream, so that the output is tables alone."""
+def stdout_to_stderr() -> AbstractContextManager:
+    """Redirect prints to stderr, so that stdout holds only the table."""
     return redirect_stdout(sys.stderr)
 
 
 class Table:
-    """A Markdown table, row by row as they come."""
+    """A Markdown table, printed row by row."""
 
     def __init__(self, *columns: str) -> None:
         self.columns = columns
@@ -189,6 +193,6 @@ class Table:
         self.row(*["---"] * len(columns))
 
     def row(self, *cells: Any) -> None:
-        """One cell for each column."""
+        """Print a row, with one cell per column."""
         assert len(cells) == len(self.columns)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)

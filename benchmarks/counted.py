@@ -1,9 +1,9 @@
-"""The peak memory of a step, counted without computing it: for a machine that has no GPU.
+"""Peak memory of a training step, counted with fake tensors, for machines without a GPU.
 
-A model is loaded as a run loads it. Then tensors that have shapes and no values take the place of its own, a
-step runs over them, and each storage is counted from when it is made to when it goes. Images and captions
-come from the token cache, so no encoder is on the device. A GPU takes somewhat more: its autocast runs some
-norms in fp32 that a CPU's runs in bf16, and its libraries and its allocator take memory of their own.
+The model is built as in a run. Its tensors are then replaced by fake tensors, which have a shape but no values. A step
+runs on them, and every storage is counted from its allocation until it is freed. Images and captions come from the
+token cache, so no encoder is on the device. A real GPU needs slightly more: autocast runs some norms in fp32 on a GPU
+and in bf16 on a CPU, and CUDA libraries and the allocator need memory too.
 """
 
 import math
@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from diffengine.engine.build import build_model
 from diffengine.models.amused import AmusedModel
 
-MASKED = 2 / math.pi  # of the tokens, in the mean of the cosine schedule
+MASKED = 2 / math.pi  # mean fraction of masked tokens under the cosine schedule
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of all storages that operations make inside: now, and at the most."""
+    """Counts the bytes of all storages that operations allocate inside the block: `live` now, and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Storages(TorchDispatchMode):
         self._seen: weakref.WeakSet = weakref.WeakSet()
 
     def add(self, value: Any) -> None:
-        """Count a tensor's storage until it goes."""
+        """Count a tensor's storage until it is freed."""
         if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._seen:
             self._seen.add(storage)
-            weakref.finalize(storage, self._drop, storage.size())
+            weakref.finalize(storage, self._free, storage.size())
             self.live += storage.size()
             self.peak = max(self.peak, self.live)
 
-    def _drop(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self.live -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,12 +48,12 @@ class Storages(TorchDispatchMode):
         return result
 
 
-def peak_of(resolved: dict[str, Any], at_once: int) -> int:
-    """Bytes of a step in bf16: weights, gradients, the optimizer's state, and what is computed.
+def peak_of(resolved: dict[str, Any], micro_batch_size: int) -> int:
+    """Peak bytes of a step in bf16: weights, gradients, optimizer state and activations.
 
     Args:
-        resolved: of `config.load`: an AmusedModel, whose transformer learns.
-        at_once: images per forward.
+        resolved: a config from `load_config` that trains the transformer of an AmusedModel.
+        micro_batch_size: images per forward pass.
     """
     model = build_model(resolved, {}, seed=0)
     assert isinstance(model, AmusedModel)
@@ -61,19 +61,19 @@ def peak_of(resolved: dict[str, Any], at_once: int) -> int:
     model.train()
     storages = Storages()
     with FakeTensorMode(), storages:
-        empty_out(model)
-        batch = batch_of(model, at_once)
-        parts = resolved["train_dataloader"]["batch_size"] // at_once
-        for _ in range(min(parts, 2)):  # with the second, there are gradients from the start
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as StepOptimWrapper
+        replace_tensors(model)
+        batch = make_batch(model, micro_batch_size)
+        micro_batches = resolved["train_dataloader"]["batch_size"] // micro_batch_size
+        for _ in range(min(micro_batches, 2)):  # during the second one, the gradients of the first are in memory
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as in StepOptimWrapper
                 loss, logs = model(batch)
             loss.backward()
             del loss, logs
-    return storages.peak + state_bytes(model, resolved["optim_wrapper"]["optimizer"]["type"])
+    return storages.peak + optimizer_bytes(model, resolved["optim_wrapper"]["optimizer"]["type"])
 
 
-def empty_out(model: nn.Module) -> None:
-    """Put empty tensors in the place of all weights and buffers."""
+def replace_tensors(model: nn.Module) -> None:
+    """Replace all weights and buffers by empty tensors."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             empty = torch.empty(weight.shape, dtype=weight.dtype)
@@ -82,8 +82,8 @@ def empty_out(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def batch_of(model: AmusedModel, images: int) -> dict[str, Tensor]:
-    """What `prepare` gives of so many images from the token cache."""
+def make_batch(model: AmusedModel, images: int) -> dict[str, Tensor]:
+    """A batch as `prepare` returns it for this number of images from the token cache."""
     sizes = model.components.transformer_config
     side = sizes["sample_size"]
     return {
@@ -95,11 +95,11 @@ def batch_of(model: AmusedModel, images: int) -> dict[str, Tensor]:
     }
 
 
-def state_bytes(model: nn.Module, optimizer: str) -> int:
-    """Of the optimizer: two values for each trained one, in fp32; or in 8 bits as bitsandbytes keeps them.
+def optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+    """Bytes of the optimizer state: two values per trained weight, in fp32 or in the 8-bit layout of bitsandbytes.
 
-    There, what has fewer than 4,096 values stays in fp32, each 256 values share a scale, and each tensor has
-    two tables of 256 (bitsandbytes.optim.optimizer, `min_8bit_size`).
+    In the 8-bit layout, tensors with fewer than 4,096 values stay in fp32, every 256 values share a scale, and each
+    tensor has two tables of 256 values (bitsandbytes.optim.optimizer, `min_8bit_size`).
     """
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     if not optimizer.endswith("8bit"):

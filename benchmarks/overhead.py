@@ -1,16 +1,17 @@
-"""Microseconds that an iteration of our loop takes over a bare PyTorch loop's, and its host waits.
+"""Overhead of our training loop over a bare PyTorch loop, in microseconds per iteration, and host syncs.
 
     python -m benchmarks.overhead --pairs 2000
 
-One process trains one small model in turns: an iteration of ours, then one of a loop as anyone would write it
-(next batch, forward, backward, clipping, optimizer step), over the same batches of cached tokens. Both make
-the same calls into the data loader, the model, autograd and the optimizer, and those take milliseconds that
-differ by more than what is looked for. So what is compared is the time outside of them: all that a loop does
-of its own. Those calls leave little of a loop's code in the processor's caches, so what it does next is
-slow; the column "warm" is both loops alone, with each call giving at once what it gave the first time. Torch
-runs on one thread.
+One process trains one small model with both loops, which take turns: one iteration of our loop, then one of a bare loop
+(next batch, forward, backward, clipping, optimizer step), on the same batches of cached tokens. Both make the same
+calls into the data loader, the model, autograd and the optimizer. These calls take milliseconds, and their noise is
+larger than the overhead. So the benchmark compares only the time outside these calls. Torch runs on one thread.
 
-Far into a run, the loop starts with its counters there; first and last quarter show what grows within a run.
+The calls evict most of a loop's code and data from the CPU caches, which slows down what the loop does next. For the
+column "overhead, warm", each call returns its first result immediately, so only the loops themselves run.
+
+With `--start`, the loop's counters begin at that iteration. The columns for the first and last quarter show whether the
+overhead grows within a run.
 """
 
 import argparse
@@ -35,18 +36,19 @@ from tests.support import models, photos
 
 
 class Clock:
-    """Laps of a loop, and how much of each is outside of the calls that every loop makes.
+    """Times the iterations of a loop, and the time outside the calls that both loops make.
 
     Attributes:
-        laps, outside: seconds, by iteration.
-        hollow: of all clocks: a call that was made before gives what it gave then.
+        total: seconds per iteration.
+        outside: seconds per iteration outside these calls.
+        replay: for all clocks: a repeated call returns its first result.
     """
 
-    hollow = False
-    _inside = 0.0  # of all clocks: seconds in calls so far in this lap
+    replay = False
+    _inside = 0.0  # for all clocks: seconds spent in these calls in the current iteration
 
     def __init__(self) -> None:
-        self.laps: list[float] = []
+        self.total: list[float] = []
         self.outside: list[float] = []
 
     def start(self) -> None:
@@ -55,40 +57,40 @@ class Clock:
 
     def stop(self) -> None:
         seconds = time.perf_counter() - self._since
-        self.laps.append(seconds)
+        self.total.append(seconds)
         self.outside.append(seconds - Clock._inside)
 
     @staticmethod
-    def call(function: Callable) -> Callable:
-        """The function, timed; on a GPU with what it started there."""
-        kept: list[Any] = []  # only where it is given again: a graph is freed where its loop lets go of it
+    def timed(function: Callable) -> Callable:
+        """Wrap a function to time its calls; on a GPU, until its kernels have finished."""
+        first: list[Any] = []  # filled only for replay: keeping a result also keeps its autograd graph in memory
 
-        @wraps(function)  # so that a schedule sees that it comes after the optimizer's steps
-        def timed(*arguments: Any, **options: Any) -> Any:
+        @wraps(function)  # the scheduler checks that the optimizer has stepped before it
+        def wrapper(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
             try:
-                if kept:
-                    return kept[0]
+                if first:
+                    return first[0]
                 result = function(*arguments, **options)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                if Clock.hollow:
-                    kept.append(result)
+                if Clock.replay:
+                    first.append(result)
                 return result
             finally:
                 Clock._inside += time.perf_counter() - began
 
-        return timed
+        return wrapper
 
 
 class TimedBatches:
-    """A loader whose batches are waited for inside of a call."""
+    """A data loader with a timed call for each batch."""
 
     def __init__(self, loader: Iterable) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator:
-        fetch = Clock.call(iter(self._loader).__next__)
+        fetch = Clock.timed(iter(self._loader).__next__)
         while True:
             try:
                 yield fetch()
@@ -96,8 +98,8 @@ class TimedBatches:
                 return
 
 
-class Turns(Hook):
-    """After each iteration of ours, one of the bare loop."""
+class AlternateHook(Hook):
+    """Runs one iteration of the bare loop after each of ours."""
 
     priority = "LOWEST"
 
@@ -109,7 +111,7 @@ class Turns(Hook):
         loop, model, optimizer = runner.train_loop, runner.trainable, runner.optim_wrapper.optimizer
         for owner, names in ((model, ("prepare", "forward")), (optimizer, ("step", "zero_grad"))):
             for name in names:
-                setattr(owner, name, Clock.call(getattr(owner, name)))
+                setattr(owner, name, Clock.timed(getattr(owner, name)))
         sampler = PositionSampler(loop.batch_size, start_step=self.start)
         self._bare = bare_loop(runner, TimedBatches(make_loader(loop.stream, sampler)))
         loop.dataloader = TimedBatches(loop.dataloader)
@@ -124,7 +126,7 @@ class Turns(Hook):
 
 
 def bare_loop(runner: Run, loader: Iterable) -> Iterator[None]:
-    """A plain training loop over the run's own model and optimizer; stops after each step."""
+    """A plain training loop with the run's model and optimizer; yields after each step."""
     model, optimizer = runner.trainable, runner.optim_wrapper.optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in loader:
@@ -136,7 +138,7 @@ def bare_loop(runner: Run, loader: Iterable) -> Iterator[None]:
         yield
 
 
-# As small as the class allows: what is looked for are microseconds, and noise grows with what they hide in.
+# The smallest model that the class allows, since a larger one adds noise to the measurement.
 SMALLEST = {
     "hidden_size": 16, "in_channels": 16, "block_out_channels": 16, "num_res_blocks": 1, "block_num_heads": 1,
     "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16, "micro_cond_encode_dim": 8,
@@ -145,11 +147,11 @@ SMALLEST = {
 
 
 def build(root: Path, start: int, steps: int) -> Run:
-    """A run of so many steps of one image each that has taken `start` before."""
+    """Build a run that continues after `start` steps and takes `steps` more, of one image each."""
     run = common.build(
         "amused_512_own",
         root / f"run-{start}",
-        [*common.STEPS_ONLY, *common.tokens("cached", root / "cache"), "resolution=32", "batch_size=1",
+        [*common.STEPS_ONLY, *common.token_options("cached", root / "cache"), "resolution=32", "batch_size=1",
          f"model.transformer={SMALLEST}",
          "num_workers=0", "precision=fp32", f"max_iters={start + steps}", f"log_every={start + steps + 1}"],
         {"data": str(root / "data"), "pretrained": str(root / "model")},
@@ -159,63 +161,63 @@ def build(root: Path, start: int, steps: int) -> Run:
     return run
 
 
-def compare(root: Path, start: int, count: int, hollow: bool) -> tuple[Clock, Clock]:
-    """So many of the bare loop's iterations, and ours beside them."""
-    turns = Turns(start)
+def compare(root: Path, start: int, count: int, replay: bool) -> tuple[Clock, Clock]:
+    """Run `count` iterations of each loop in turns."""
+    hook = AlternateHook(start)
     runner = build(root, start, count)
-    runner.register_hook(turns)
+    runner.register_hook(hook)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Clock, "hollow", hollow))
+        stack.enter_context(patch.object(Clock, "replay", replay))
         for owner, name in ((torch.autograd, "backward"), (torch.nn.utils, "clip_grad_norm_")):
-            stack.enter_context(patch.object(owner, name, Clock.call(getattr(owner, name))))
+            stack.enter_context(patch.object(owner, name, Clock.timed(getattr(owner, name))))
         runner.train()
-    return turns.bare, turns.ours
+    return hook.bare, hook.ours
 
 
-def count_waits(root: Path, start: int, steps: int) -> float:
-    """Host waits per iteration, of those that write no log line (the first and the last do)."""
+def count_syncs(root: Path, start: int, steps: int) -> float:
+    """Host syncs per iteration, over the iterations that log nothing (the first and the last one log)."""
     runner = build(root, start, steps)
     counter = CountReads()
     runner.register_hook(counter)
     runner.register_hook(Close(counter))
     runner.train()
     between = list(counter.by_step.values())[1:-1]
-    return sum(waits.total() for waits in between) / len(between)
+    return sum(syncs.total() for syncs in between) / len(between)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--pairs", type=int, default=2000, help="iterations of each loop that are timed")
-    parser.add_argument("--start", nargs="+", type=int, default=[0, 10_000, 1_000_000])
-    parser.add_argument("--warm-up", type=int, default=50, help="pairs that are not counted")
+    parser.add_argument("--pairs", type=int, default=2000, help="timed iterations of each loop")
+    parser.add_argument("--start", nargs="+", type=int, default=[0, 10_000, 1_000_000], help="iterations to start from")
+    parser.add_argument("--warm-up", type=int, default=50, help="untimed iterations of each loop at the start")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{options.pairs} pairs of iterations on {common.machine()}, one thread\n")
     table = common.Table(
-        "from iteration", "bare us", "of its own", "ours us", "of its own", "over us", "first quarter",
-        "last quarter", "warm", "host waits",
+        "start iteration", "bare us", "bare, outside calls", "ours us", "ours, outside calls", "overhead us",
+        "overhead, first quarter", "overhead, last quarter", "overhead, warm", "host syncs",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models.make_model_folder(root / "model", "toy")
         photos.write_photo_folder(root / "data", 9, 32)
         for start in options.start:
-            with common.aside():
-                sides = [compare(root, start, options.warm_up + options.pairs, hollow) for hollow in (False, True)]
-                waits = count_waits(root, start, 5)
-            counted = slice(options.warm_up, None)
+            with common.stdout_to_stderr():
+                sides = [compare(root, start, options.warm_up + options.pairs, replay) for replay in (False, True)]
+                syncs = count_syncs(root, start, 5)
+            timed = slice(options.warm_up, None)
             bare, ours = sides[0]
-            over, warm = (
-                [mine - plain for mine, plain in zip(ours.outside[counted], bare.outside[counted])]
+            overhead, warm = (
+                [seconds - base for seconds, base in zip(ours.outside[timed], bare.outside[timed])]
                 for bare, ours in sides
             )
-            quarter = max(1, len(over) // 4)
+            quarter = max(1, len(overhead) // 4)
             columns = (
-                bare.laps[counted], bare.outside[counted], ours.laps[counted], ours.outside[counted],
-                over, over[:quarter], over[-quarter:], warm,
+                bare.total[timed], bare.outside[timed], ours.total[timed], ours.outside[timed],
+                overhead, overhead[:quarter], overhead[-quarter:], warm,
             )  # fmt: skip
-            micros = [statistics.median(some) for some in columns]
-            table.row(f"{start:,}", *[f"{1e6 * value:.0f}" for value in micros], f"{waits:g}")
+            micros = [statistics.median(column) for column in columns]
+            table.row(f"{start:,}", *[f"{1e6 * value:.0f}" for value in micros], f"{syncs:g}")
 
 
 if __name__ == "__main__":

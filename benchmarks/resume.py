@@ -1,9 +1,9 @@
-"""Seconds from the start of `diffengine train --resume` to the end of its first step, far into a run.
+"""Seconds from the start of `diffengine train --resume` to the end of its first step, early and late in a run.
 
     python -m benchmarks.resume --at 10 10000 1000000
 
-A small run is taken for one step and its checkpoint made that of a later one: the counters, the schedule's
-and the optimizer's own counts, and metrics.jsonl with the lines that such a run would have written.
+A small run takes one step. Its checkpoint is then changed to look like a later one: the counters, the step counts of
+the scheduler and the optimizer, and the lines that a run of that length would have written to metrics.jsonl.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import torch
 from benchmarks import common
 from diffengine.engine import checkpoint
 
-LOG_EVERY = 10  # the recipe's
+LOG_EVERY = 10  # as in the recipe
 BATCH = 4
 
 
 def command(root: Path, work_dir: Path, *flags: str, max_iters: int) -> list[str]:
-    """`diffengine train` of the small run."""
-    return common.diffengine(
+    """The `diffengine train` command of the small run."""
+    return common.diffengine_command(
         "train", "amused_512_own", root / "model", root / "data", work_dir, *flags, "--cfg-options",
         "default_hooks.preview=None", "default_hooks.export=None", f"batch_size={BATCH}", "num_workers=0",
         "checkpoint_every=1", f"log_every={LOG_EVERY}", "cache=False", f"max_iters={max_iters}",
     )  # fmt: skip
 
 
-def moved(state: dict[str, Any], iteration: int) -> dict[str, Any]:
-    """The checkpoint as if it had been written after `iteration` steps."""
+def change_checkpoint(state: dict[str, Any], iteration: int) -> dict[str, Any]:
+    """Change a checkpoint to look as if it was written after `iteration` steps."""
     for values in state["optimizer"]["state"].values():
         values["step"] = torch.full_like(values["step"], float(iteration))
     state["counters"] = {"iter": iteration, "epoch": iteration * BATCH // state["num_samples"]}
@@ -41,10 +41,10 @@ def moved(state: dict[str, Any], iteration: int) -> dict[str, Any]:
     return state
 
 
-def move(work_dir: Path, iteration: int) -> None:
-    """Make the run of one step in `work_dir` one of `iteration` steps."""
+def change_run(work_dir: Path, iteration: int) -> None:
+    """Change the run in `work_dir`, which took one step, to look as if it took `iteration` steps."""
     first = work_dir / "iter_1.pth"
-    checkpoint.write(work_dir / f"iter_{iteration}.pth", moved(checkpoint.read(first), iteration))
+    checkpoint.write(work_dir / f"iter_{iteration}.pth", change_checkpoint(checkpoint.read(first), iteration))
     first.unlink()
     metrics = work_dir / "metrics.jsonl"
     line = json.loads(metrics.read_text(encoding="utf-8").splitlines()[0])
@@ -54,8 +54,8 @@ def move(work_dir: Path, iteration: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--at", nargs="+", type=int, default=[10, 10_000, 1_000_000], help="iterations")
-    parser.add_argument("--repeats", type=int, default=3, help="starts of each, in turns")
+    parser.add_argument("--at", nargs="+", type=int, default=[10, 10_000, 1_000_000], help="iterations to resume at")
+    parser.add_argument("--repeats", type=int, default=3, help="starts per iteration, in turns")
     options = parser.parse_args(arguments)
     print(f"seconds to the first step, {options.repeats} starts on {common.machine()}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -63,24 +63,24 @@ def main(arguments: list[str] | None = None) -> None:
         common.make_model(root / "model", "tiny", 512)
         common.write_images(root / "data", 16)
         for iteration in options.at:
-            problem = common.python(*command(root, root / str(iteration), max_iters=1))
+            problem = common.run_python(*command(root, root / str(iteration), max_iters=1))
             if problem:
                 sys.exit(problem)
-            move(root / str(iteration), iteration)
+            change_run(root / str(iteration), iteration)
         seconds: dict[int, list[float]] = {iteration: [] for iteration in options.at}
-        for turn in range(options.repeats + 1):  # the first finds files that no one has read yet
+        for repeat in range(options.repeats + 1):  # the first one is a warm-up: its files are not in the page cache yet
             for iteration in options.at:
                 resumed = command(root, root / str(iteration), "--resume", max_iters=iteration + 1000)
-                found = common.timed(resumed, 1)
-                if isinstance(found, str):
-                    sys.exit(found)
-                if turn:
-                    seconds[iteration].append(found.first)
-    table = common.Table("from iteration", "seconds to the first step", "more than the first row")
+                result = common.run_timed(resumed, 1)
+                if isinstance(result, str):
+                    sys.exit(result)
+                if repeat:
+                    seconds[iteration].append(result.first)
+    table = common.Table("resumed at", "seconds to the first step", "difference to the first row")
     base = statistics.median(seconds[options.at[0]])
     for iteration, values in seconds.items():
-        more = statistics.median(values) - base
-        table.row(f"{iteration:,}", common.spread(values), f"{more:+.2f}")
+        difference = statistics.median(values) - base
+        table.row(f"{iteration:,}", common.spread(values), f"{difference:+.2f}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Images per second and peak memory, beside the reference script of diffusers.
+"""Images per second and peak memory, compared with the reference script of diffusers.
 
     python -m benchmarks.throughput PATH/train_amused.py --size full --resolution 512 --batch 1
-    python -m benchmarks.throughput --size tiny mid --batch 1 8   # ours alone
+    python -m benchmarks.throughput --size tiny mid --batch 1 8   # without the reference
 
-Both train all of the transformer on the same images and weights, with the same batch, precision, clipping
-and workers, each as its own command line starts it. Runs take turns, and what is timed is the time from the
-end of one optimizer step to the end of the next.
+Both train the full transformer on the same images, from the same weights, with the same batch size, precision, clipping
+and number of workers. Each is started by its own command line, and the runs take turns. A step is timed from the end of
+the previous optimizer step to the end of this one.
 
-The last column is what the transformer's forward and backward make of the rate at which this device
-multiplies large matrices, as measured at the start.
+The last column is the FLOP/s of the transformer's forward and backward, divided by the FLOP/s of a large matrix product
+on this device, which is measured at the start.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from benchmarks import common
 from benchmarks.common import Timings
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WAYS = ("reference", "online", "cached")
+MODES = ("reference", "online", "cached")
 
 
-def arithmetic(size: str, resolution: int) -> float:
-    """Floating-point operations of the transformer, forward and backward, for one image."""
+def flops_per_image(size: str, resolution: int) -> float:
+    """FLOPs of the transformer, forward and backward, for one image."""
     sizes = common.transformer_sizes(size, resolution)
     side = sizes["sample_size"]
     with torch.device("meta"):
@@ -43,11 +43,11 @@ def arithmetic(size: str, resolution: int) -> float:
     return counter.get_total_flops()
 
 
-def matrix_rate(precision: str) -> float:
-    """Floating-point operations per second of a large matrix product, the best of ten."""
+def matmul_flops(precision: str) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
     gpu = torch.cuda.is_available()
     side = 8192 if gpu else 1024
-    torch.backends.cuda.matmul.allow_tf32 = True  # as both sides do
+    torch.backends.cuda.matmul.allow_tf32 = True  # both sides may use TF32
     a = torch.ones(side, side, dtype=PRECISIONS[precision], device=common.DEVICE)
     seconds = []
     for _ in range(11):
@@ -60,10 +60,11 @@ def matrix_rate(precision: str) -> float:
 
 
 def reference(script: Path, model: Path, data: Path, out: Path, options: argparse.Namespace) -> list[str]:
-    """The reference's command line: what `ours` does, as far as it can.
+    """The command line of the reference, with the settings of `ours`.
 
-    It has no mirroring, and dies of caption dropout. Its images come from the same folder by `datasets`.
-    Of trackers it gets one that is not installed, so none: TensorBoard's dies of the script's options.
+    The reference has no horizontal flips, and it crashes with caption dropout. So neither side uses them. It loads the
+    same images through `datasets`. Its tracker is one that is not installed, so it logs nowhere: the TensorBoard
+    tracker crashes on the script's options.
     """
     return [
         str(script), "--pretrained_model_name_or_path", str(model), "--instance_data_dataset", str(data),
@@ -77,85 +78,86 @@ def reference(script: Path, model: Path, data: Path, out: Path, options: argpars
     ]  # fmt: skip
 
 
-def ours(way: str, cache: Path, options: argparse.Namespace) -> list[str]:
-    """Our settings: a recipe's, without what the reference cannot do. It is stopped long before its end."""
+def ours(mode: str, cache: Path, options: argparse.Namespace) -> list[str]:
+    """Our settings: the recipe without what the reference cannot do. The timer stops the run before `max_iters`."""
     return [
         "--cfg-options", *common.STEPS_ONLY, f"batch_size={options.batch}", "learning_rate=1e-4",
         "caption_dropout=0.0", f"precision={options.precision}", f"num_workers={options.workers}",
-        "max_iters=1000", "log_every=1000", *common.tokens(way, cache),
+        "max_iters=1000", "log_every=1000", *common.token_options(mode, cache),
         *options.cfg_options,
     ]  # fmt: skip
 
 
-def measure(way: str, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> Timings | str:
-    """One run. A cache is built ahead of the first one that needs it, and is not timed."""
+def measure(mode: str, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> Timings | str:
+    """Time one run. The token cache is built before the first run that needs it, outside the timing."""
     steps = options.warm_up + options.steps
-    if way == "reference":
-        command = reference(options.script, model, data, scratch / way, options)
-        return common.timed(command, steps, options.python, HF_DATASETS_CACHE=str(scratch / "datasets"))
+    if mode == "reference":
+        command = reference(options.script, model, data, scratch / mode, options)
+        return common.run_timed(command, steps, options.python, HF_DATASETS_CACHE=str(scratch / "datasets"))
     config, cache = f"amused_{options.resolution}_own", scratch / "cache"
-    settings = ours(way, cache, options)
-    if way == "cached" and not cache.exists():
-        build = common.diffengine("cache", config, model, data, scratch / way, *settings)
-        if problem := common.python(*build):
+    settings = ours(mode, cache, options)
+    if mode == "cached" and not cache.exists():
+        build = common.diffengine_command("cache", config, model, data, scratch / mode, *settings)
+        if problem := common.run_python(*build):
             return problem
-    train = common.diffengine("train", config, model, data, scratch / way, "--overwrite", *settings)
-    return common.timed(train, steps)
+    train = common.diffengine_command("train", config, model, data, scratch / mode, "--overwrite", *settings)
+    return common.run_timed(train, steps)
 
 
 def compare(table: common.Table, model: Path, data: Path, scratch: Path, options: argparse.Namespace) -> None:
-    """The rows of one size, resolution and batch."""
-    ways = [way for way in options.ways if way != "reference" or options.script]
-    runs: dict[str, list[Timings | str]] = {way: [] for way in ways}
+    """Print the table rows for one size, resolution and batch size."""
+    modes = [mode for mode in options.modes if mode != "reference" or options.script]
+    runs: dict[str, list[Timings | str]] = {mode: [] for mode in modes}
     for _ in range(options.repeats):
-        for way in ways:
-            runs[way].append(measure(way, model, data, scratch, options))
-    slowest = None
-    for way in ways:
-        problems = [run for run in runs[way] if isinstance(run, str)]
-        good = [run for run in runs[way] if isinstance(run, Timings)]
-        cell = (options.size, options.resolution, options.batch, options.precision, way)
+        for mode in modes:
+            runs[mode].append(measure(mode, model, data, scratch, options))
+    baseline = None
+    for mode in modes:
+        problems = [run for run in runs[mode] if isinstance(run, str)]
+        timings = [run for run in runs[mode] if isinstance(run, Timings)]
+        cell = (options.size, options.resolution, options.batch, options.precision, mode)
         if problems:
             table.row(*cell, problems[0].replace("|", "/"), *[""] * 4)
             continue
-        if any(run.torch != torch.__version__ for run in good):
-            raise SystemExit(f"the reference ran with torch {good[0].torch}; expected {torch.__version__}")
-        seconds = [value for run in good for value in run.seconds[options.warm_up - 1 :]]
+        if any(run.torch != torch.__version__ for run in timings):
+            raise SystemExit(f"the reference ran with torch {timings[0].torch}; expected {torch.__version__}")
+        seconds = [value for run in timings for value in run.seconds[options.warm_up - 1 :]]
         per_second = options.batch / statistics.median(seconds)
-        slowest = per_second if way == "reference" else slowest
-        times = f"{per_second / slowest:.2f}" if slowest else ""
-        memory = max(run.memory_gb for run in good)
-        share = per_second * arithmetic(options.size, options.resolution) / options.matrix_rate
-        table.row(*cell, common.spread(seconds), f"{per_second:.3g}", times, f"{memory:.2f}", f"{share:.1%}")
+        baseline = per_second if mode == "reference" else baseline
+        speedup = f"{per_second / baseline:.2f}" if baseline else ""
+        memory = max(run.memory_gb for run in timings)
+        utilization = per_second * flops_per_image(options.size, options.resolution) / options.matmul_flops
+        table.row(*cell, common.spread(seconds), f"{per_second:.3g}", speedup, f"{memory:.2f}", f"{utilization:.1%}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("script", nargs="?", type=Path, help="the reference's train_amused.py")
-    parser.add_argument("--python", default=sys.executable, help="that has what the script needs: torchvision")
+    parser.add_argument("script", nargs="?", type=Path, help="path of the reference's train_amused.py")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for the script; it needs torchvision")
     parser.add_argument("--size", nargs="+", choices=common.SIZES, default=["tiny"])
     parser.add_argument("--resolution", nargs="+", type=int, choices=(256, 512), default=[512])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images per step")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps of each run that are not counted")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each run that are")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each way, in turns")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
-    parser.add_argument("--cfg-options", nargs="+", default=[], help="more settings of ours: compile=True")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps at the start of each run")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per mode, in turns")
+    parser.add_argument("--workers", type=int, default=2, help="data loader workers")
+    parser.add_argument("--cfg-options", nargs="+", default=[], help="our config options, for example compile=True")
     options = parser.parse_args(arguments)
     options.precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     if options.warm_up < 1:
-        parser.error("--warm-up must be at least 1: a step is timed from the end of the one before")
+        parser.error("--warm-up must be at least 1: a step is timed from the end of the previous one")
     options.script = options.script and options.script.resolve()
 
-    options.matrix_rate = matrix_rate(options.precision)
+    options.matmul_flops = matmul_flops(options.precision)
     print(
         f"{options.repeats} runs of {options.steps} steps each after {options.warm_up}, {options.workers} "
-        f"workers, on {common.machine()}, {options.matrix_rate / 1e12:.3g} TFLOP/s in {options.precision}\n"
+        f"workers, on {common.machine()}, {options.matmul_flops / 1e12:.3g} TFLOP/s in {options.precision}\n"
     )
     table = common.Table(
-        "size", "px", "batch", "precision", "way", "s/step", "images/s", "times", "peak GB", "matrix rate"
+        "size", "px", "batch", "precision", "mode", "s/step", "images/s", "speedup", "peak GB",
+        "matmul utilization",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as root:
         for size in options.size:
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
                     cell = argparse.Namespace(
                         **{**vars(options), "size": size, "resolution": resolution, "batch": batch}
                     )
-                    count = batch * (options.warm_up + options.steps)  # no epoch ends while it is timed
+                    count = batch * (options.warm_up + options.steps)  # so that no epoch ends during the timing
                     with tempfile.TemporaryDirectory(dir=root) as scratch:
                         data = common.write_images(Path(scratch) / "data", count)
                         compare(table, model, data, Path(scratch), cell)

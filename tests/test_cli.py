@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, listing, and several processes."""
+"""The command line: help, exit codes, list-cfg, and multiple processes."""
 
 import errno
 import importlib
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fail_with(monkeypatch, error):
-    """Let list-cfg raise this."""
+    """Makes list-cfg raise this error."""
 
     def shipped():
         raise error
@@ -63,19 +63,19 @@ def test_help_of_each_command(command, capsys):
     assert capsys.readouterr().out.startswith(f"usage: diffengine {command} ")
 
 
-def test_a_users_mistake_is_one_line_and_2(monkeypatch, capsys):
+def test_user_error_prints_one_line_and_exits_with_2(monkeypatch, capsys):
     fail_with(monkeypatch, UserError("got this;\n   expected that"))
     assert cli.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == "diffengine list-cfg: error: got this; expected that\n"
 
 
-def test_what_another_process_says_is_not_said_again(monkeypatch, capsys):
+def test_error_of_another_process_is_not_repeated(monkeypatch, capsys):
     fail_with(monkeypatch, PeerError("got this"))
     assert cli.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == ""
 
 
-def test_a_problem_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
+def test_internal_error_prints_a_traceback_and_exits_with_1(monkeypatch, capsys):
     fail_with(monkeypatch, ZeroDivisionError("by zero"))
     assert cli.main(["list-cfg"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -84,23 +84,23 @@ def test_a_problem_of_ours_is_a_traceback_and_1(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG])
-def test_what_the_disk_refuses_is_one_line_and_2(monkeypatch, capsys, number):
-    why = os.strerror(number)
-    fail_with(monkeypatch, OSError(number, why, "run/config.py"))
+def test_disk_error_prints_one_line_and_exits_with_2(monkeypatch, capsys, number):
+    reason = os.strerror(number)
+    fail_with(monkeypatch, OSError(number, reason, "run/config.py"))
     assert cli.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == (
-        f"diffengine list-cfg: error: cannot read or write 'run/config.py': {why}; free space or fix the "
+        f"diffengine list-cfg: error: cannot read or write 'run/config.py': {reason}; free space or fix the "
         "permissions, or choose another folder\n"
     )
 
 
-def test_another_problem_of_the_system_is_ours(monkeypatch, capsys):
+def test_other_os_errors_are_internal_errors(monkeypatch, capsys):
     fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
     assert cli.main(["list-cfg"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_stopped_and_cut_off(monkeypatch, capsys):
+def test_interrupt_and_broken_pipe(monkeypatch, capsys):
     fail_with(monkeypatch, KeyboardInterrupt())
     assert cli.main(["list-cfg"]) == 130
     assert capsys.readouterr().err == "diffengine list-cfg: stopped at once\n"
@@ -138,17 +138,17 @@ def test_list_cfg(capsys):
         "run",
     ],
 )
-def test_keys_may_stand_anywhere(line):
-    words, keys = convert._words(cli.parser().parse_args(["convert", *line.split()]))
+def test_save_keys_may_come_anywhere(line):
+    positional, keys = convert._words(cli.parser().parse_args(["convert", *line.split()]))
     given = [word for word in line.split() if not word.startswith("-")]
-    assert words == [word for word in given if word not in "ab"]
+    assert positional == [word for word in given if word not in "ab"]
     assert (keys or []) == [word for word in given if word in "ab"]
 
 
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def at(address, port, node):
+def rendezvous(address, port, node):
     return [f"--master-addr={address}", f"--master-port={port}", f"--node-rank={node}"]
 
 
@@ -158,15 +158,15 @@ def at(address, port, node):
         ({"NPROC_PER_NODE": "8"}, ["--nnodes=1", "--nproc-per-node=8", "--standalone"]),
         (
             {"NPROC_PER_NODE": "2", "PORT": "29501"},
-            ["--nnodes=1", "--nproc-per-node=2", *at("127.0.0.1", 29501, 0)],
+            ["--nnodes=1", "--nproc-per-node=2", *rendezvous("127.0.0.1", 29501, 0)],
         ),
         (
             {"NNODES": "2", "NODE_RANK": "1", "ADDR": "a", "NPROC_PER_NODE": "4"},
-            ["--nnodes=2", "--nproc-per-node=4", *at("a", 29500, 1)],
+            ["--nnodes=2", "--nproc-per-node=4", *rendezvous("a", 29500, 1)],
         ),
         (
             {"NNODES": "2", "ADDR": "a", "MASTER_ADDR": "b", "PORT": "1", "MASTER_PORT": "2"},
-            ["--nnodes=2", "--nproc-per-node=1", *at("b", 2, 0)],
+            ["--nnodes=2", "--nproc-per-node=1", *rendezvous("b", 2, 0)],
         ),
     ],
 )  # fmt: skip
@@ -177,13 +177,13 @@ def test_torchrun_arguments(monkeypatch, env, arguments):
     assert launch.processes_asked()
 
 
-def test_one_process_unless_asked():
+def test_one_process_by_default():
     assert not launch.processes_asked()
 
 
 @pytest.fixture
 def toy(folder, monkeypatch):
-    """A config for two steps a second, and signal handlers as they were."""
+    """A config that trains two steps a second; restores the signal handlers. Returns the work dir."""
     write_photo_folder(folder / "photos", 4, 48)
     make_model_folder(folder / "model", "toy")
     text = (
@@ -200,7 +200,7 @@ def toy(folder, monkeypatch):
         signal.signal(signum, handler)
 
 
-def steps(work_dir):
+def logged_steps(work_dir):
     path = work_dir / "metrics.jsonl"
     return [json.loads(line)["iter"] for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -208,12 +208,12 @@ def steps(work_dir):
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
 )
-def test_a_signal_reaches_two_processes_which_finish_the_step_and_save(toy, monkeypatch, capfd, signum, code):
+def test_two_processes_finish_the_step_and_save_on_a_signal(toy, monkeypatch, capfd, signum, code):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
 
     def stop_after_two_steps():
-        limit = time.monotonic() + 240
-        while len(steps(toy)) < 2 and time.monotonic() < limit:
+        deadline = time.monotonic() + 240
+        while len(logged_steps(toy)) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(os.getpid(), signum)
 
@@ -223,10 +223,10 @@ def test_a_signal_reaches_two_processes_which_finish_the_step_and_save(toy, monk
     assert err.splitlines()[-1] == f"diffengine train: stopped by {signum.name}; continue with --resume"
     assert "Traceback" not in err
     assert "2 x cpu" in out
-    assert [path.name for path in toy.glob("*.pth")] == [f"iter_{steps(toy)[-1]}.pth"]
+    assert [path.name for path in toy.glob("*.pth")] == [f"iter_{logged_steps(toy)[-1]}.pth"]
 
 
-def test_a_process_leaves_its_mistake_for_the_launcher_to_say(toy, monkeypatch, capsys):
+def test_launcher_prints_the_error_of_a_process(toy, monkeypatch, capsys):
     monkeypatch.setenv(launch.LAUNCHED, "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
     assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2
@@ -239,17 +239,17 @@ def test_a_process_leaves_its_mistake_for_the_launcher_to_say(toy, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("exitcode", "code", "why"),
+    ("exitcode", "code", "reason"),
     [(1, 1, "exit code 1, see above"), (-9, 137, "Signal 9 (SIGKILL) received by PID 7")],
 )
-def test_the_exit_code_of_a_process_that_broke(exitcode, code, why, capsys):
+def test_exit_code_of_a_failed_process(exitcode, code, reason, capsys):
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file="none")
     assert launch.report("train", ChildFailedError("train", {1: failure})) == code
-    assert capsys.readouterr().err == f"diffengine train: failed: process 1: {why}\n"
+    assert capsys.readouterr().err == f"diffengine train: failed: process 1: {reason}\n"
 
 
 @pytest.mark.soak
-def test_a_mistake_that_two_processes_find_is_one_line_and_2(toy, monkeypatch, capfd):
+def test_error_in_two_processes_prints_one_line_and_exits_with_2(toy, monkeypatch, capfd):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     capfd.readouterr()
     assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2

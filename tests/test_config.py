@@ -1,4 +1,4 @@
-"""Configs: found, extended, overridden, resolved, validated, written."""
+"""Configs: find, extend, read, override, resolve, validate, write."""
 
 import pytest
 
@@ -23,8 +23,8 @@ def write(path, text):
     return str(path)
 
 
-def refusal(action, *arguments, **options):
-    """The one line with which an action is refused."""
+def error_of(action, *arguments, **options):
+    """The one-line error that an action raises."""
     with pytest.raises(UserError) as caught:
         action(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -42,7 +42,7 @@ def test_shipped_names():
         "amused_512_pokemon_blip",
         "vq_32_emoji",
     } <= set(TRAINABLE)
-    assert "amused" not in TRAINABLE  # a base is no config to train
+    assert "amused" not in TRAINABLE  # a base config cannot be trained
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -54,11 +54,11 @@ def test_every_shipped_config_loads(name):
 
 
 def test_unknown_name_and_file():
-    assert refusal(config.find, "amused_512_pokemon") == (
+    assert error_of(config.find, "amused_512_pokemon") == (
         "unknown config 'amused_512_pokemon'; did you mean 'amused_512_pokemon_blip'?; "
         "`diffengine list-cfg` lists them all"
     )
-    assert "config file 'my.py' does not exist" in refusal(config.find, "my.py")
+    assert "config file 'my.py' does not exist" in error_of(config.find, "my.py")
 
 
 # ---------------------------------------------------------------------------------------------- extending
@@ -77,24 +77,24 @@ def test_extends_by_name_path_and_list(folder):
     assert shipped["resolution"] == 512
 
 
-def test_extends_itself_or_a_number(folder):
+def test_extending_itself_or_a_number_is_an_error(folder):
     write(folder / "a.py", "extends = 'b.py'\n")
     write(folder / "b.py", "extends = 'a.py'\n")
-    assert "extends itself" in refusal(config.read, "a.py")
+    assert "extends itself" in error_of(config.read, "a.py")
     write(folder / "c.py", "extends = 5\n")
-    assert "extends got 5; expected a config's name or path" in refusal(config.read, "c.py")
+    assert "extends got 5; expected a config's name or path" in error_of(config.read, "c.py")
 
 
 def test_merge():
     base = {"type": "A", "x": 1, "inner": {"y": 1, "z": [1, 2]}}
     assert config.merge(base, {"inner": {"z": [3]}}) == {"type": "A", "x": 1, "inner": {"y": 1, "z": [3]}}
     assert config.merge(base, {"type": "A", "x": 2})["inner"] == base["inner"]
-    assert config.merge({"part": base}, {"part": {"type": "B"}}) == {"part": {"type": "B"}}
-    assert config.merge({"part": base}, {"part": None}) == {"part": None}
+    assert config.merge({"section": base}, {"section": {"type": "B"}}) == {"section": {"type": "B"}}
+    assert config.merge({"section": base}, {"section": None}) == {"section": None}
     assert base == {"type": "A", "x": 1, "inner": {"y": 1, "z": [1, 2]}}
 
 
-def test_a_setting_replaces_where_a_section_merges():
+def test_settings_replace_and_sections_merge():
     base = {"colours": {"red": 1}, "model": {"type": "A", "size": 1}}
     extended = config.extend(base, {"colours": {"blue": 2}, "model": {"depth": 3}})
     assert extended == {"colours": {"blue": 2}, "model": {"type": "A", "size": 1, "depth": 3}}
@@ -103,33 +103,33 @@ def test_a_setting_replaces_where_a_section_merges():
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def test_imports_are_names(folder):
+def test_imports_become_dotted_names(folder):
     text = (
-        "import no_such_package\nimport torch.nn as nn, torch.optim\nfrom no.such.place import Thing as T\n"
+        "import no_such_package\nimport torch.nn as nn, torch.optim\nfrom no.such.module import Thing as T\n"
         "a = dict(type=T)\nb = [nn.Linear, torch.optim.AdamW, no_such_package.x.Y]\n"
         "_helper = 3\nc = (_helper,)\n"
     )
     assert config.read(write(folder / "c.py", text)) == {
-        "a": {"type": "no.such.place.Thing"},
+        "a": {"type": "no.such.module.Thing"},
         "b": ["torch.nn.Linear", "torch.optim.AdamW", "no_such_package.x.Y"],
         "c": [3],
     }
 
 
-def test_a_missing_package_is_a_problem_of_validation(folder):
+def test_validation_reports_a_missing_package(folder):
     path = write(
         folder / "c.py",
         "extends = 'amused_512_own'\nfrom no_such_package import Images\n"
         "train_dataloader = dict(dataset=dict(type=Images))\n",
     )
     config.read(path)
-    message = refusal(load_config, path)
+    message = error_of(load_config, path)
     assert "train_dataloader.dataset: type 'no_such_package.Images' cannot be imported" in message
     assert "No module named 'no_such_package'" in message
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected"),
     [
         ("a = 1\nb = = 2\n", "line 2: invalid syntax"),
         ("import os\na = os.getcwd()\n", "line 2: TypeError: 'os.getcwd' is only a name here"),
@@ -142,19 +142,19 @@ def test_a_missing_package_is_a_problem_of_validation(folder):
         ("from torch import *\n", 'to build on another config: extends = "NAME"'),
     ],
 )
-def test_what_is_no_config(folder, text, says):
-    message = refusal(config.read, write(folder / "c.py", text))
+def test_invalid_config_files(folder, text, expected):
+    message = error_of(config.read, write(folder / "c.py", text))
     assert message.startswith(f"config '{folder / 'c.py'}'")
-    assert says in message
+    assert expected in message
 
 
 def test_encodings(folder):
     (folder / "latin.py").write_bytes("data = 'é'\n".encode("latin-1"))
-    assert "'latin.py' is not UTF-8 text" in refusal(config.read, "latin.py")
+    assert "'latin.py' is not UTF-8 text" in error_of(config.read, "latin.py")
     (folder / "marked.py").write_bytes(b"\xef\xbb\xbf" + "data = 'é 猫'\n".encode())
     assert config.read("marked.py") == {"data": "é 猫"}
     (folder / "folder.py").mkdir()
-    assert "does not exist" in refusal(config.read, "folder.py")
+    assert "does not exist" in error_of(config.read, "folder.py")
 
 
 # ---------------------------------------------------------------------------------------------- overriding
@@ -181,7 +181,7 @@ def test_encodings(folder):
         ("${size}", "7", 7),
     ],
 )
-def test_a_value_keeps_its_type(old, text, new):
+def test_override_keeps_the_type(old, text, new):
     changed = config.override({"key": old, "size": 1}, [f"key={text}"])["key"]
     assert changed == new
     assert type(changed) is type(new)
@@ -199,38 +199,38 @@ def test_a_value_keeps_its_type(old, text, new):
         (True, "true", "got 'true' (str); expected bool"),
     ],
 )
-def test_a_value_of_another_type_is_refused(old, text, expected):
-    assert expected in refusal(config.override, {"key": old}, [f"key={text}"])
+def test_override_of_another_type_is_an_error(old, text, expected):
+    assert expected in error_of(config.override, {"key": old}, [f"key={text}"])
 
 
-def test_paths():
-    base = {"model": {"type": "A", "parts": [{"p": 1}, {"p": 2}]}, "size": 1}
-    options = ["model.parts.1.p=3", "model.parts.-2.p=4", "model.extra=x", "size=2", "custom_hooks=[]"]
+def test_override_by_path():
+    base = {"model": {"type": "A", "layers": [{"p": 1}, {"p": 2}]}, "size": 1}
+    options = ["model.layers.1.p=3", "model.layers.-2.p=4", "model.extra=x", "size=2", "custom_hooks=[]"]
     changed = config.override(base, [*options, "seed=7", "work_dir=a b"])
     assert changed == {
-        "model": {"type": "A", "parts": [{"p": 4}, {"p": 3}], "extra": "x"},
+        "model": {"type": "A", "layers": [{"p": 4}, {"p": 3}], "extra": "x"},
         "size": 2, "custom_hooks": [], "seed": 7, "work_dir": "a b",
     }  # fmt: skip
-    assert base["model"]["parts"] == [{"p": 1}, {"p": 2}]
+    assert base["model"]["layers"] == [{"p": 1}, {"p": 2}]
     assert config.override({"sizes": [1, 2]}, ["sizes.1=5"]) == {"sizes": [1, 5]}
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "expected"),
     [
         ("size", "got 'size'; expected KEY=VALUE, as in batch_size=4"),
         ("=3", "got '=3'; expected KEY=VALUE"),
         ("sise=3", "unknown key 'sise'; did you mean 'size'?"),
         ("modle.x=3", "there is no 'modle' in this config; did you mean 'model'?"),
-        ("model.parts.2.p=1", "there is no 'model.parts.2' in this config; its parent is [{'p': 1}, {'p': 2}]"),
-        ("model.parts.x=1", "there is no 'model.parts.x' in this config; its parent is [{'p': 1}, {'p': 2}]"),
+        ("model.layers.2.p=1", "there is no 'model.layers.2' in this config; its parent is [{'p': 1}, {'p': 2}]"),
+        ("model.layers.x=1", "there is no 'model.layers.x' in this config; its parent is [{'p': 1}, {'p': 2}]"),
         ("size.x=1", "there is no 'size.x' in this config; its parent is 1"),
         ("size.x.y=1", "there is no 'size.x' in this config; its parent is 1"),
     ],
 )
-def test_paths_that_do_not_exist(option, says):
-    base = {"model": {"type": "A", "parts": [{"p": 1}, {"p": 2}]}, "size": 1}
-    assert says in refusal(config.override, base, [option])
+def test_override_of_a_missing_path(option, expected):
+    base = {"model": {"type": "A", "layers": [{"p": 1}, {"p": 2}]}, "size": 1}
+    assert expected in error_of(config.override, base, [option])
 
 
 # ---------------------------------------------------------------------------------------------- resolving
@@ -247,13 +247,13 @@ def test_references_keep_their_type():
     assert resolved["data"] == "/data/images"
 
 
-def test_references_through_references():
+def test_references_to_references():
     assert config.resolve({"a": "${b}", "b": "${c}", "c": 3, "model": {"x": "${a}"}})["model"] == {"x": 3}
-    assert "refers back to itself" in refusal(config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}})
+    assert "refers back to itself" in error_of(config.resolve, {"a": "${b}", "b": "${a}", "model": {"x": "${a}"}})
 
 
-def test_all_problems_of_references_in_one_error():
-    message = refusal(config.resolve, {"rate": 1, "batch": 2, "model": {"x": "${rat}", "y": ["${batc}"]}})
+def test_one_error_lists_all_wrong_references():
+    message = error_of(config.resolve, {"rate": 1, "batch": 2, "model": {"x": "${rat}", "y": ["${batc}"]}})
     assert message == (
         "the config has errors: "
         "unknown setting 'rate'; did you mean 'rat'? (nothing in this config uses it); "
@@ -263,14 +263,14 @@ def test_all_problems_of_references_in_one_error():
     )
 
 
-def test_a_misspelt_setting_in_a_file_and_by_flag(folder):
+def test_unknown_setting_in_a_file_and_in_a_flag(folder):
     path = write(folder / "c.py", "extends = 'amused_512_own'\nresolutoin = 256\n")
-    assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in refusal(load_config, path)
-    message = refusal(load_config, "vq_32_emoji", (), {"data": "images"})
+    assert "unknown setting 'resolutoin'; did you mean 'resolution'?" in error_of(load_config, path)
+    message = error_of(load_config, "vq_32_emoji", (), {"data": "images"})
     assert "config 'vq_32_emoji' has no setting 'data'; it has " in message
 
 
-def test_what_an_override_puts_out_of_use_is_dropped(folder):
+def test_settings_that_an_override_makes_unused_are_dropped(folder):
     settings, resolved = load_config("amused_512_own", ["train_dataloader.batch_size=2"])
     assert resolved["train_dataloader"]["batch_size"] == 2
     assert "batch_size" not in settings
@@ -281,14 +281,14 @@ def test_what_an_override_puts_out_of_use_is_dropped(folder):
     )
     settings, _ = load_config(path)
     assert "data" not in settings
-    assert "unknown setting 'data'" in refusal(load_config, path, (), {"data": "images"})
-    assert "unknown setting 'caption'" in refusal(load_config, path, ["caption=it"])
+    assert "unknown setting 'data'" in error_of(load_config, path, (), {"data": "images"})
+    assert "unknown setting 'caption'" in error_of(load_config, path, ["caption=it"])
 
 
 # ---------------------------------------------------------------------------------------------- validating
 
 
-def test_all_problems_of_a_config_in_one_error(folder):
+def test_one_error_lists_all_problems_of_a_config(folder):
     path = write(
         folder / "c.py",
         "extends = 'amused_512_own'\nresolutoin = 256\nbatch_size = 2.5\n"
@@ -296,7 +296,7 @@ def test_all_problems_of_a_config_in_one_error(folder):
         "optim_wrapper = dict(optimizer=dict(lrr=1))\n"
         "default_hooks = dict(previews=dict(every=2))\n",
     )
-    message = refusal(load_config, path)
+    message = error_of(load_config, path)
     for problem in (
         "unknown setting 'resolutoin'; did you mean 'resolution'?",
         "train_dataloader.batch_size got 2.5 (float); expected int",
@@ -309,7 +309,7 @@ def test_all_problems_of_a_config_in_one_error(folder):
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "expected"),
     [
         (
             "train_cfg.max_steps=5",
@@ -335,8 +335,8 @@ def test_all_problems_of_a_config_in_one_error(folder):
         ("work_dir=5", "work_dir got 5; expected a folder"),
     ],
 )
-def test_problems_of_sections(option, says):
-    assert says in refusal(load_config, "amused_512_own", [option])
+def test_errors_in_sections(option, expected):
+    assert expected in error_of(load_config, "amused_512_own", [option])
 
 
 def test_missing_section_and_missing_option():
@@ -350,7 +350,7 @@ def test_visualizer_backends_are_checked():
     _, resolved = load_config("vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"])
     assert resolved["vis_backends"] == [{"type": "mmengine.visualization.LocalVisBackend"}]
     option = "vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend', 'img_save': 1}]"
-    assert "unknown key 'img_save' for LocalVisBackend" in refusal(load_config, "vq_32_emoji", [option])
+    assert "unknown key 'img_save' for LocalVisBackend" in error_of(load_config, "vq_32_emoji", [option])
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_fits(value, hint, fit):
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_what_is_written_loads_as_the_same(folder, name):
+def test_written_config_loads_unchanged(folder, name):
     settings, resolved = load_config(name, [], {"work_dir": "some 'where'"})
     path = write(folder / "config.py", config.to_text(settings, "line one\nline two"))
     assert load_config(path) == (settings, resolved)
@@ -390,23 +390,23 @@ def test_what_is_written_loads_as_the_same(folder, name):
     assert text.index("batch_size = ") < text.index("model = ")
 
 
-def test_what_is_closest_to_a_config_comes_first(folder):
-    write(folder / "below.py", "a = 1\nb = 2\nc = 3")
-    write(folder / "beside.py", "d = 4\nb = 5")
-    path = write(folder / "mine.py", "extends = ['below.py', 'beside.py']\ne = 6\nc = 7")
+def test_own_settings_come_first_then_those_of_the_last_base(folder):
+    write(folder / "first.py", "a = 1\nb = 2\nc = 3")
+    write(folder / "second.py", "d = 4\nb = 5")
+    path = write(folder / "mine.py", "extends = ['first.py', 'second.py']\ne = 6\nc = 7")
     assert list(config.read(path).items()) == [("e", 6), ("c", 7), ("d", 4), ("b", 5), ("a", 1)]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_copied_config(folder, monkeypatch, name, capsys):
+def test_copy_cfg(folder, monkeypatch, name, capsys):
     assert main(["copy-cfg", name, "mine/my.py"]) == 0
     assert capsys.readouterr().out == "wrote mine/my.py; train it with: diffengine train mine/my.py\n"
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     assert load_config("../mine/my.py") == load_config(name)
     text = (folder / "mine" / "my.py").read_text(encoding="utf-8")
-    switched = [line.removeprefix("# ") if " = " in line else line for line in text.splitlines()]
-    path = write(folder / "all.py", "\n".join(switched))
+    uncommented = [line.removeprefix("# ") if " = " in line else line for line in text.splitlines()]
+    path = write(folder / "all.py", "\n".join(uncommented))
     shipped, everything = load_config(name)[1], load_config(path)[1]
     assert everything.pop("train_dataloader") == {**shipped.pop("train_dataloader"), "skip_unreadable": True}
     assert everything == shipped
@@ -414,7 +414,7 @@ def test_copied_config(folder, monkeypatch, name, capsys):
     assert load_config(edited)[1]["train_dataloader"]["batch_size"] != shipped["batch_size"]
 
 
-# ---------------------------------------------------------------------------------------------- law 8
+# ---------------------------------------------------------------------------------------------- settings
 
 
 def settings_of(name):
@@ -422,8 +422,8 @@ def settings_of(name):
     return {key: value for key, value in written.items() if key not in config.SECTIONS}
 
 
-def other(value):
-    """Another value that could stand there."""
+def different(value):
+    """A different valid value."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -440,16 +440,15 @@ def sections(resolved):
 
 
 @pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in TRAINABLE for setting in settings_of(name)])
-def test_a_setting_acts(name, setting):
-    """Changing a setting changes a section, wherever it is used and nowhere else."""
+def test_every_setting_changes_a_section(name, setting):
     written = config.read(name)
-    before, after = (config.resolve(each) for each in (written, {**written, setting: other(written[setting])}))
+    before, after = (config.resolve(each) for each in (written, {**written, setting: different(written[setting])}))
     assert sections(before) != sections(after)
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_no_setting_stands_twice(name):
-    """A section that holds a setting's value under the setting's name says so by a reference."""
+def test_sections_refer_to_settings(name):
+    """A key with the name of a setting holds a reference to the setting, not a copy of its value."""
     written = config.read(name)
     settings = settings_of(name)
 
@@ -465,7 +464,7 @@ def test_no_setting_stands_twice(name):
     assert found == []
 
 
-def test_resolution_acts_in_every_part():
+def test_overrides_reach_every_section():
     _, resolved = load_config("amused_512_own", ["resolution=256", "data=here", "caption=it", "batch_size=2"])
     assert resolved["train_dataloader"] == {
         "dataset": {

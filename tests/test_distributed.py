@@ -1,4 +1,4 @@
-"""Start-up under launchers."""
+"""Start-up under launchers, and errors across ranks."""
 
 import errno
 import os
@@ -14,8 +14,8 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "P
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment that no launcher has touched; what is set in a test is undone."""
+def clean_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without launcher variables. Changes are undone after the test."""
     for name in (*LAUNCHER, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -35,10 +35,10 @@ def test_first_host(nodes: str, first: str) -> None:
     assert distributed.first_host(nodes) == first
 
 
-def test_slurm_names_become_torchs(bare: pytest.MonkeyPatch) -> None:
+def test_slurm_variables_are_translated_for_torch(clean_env: pytest.MonkeyPatch) -> None:
     for name, value in (("PROCID", "0"), ("NTASKS", "1"), ("LOCALID", "0"), ("STEP_NODELIST", "127.0.0.1")):
-        bare.setenv(f"SLURM_{name}", value)
-    bare.setenv("PORT", "0")  # any free one
+        clean_env.setenv(f"SLURM_{name}", value)
+    clean_env.setenv("PORT", "0")  # any free port
     try:
         distributed.start("slurm")
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -49,13 +49,13 @@ def test_slurm_names_become_torchs(bare: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("launcher", "text"), [("slurm", "SLURM_PROCID"), ("pytorch", "no RANK")])
-def test_a_launcher_that_is_not_there(bare: pytest.MonkeyPatch, launcher: str, text: str) -> None:
+def test_missing_launcher(clean_env: pytest.MonkeyPatch, launcher: str, text: str) -> None:
     with pytest.raises(UserError, match=text):
         distributed.start(launcher)
 
 
 def _full_disk() -> None:
-    def full() -> None:
+    def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     first = distributed.rank() == 0
@@ -64,11 +64,11 @@ def _full_disk() -> None:
         with distributed.all_ranks():
             work()
 
-    for share, work in ((distributed.on_rank_0, full), (on_all_ranks, full if first else int)):
+    for run, work in ((distributed.on_rank_0, fail), (on_all_ranks, fail if first else int)):
         with pytest.raises(UserError if first else PeerError, match=r"write 'metrics\.jsonl': No space left") as caught:
-            share(work)
+            run(work)
         assert isinstance(caught.value, PeerError) != first
 
 
-def test_a_full_disk_on_one_rank_ends_all() -> None:
+def test_full_disk_on_one_rank_stops_all_ranks() -> None:
     on_ranks(2, _full_disk)

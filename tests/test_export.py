@@ -1,4 +1,4 @@
-"""What is exported is what was trained, and nothing is lost by exporting."""
+"""An export holds exactly the trained weights, and never overwrites other files."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.vq import VQTokenizerModel
 from tests.support import models
 
-DRAW: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, **options: Any) -> AmusedModel:
-    """A model whose weights are not the folder's any more."""
+    """A model whose weights differ from those in the folder."""
     model = AmusedModel(str(folder), **options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +48,7 @@ def equal(loaded: torch.nn.Module, live: torch.nn.Module) -> bool:
 # ---------------------------------------------------------------------------------------------- components
 
 
-def test_components_bit_for_bit(toy: Path, tmp_path: Path) -> None:
+def test_components_are_exported_bit_for_bit(toy: Path, tmp_path: Path) -> None:
     model = changed(toy, train=["transformer", "text_encoder"])
     folders = [item.folder for item in export_components(model, tmp_path)]
     assert folders == [tmp_path / "transformer", tmp_path / "text_encoder"]
@@ -58,7 +58,7 @@ def test_components_bit_for_bit(toy: Path, tmp_path: Path) -> None:
     assert [file.suffix for file in sorted(folders[0].iterdir())] == [".json", ".safetensors"]
 
 
-def test_chosen_keys(toy: Path, tmp_path: Path) -> None:
+def test_save_keys_choose_the_components(toy: Path, tmp_path: Path) -> None:
     model = changed(toy, train=["transformer", "text_encoder"])
     (exported,) = export_components(model, tmp_path, ["text_encoder"])
     assert exported.folder == tmp_path / "text_encoder"
@@ -69,7 +69,7 @@ def test_chosen_keys(toy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_the_frozen_weights_are_not_read(toy: Path, tmp_path: Path) -> None:
+def test_export_does_not_read_frozen_weights(toy: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(toy, tmp_path / "model"))
     for name in ("vqvae", "text_encoder"):
         for file in (folder / name).glob("*.safetensors"):
@@ -77,7 +77,7 @@ def test_the_frozen_weights_are_not_read(toy: Path, tmp_path: Path) -> None:
     export_components(AmusedModel(str(folder)), tmp_path / "out")
 
 
-def test_an_older_export_is_replaced(toy: Path, tmp_path: Path) -> None:
+def test_older_export_is_replaced(toy: Path, tmp_path: Path) -> None:
     export_components(AmusedModel(str(toy)), tmp_path)
     (tmp_path / "transformer" / "stale.txt").write_text("old")
     model = changed(toy)
@@ -86,61 +86,61 @@ def test_an_older_export_is_replaced(toy: Path, tmp_path: Path) -> None:
     assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), model.transformer)
 
 
-def test_a_failure_leaves_the_older_export(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_export_keeps_the_older_one(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = AmusedModel(str(toy))
     export_components(first, tmp_path)
 
-    def full(self: Any, folder: Path, **options: Any) -> None:
+    def fail_halfway(self: Any, folder: Path, **options: Any) -> None:
         Path(folder).mkdir()
         (Path(folder) / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(UVit2DModel, "save_pretrained", full)
+    monkeypatch.setattr(UVit2DModel, "save_pretrained", fail_halfway)
     with pytest.raises(UserError, match=r"cannot write to '.*': .*No space left on device"):
         export_components(changed(toy), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["transformer"]
     assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), first.transformer)
 
 
-def test_what_does_not_load_back_is_an_error(toy: Path, tmp_path: Path) -> None:
+def test_weights_that_load_back_differently_are_an_error(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
     folder = export_components(model, tmp_path)[0].folder
     weights = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     bits = state["embed.conv.weight"].view(torch.int32)
-    bits.view(-1)[0] ^= 1  # the last bit of one value
+    bits.view(-1)[0] ^= 1  # flip the last bit of one value
     save_file(state, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"does not load back what was written: 1 entries differ, first embed\.conv"):
         export._check_whole(model, "transformer", model.transformer, folder, torch.float32)
 
 
-def test_weights_that_are_not_numbers_still_load_back(toy: Path, tmp_path: Path) -> None:
+def test_nan_weights_are_exported(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
     with torch.no_grad():
         model.transformer.embed.conv.weight.view(-1)[0] = float("nan")
     export_components(model, tmp_path)
 
 
-def test_the_base_model_is_not_overwritten(toy: Path, tmp_path: Path) -> None:
+def test_base_model_is_never_overwritten(toy: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(toy, tmp_path / "base"))
     before = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     model = changed(folder)
-    said = r"is the transformer that this model was made from, and would be lost; write to another folder"
-    with pytest.raises(UserError, match=said):
+    message = r"is the transformer that this model was made from, and would be lost; write to another folder"
+    with pytest.raises(UserError, match=message):
         export_components(model, folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_components(model, tmp_path / "base" / "vqvae" / "..")
     with pytest.raises(UserError, match="that this model was made from"):
         export_pipeline(model, folder)
     own = AmusedModel(str(toy), transformer=str(folder / "transformer"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_components(own, folder)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match="is the vqvae that this model was made from"):
         export_components(VQTokenizerModel(str(folder)), folder)
 
 
-def test_a_folder_of_other_things_is_not_replaced(toy: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_replaced(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="exists and holds no exported component"):
@@ -151,7 +151,7 @@ def test_a_folder_of_other_things_is_not_replaced(toy: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------- pipeline
 
 
-def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
+def test_pipeline_export(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
     out = export_pipeline(model, tmp_path / "pipeline").folder
     assert sorted(file.name for file in out.iterdir()) == [
@@ -159,20 +159,20 @@ def test_a_whole_pipeline(toy: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     live, loaded = model.build_pipeline(), AmusedPipeline.from_pretrained(out)
     images = [
-        pipeline("yoda pokemon", generator=torch.Generator().manual_seed(1), **DRAW).images[0]
+        pipeline("yoda pokemon", generator=torch.Generator().manual_seed(1), **OPTIONS).images[0]
         for pipeline in (live, loaded)
     ]
     assert images[0].tobytes() == images[1].tobytes()
     image, mask = images[0], Image.new("L", (32, 32), 0)
     mask.paste(255, (0, 0, 16, 32))
-    edited = AmusedImg2ImgPipeline.from_pretrained(out)("a cat", image, **DRAW).images[0]
-    filled = AmusedInpaintPipeline.from_pretrained(out)("a cat", image, mask, **DRAW).images[0]
+    edited = AmusedImg2ImgPipeline.from_pretrained(out)("a cat", image, **OPTIONS).images[0]
+    filled = AmusedInpaintPipeline.from_pretrained(out)("a cat", image, mask, **OPTIONS).images[0]
     assert edited.size == filled.size == (32, 32)
-    export_pipeline(model, out)  # again, over itself
+    export_pipeline(model, out)  # a second export replaces the first
     assert equal(UVit2DModel.from_pretrained(out / "transformer"), model.transformer)
 
 
-def test_a_pipeline_of_somebody_elses_is_not_replaced(toy: Path, tmp_path: Path) -> None:
+def test_foreign_pipeline_is_not_replaced(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
     folder = export_pipeline(model, tmp_path / "ours").folder
     assert json.loads((folder / "model_index.json").read_text())["_diffengine_version"] == __version__
@@ -184,7 +184,7 @@ def test_a_pipeline_of_somebody_elses_is_not_replaced(toy: Path, tmp_path: Path)
         assert {file: file.read_bytes() for file in other.rglob("*") if file.is_file()} == before
 
 
-def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path: Path) -> None:
+def test_pipeline_trained_from_scratch_keeps_its_vocabulary(toy: Path, tmp_path: Path) -> None:
     assets = learn_vocabulary(["a red cat", "a blue dog"], 540, 12)
     text = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     transformer = {
@@ -200,14 +200,14 @@ def test_a_pipeline_built_from_nothing_keeps_its_vocabulary(toy: Path, tmp_path:
     assert loaded.tokenizer.get_vocab() == model.components.tokenizer.get_vocab()
     assert loaded.tokenizer.model_max_length == 12
     assert loaded.scheduler.config.mask_token_id == model.mask_id
-    drawn = [
-        pipeline("a blue cat", generator=torch.Generator().manual_seed(1), **DRAW).images[0].tobytes()
+    images = [
+        pipeline("a blue cat", generator=torch.Generator().manual_seed(1), **OPTIONS).images[0].tobytes()
         for pipeline in (model.build_pipeline(), loaded)
     ]
-    assert drawn[0] == drawn[1]
+    assert images[0] == images[1]
 
 
-def test_a_model_without_pipeline(toy: Path, tmp_path: Path) -> None:
+def test_model_without_pipeline(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="VQTokenizerModel has no pipeline; leave --pipeline out to export vqvae"):
         export_pipeline(VQTokenizerModel(str(toy)), tmp_path)
 
@@ -215,12 +215,12 @@ def test_a_model_without_pipeline(toy: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def checkpoint(toy: Path, kind: str = "diffengine.models.amused.AmusedModel", **options: Any) -> dict[str, Any]:
-    config = {"model": {"type": kind, "pretrained": str(toy), **options}, "seed": 0}
+def checkpoint(toy: Path, class_name: str = "diffengine.models.amused.AmusedModel", **options: Any) -> dict[str, Any]:
+    config = {"model": {"type": class_name, "pretrained": str(toy), **options}, "seed": 0}
     return {"config": json.dumps(config), "name": "own", "assets": {}, "model": changed(toy).trained_state()}
 
 
-def test_the_model_of_a_checkpoint(toy: Path) -> None:
+def test_model_is_rebuilt_from_a_checkpoint(toy: Path) -> None:
     state = checkpoint(toy)
     model = model_of(state, trusted_config(state, None, "checkpoint 'x'"), "checkpoint 'x'")
     assert isinstance(model, AmusedModel)
@@ -228,17 +228,17 @@ def test_the_model_of_a_checkpoint(toy: Path) -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("kind", ["os.system", "builtins.exec", "subprocess.run"])
-def test_a_checkpoint_cannot_name_code_to_run(toy: Path, kind: str) -> None:
-    with pytest.raises(UserError, match=f"names the class '{kind}', which is not run on a checkpoint's word"):
-        trusted_config(checkpoint(toy, kind), None, "checkpoint 'x'")
-    nested = checkpoint(toy, vqvae={"type": kind})
-    with pytest.raises(UserError, match=f"names the class '{kind}'"):
+@pytest.mark.parametrize("class_name", ["os.system", "builtins.exec", "subprocess.run"])
+def test_checkpoint_cannot_run_code(toy: Path, class_name: str) -> None:
+    with pytest.raises(UserError, match=f"names the class '{class_name}', which is not run on a checkpoint's word"):
+        trusted_config(checkpoint(toy, class_name), None, "checkpoint 'x'")
+    nested = checkpoint(toy, vqvae={"type": class_name})
+    with pytest.raises(UserError, match=f"names the class '{class_name}'"):
         trusted_config(nested, None, "checkpoint 'x'")
 
 
-def test_a_checkpoint_cannot_name_other_classes_of_a_trusted_package(toy: Path) -> None:
-    """diffusers.DiffusionPipeline.from_pretrained runs remote code when asked to."""
+def test_checkpoint_cannot_use_other_classes_of_a_trusted_package(toy: Path) -> None:
+    """diffusers.DiffusionPipeline.from_pretrained can run remote code."""
     with pytest.raises(UserError, match=r"names the class 'diffusers\.DiffusionPipeline'"):
         trusted_config(checkpoint(toy, "diffusers.DiffusionPipeline"), None, "checkpoint 'x'")
     inner = checkpoint(toy, adapters={"transformer": {"type": "peft.import_utils.importlib"}})
@@ -255,11 +255,11 @@ def test_a_checkpoint_cannot_name_other_classes_of_a_trusted_package(toy: Path) 
     ],
 )
 @pytest.mark.parametrize("command", ["sample", "convert"])
-def test_a_class_behind_a_reference_is_not_imported(
+def test_class_behind_a_reference_is_not_imported(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     settings: dict, adapter: Any, command: str,
 ) -> None:  # fmt: skip
-    """The config is judged after its references are resolved, though `evil` lies in the current folder."""
+    """References are resolved before classes are checked. `evil` is importable: it lies in the current folder."""
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     state = checkpoint(toy)
     config = json.loads(state["config"])
@@ -268,13 +268,13 @@ def test_a_class_behind_a_reference_is_not_imported(
     write(tmp_path / "run" / "iter_1.pth", state)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
-    given = ["sample", "run/iter_1.pth", "a cat"] if command == "sample" else ["convert", "run"]
-    assert cli.main(given) == 2
+    argv = ["sample", "run/iter_1.pth", "a cat"] if command == "sample" else ["convert", "run"]
+    assert cli.main(argv) == 2
     assert "names the class 'evil.Cfg', which is not run on a checkpoint's word" in capsys.readouterr().err
     assert "evil" not in sys.modules
 
 
-def test_a_checkpoint_does_not_make_the_current_folder_importable(
+def test_checkpoint_commands_do_not_import_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -285,12 +285,12 @@ def test_a_checkpoint_does_not_make_the_current_folder_importable(
         assert "" not in sys.path
 
 
-def test_a_checkpoint_of_another_model(toy: Path) -> None:
+def test_checkpoint_of_another_model(toy: Path) -> None:
     given = {"model": {"type": "diffengine.models.vq.VQTokenizerModel"}}
     with pytest.raises(UserError, match=r"is of another model: got .*AmusedModel, the config has .*VQ.*\('own'\)"):
         trusted_config(checkpoint(toy), given, "checkpoint 'x'")
 
 
-def test_a_class_that_the_users_config_names_is_used(toy: Path) -> None:
+def test_class_named_by_the_users_config_is_trusted(toy: Path) -> None:
     given = {"model": {"type": "own.Model"}}
     assert trusted_config(checkpoint(toy, "own.Model"), given, "x")["model"]["type"] == "own.Model"

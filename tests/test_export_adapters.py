@@ -1,4 +1,4 @@
-"""Exported adapters load in peft and in diffusers at full strength, merged ones anywhere."""
+"""Exported adapters load in peft and diffusers at full strength; merged ones load as plain weights."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.models.test_adapters import LORA, TEXT, WAYS, adapter
 from tests.support import models
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-TOLERANCE = 1e-6  # of the largest logit; the same sums, so 0 is what is seen
+TOLERANCE = 1e-6  # of the largest logit; the sums are the same, so the difference is usually 0
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(toy: Path, **options: Any) -> AmusedModel:
-    """A model whose adapters do something."""
+    """A model whose adapters change its output."""
     model = AmusedModel(str(toy), **options)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def logits(transformer: nn.Module) -> Tensor:
         return transformer(ids, text, pooled, torch.rand(2, 5, generator=rng))
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
@@ -58,49 +58,49 @@ def base(toy: Path) -> UVit2DModel:
     return UVit2DModel.from_pretrained(toy / "transformer")
 
 
-def by_diffusers(toy: Path, folder: Path) -> UVit2DModel:
+def load_with_diffusers(toy: Path, folder: Path) -> UVit2DModel:
     loaded = base(toy)
     loaded.load_lora_adapter(str(folder), weight_name=WEIGHTS)
     return loaded
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_both_loaders_at_full_strength(toy: Path, tmp_path: Path, way: str) -> None:
+def test_peft_and_diffusers_load_at_full_strength(toy: Path, tmp_path: Path, way: str) -> None:
     model = trained(toy, adapters={"transformer": adapter(way)})
     (exported,) = export_components(model, tmp_path)
     folder, live = tmp_path / "transformer", logits(model.transformer)
     assert exported.folder == folder
     assert exported.relative <= TOLERANCE
-    assert apart(logits(base(toy)), live) > 1e-3  # the adapter does something
-    assert apart(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
+    assert difference(logits(base(toy)), live) > 1e-3  # the adapter has an effect
+    assert difference(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
     files = {"adapter_config.json", "adapter_model.safetensors"}
     if way in ("loha", "oft", "ia3"):
         assert {file.name for file in folder.iterdir()} == files
     else:
         assert {file.name for file in folder.iterdir()} == files | {WEIGHTS}
-        assert apart(logits(by_diffusers(toy, folder)), live) <= TOLERANCE
+        assert difference(logits(load_with_diffusers(toy, folder)), live) <= TOLERANCE
     export_components(model, tmp_path / "merged", merge=True)
     plain = UVit2DModel.from_pretrained(tmp_path / "merged", subfolder="transformer")
     assert plain.state_dict().keys() == base(toy).state_dict().keys()
-    assert apart(logits(plain), live) <= 1e-5  # sums in another order
+    assert difference(logits(plain), live) <= 1e-5  # sums in a different order
 
 
-def test_alpha_is_not_lost(toy: Path, tmp_path: Path) -> None:
-    """r 16 with alpha 32. The reference's file, which has no alpha, loads at half strength."""
+def test_alpha_is_kept(toy: Path, tmp_path: Path) -> None:
+    """r = 16, alpha = 32. The reference script saves no alpha, so its file loads at half strength."""
     lora = {**LORA, "r": 16, "lora_alpha": 32}
     model = trained(toy, adapters={"transformer": lora})
     export_components(model, tmp_path)
     folder, live = tmp_path / "transformer", logits(model.transformer)
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 32
-    assert apart(logits(by_diffusers(toy, folder)), live) <= TOLERANCE
-    assert apart(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
+    assert difference(logits(load_with_diffusers(toy, folder)), live) <= TOLERANCE
+    assert difference(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
     state = load_file(folder / WEIGHTS)
     assert all(name.startswith("transformer.") for name in state)
     save_file(state, folder / WEIGHTS, {"format": "pt"})
-    assert apart(logits(by_diffusers(toy, folder)), live) > 0.01
+    assert difference(logits(load_with_diffusers(toy, folder)), live) > 0.01
 
 
-def test_the_export_notices_half_strength(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_detects_half_strength(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = adapters.write
 
     def without_alpha(module: nn.Module, folder: Path) -> None:
@@ -113,8 +113,8 @@ def test_the_export_notices_half_strength(toy: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_base_is_noticed(toy: Path, tmp_path: Path) -> None:
-    """The base is loaded anew for the check, so an adapter of another one does not pass."""
+def test_export_detects_a_changed_base(toy: Path, tmp_path: Path) -> None:
+    """The check loads the base again, so an adapter that was trained on another base fails."""
     model = trained(toy, adapters={"transformer": LORA})
     with torch.no_grad():
         model.transformer.mlm_layer.conv2.weight.mul_(1.01)
@@ -124,7 +124,7 @@ def test_a_changed_base_is_noticed(toy: Path, tmp_path: Path) -> None:
         export_components(model, tmp_path, merge=True)
 
 
-def test_the_live_model_is_left_as_it_is(toy: Path, tmp_path: Path) -> None:
+def test_export_does_not_change_the_live_model(toy: Path, tmp_path: Path) -> None:
     model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
     kept = {name: (value, value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
     parameters = [id(value) for value in model.parameters()]
@@ -141,16 +141,16 @@ def test_the_live_model_is_left_as_it_is(toy: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_text_encoder_adapter_and_full_text_encoder(toy: Path, tmp_path: Path) -> None:
+def test_text_encoder_adapter_and_full_transformer(toy: Path, tmp_path: Path) -> None:
     model = trained(toy, adapters={"text_encoder": TEXT}, train=["transformer"])
     export_components(model, tmp_path)
     encoder = CLIPTextModelWithProjection.from_pretrained(toy / "text_encoder")
-    before = model.probe("text_encoder", encoder)
+    untrained = model.probe("text_encoder", encoder)
     live = model.probe("text_encoder", model.text_encoder)
     adapters.load_with_peft(encoder, tmp_path / "text_encoder")
-    assert apart(model.probe("text_encoder", encoder), live) <= TOLERANCE
-    assert apart(before, live) > 1e-4
-    assert not (tmp_path / "text_encoder" / WEIGHTS).exists()  # no loader of diffusers takes it
+    assert difference(model.probe("text_encoder", encoder), live) <= TOLERANCE
+    assert difference(untrained, live) > 1e-4
+    assert not (tmp_path / "text_encoder" / WEIGHTS).exists()  # diffusers has no loader for it
     plain = UVit2DModel.from_pretrained(tmp_path / "transformer")
     assert torch.equal(logits(plain), logits(model.transformer))
 
@@ -159,7 +159,7 @@ def test_text_encoder_adapter_and_full_text_encoder(toy: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_pipeline_with_merged_weights(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_pipeline_with_merged_weights(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
     exported = export_pipeline(model, tmp_path, dtype=dtype)
     half = dtype != torch.float32
@@ -167,18 +167,18 @@ def test_a_pipeline_with_merged_weights(toy: Path, tmp_path: Path, dtype: torch.
     assert (exported.relative > 1e-5) == half
     loaded = AmusedPipeline.from_pretrained(tmp_path)
     assert {module.dtype for module in (loaded.transformer, loaded.text_encoder, loaded.vqvae)} == {torch.float32}
-    assert apart(logits(loaded.transformer), logits(model.transformer)) <= (0.05 if half else 1e-5)
+    assert difference(logits(loaded.transformer), logits(model.transformer)) <= (0.05 if half else 1e-5)
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     assert loaded("a cat", **options).images[0].size == (32, 32)
-    kinds = {
+    dtypes = {
         name: {value.dtype for value in load_file(next((tmp_path / name).glob("*.safetensors"))).values()}
         for name in ("transformer", "text_encoder", "vqvae")
     }
-    assert kinds == {"transformer": {dtype}, "text_encoder": {dtype}, "vqvae": {torch.float32}}
+    assert dtypes == {"transformer": {dtype}, "text_encoder": {dtype}, "vqvae": {torch.float32}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_the_rounded_model(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_export_is_the_rounded_model(toy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = trained(toy, adapters={"transformer": LORA}, train=["text_encoder"])
     transformer, encoder = export_components(model, tmp_path, dtype=dtype)
     state = load_file(tmp_path / "transformer" / "adapter_model.safetensors")
@@ -189,16 +189,17 @@ def test_half_precision_is_the_rounded_model(toy: Path, tmp_path: Path, dtype: t
     for parameter in model.transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype).float()
-    assert apart(loaded, logits(model.transformer)) <= TOLERANCE
-    assert apart(logits(by_diffusers(toy, tmp_path / "transformer")), logits(model.transformer)) <= TOLERANCE
+    live = logits(model.transformer)
+    assert difference(loaded, live) <= TOLERANCE
+    assert difference(logits(load_with_diffusers(toy, tmp_path / "transformer")), live) <= TOLERANCE
 
 
-def test_merging_nothing(toy: Path, tmp_path: Path) -> None:
+def test_merge_without_adapters_is_an_error(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--merge got a model without adapters"):
         export_components(AmusedModel(str(toy)), tmp_path, merge=True)
 
 
-def test_files_are_readable_as_the_umask_says(toy: Path, tmp_path: Path) -> None:
+def test_file_modes_follow_the_umask(toy: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         export_components(trained(toy, adapters={"transformer": LORA}, train=["text_encoder"]), tmp_path)
@@ -213,7 +214,7 @@ def test_files_are_readable_as_the_umask_says(toy: Path, tmp_path: Path) -> None
 # ----------------------------------------------------------------------------------------- convert, sample
 
 
-def test_the_printed_lines_open_it(toy: Path, tmp_path: Path) -> None:
+def test_printed_lines_load_the_export(toy: Path, tmp_path: Path) -> None:
     import peft
 
     model = trained(toy, adapters={"transformer": LORA})
@@ -224,13 +225,13 @@ def test_the_printed_lines_open_it(toy: Path, tmp_path: Path) -> None:
     for line in (second, second.split("# or ")[1]):
         names: dict[str, Any] = {"UVit2DModel": UVit2DModel, "peft": peft}
         exec(f"{first}\n{line}", names)
-        assert apart(logits(names["transformer"]), live) <= TOLERANCE
+        assert difference(logits(names["transformer"]), live) <= TOLERANCE
 
 
 def test_convert_and_sample(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """An image by the live adapter, by its folder, merged, and as a pipeline: the same."""
+    """The adapter, the merged component and the pipeline generate the same image."""
     from diffengine.commands import convert
 
     model = trained(toy, adapters={"transformer": LORA})
@@ -238,17 +239,17 @@ def test_convert_and_sample(
     export_components(model, Path("out"))
     export_components(model, Path("merged"), merge=True)
     export_pipeline(model, Path("pipeline"))
-    drawn = []
+    images = []
     for source in (
         "out", "out/transformer", "pipeline", f"merged --base {toy}", f"out --base {toy}",
         f"merged/transformer --base {toy}",
     ):  # fmt: skip
-        words = source.split()
-        assert cli.main(["sample", words[0], "a cat", "--steps", "2", "--seed", "3", *words[1:]]) == 0
-        drawn.append(Path("sample.png").read_bytes())
-    assert all(image == drawn[0] for image in drawn)
+        path, *flags = source.split()
+        assert cli.main(["sample", path, "a cat", "--steps", "2", "--seed", "3", *flags]) == 0
+        images.append(Path("sample.png").read_bytes())
+    assert all(image == images[0] for image in images)
     assert cli.main(["sample", str(toy), "a cat", "--steps", "2", "--seed", "3"]) == 0
-    assert Path("sample.png").read_bytes() != drawn[0]
+    assert Path("sample.png").read_bytes() != images[0]
     capsys.readouterr()
     assert cli.main(["sample", "pipeline", "a", "--base", str(toy)]) == 2
     assert "is a whole pipeline; leave it out" in capsys.readouterr().err
@@ -267,5 +268,5 @@ def test_convert_and_sample(
     assert convert.__doc__
 
 
-def test_tolerances_are_those_that_are_said() -> None:
+def test_tolerances() -> None:
     assert (export.LOADED, export.MERGED) == (1e-5, 1e-3)

@@ -23,10 +23,10 @@ def test_layout(size: int, count: int, columns: int, shown: int) -> None:
     rows = -(-count // columns)
     assert sheet.shape[1] == columns * (shown + 8) + 8
     red = (sheet == (200, 0, 0)).all(axis=-1)
-    assert red.sum() == count * shown * shown  # every image whole: no caption lies over one
+    assert red.sum() == count * shown * shown  # no caption covers an image
     assert red[8 : 8 + shown, 8 : 8 + shown].all()
     height = (sheet.shape[0] - 8) // rows
-    assert (sheet[8 + shown : 8 + height] < 100).any()  # ink under the first row
+    assert (sheet[8 + shown : 8 + height] < 100).any()  # caption text under the first row
 
 
 def test_columns() -> None:
@@ -40,7 +40,7 @@ def test_small_images_are_enlarged_by_whole_factors() -> None:
     np.testing.assert_array_equal(np.asarray(big)[1::3, 1::3], np.asarray(image))
 
 
-def test_lines_fit() -> None:
+def test_wrapped_lines_fit() -> None:
     texts = ["a " * 300, "word" * 100, "a cat " + "long" * 20 + " end", "", "short"]
     for text in texts:
         lines = wrap(text, FONT, 120)
@@ -53,7 +53,7 @@ def test_lines_fit() -> None:
     assert wrap("a " * 300, FONT, 120)[-1].endswith("…")
 
 
-def test_captions_the_font_lacks_become_numbers(tmp_path: Path) -> None:
+def test_captions_outside_the_font_become_numbers(tmp_path: Path) -> None:
     assert renderable("A cat, “quoted” …")
     assert not renderable("猫")
     assert not renderable("кот")
@@ -66,7 +66,7 @@ def test_captions_the_font_lacks_become_numbers(tmp_path: Path) -> None:
         assert saved.tobytes() == numbered.tobytes()
 
 
-def test_no_list_of_captions_where_none_is_needed(tmp_path: Path) -> None:
+def test_list_of_captions_is_written_only_if_needed(tmp_path: Path) -> None:
     save_grid([("a cat", plain(32))], tmp_path / "grid.png")
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
 

@@ -1,4 +1,4 @@
-"""Who may import whom (ARCHITECTURE.md), and that help is instant. A dotted name in a string counts as an import."""
+"""The import rules of ARCHITECTURE.md, and a fast --help. A dotted name in a string counts as an import."""
 
 import ast
 import logging
@@ -13,8 +13,8 @@ import diffengine
 
 ROOT = Path(diffengine.__file__).parent
 FILES = {file.relative_to(ROOT).as_posix(): file for file in sorted(ROOT.rglob("*.py"))}
-# The floors from the bottom up: a room imports only from floors below it, and from itself.
-FLOORS = [
+# Layers from the bottom up. A package imports from its own layer and from those below.
+LAYERS = [
     {"__init__", "config", "distributed", "errors", "files", "grids", "registry", "signatures", "text"},
     {"datasets", "models"},
     {"cache", "export"},
@@ -23,9 +23,9 @@ FLOORS = [
     {"commands"},
     {"__main__", "cli"},
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 DOTTED = re.compile(r"diffengine(?:\.\w+)+")
-# The package's own names for what it imports on first use.
+# Imported on first use.
 LAZY = {("__init__.py", "diffengine.api")}
 
 
@@ -51,57 +51,58 @@ def imported(name: str) -> set[str]:
     return found
 
 
-def knows(name: str, *modules: str) -> set[str]:
-    """Which of these modules, or what is in them, a file imports."""
+def imported_from(name: str, *modules: str) -> set[str]:
+    """The imports of a file from these modules."""
     return {each for each in imported(name) for module in modules if f"{each}.".startswith(f"{module}.")}
 
 
-def room_of(module: str) -> str:
-    """ "datasets" of "datasets/base.py" or "diffengine.datasets.base"."""
-    parts = Path(module).with_suffix("").parts if "/" in module or module.endswith(".py") else module.split(".")[1:]
-    return parts[0] if parts else "__init__"
+def package_of(module: str) -> str:
+    """The package of a file or module: "datasets" for "datasets/base.py" and "diffengine.datasets.base"."""
+    names = Path(module).with_suffix("").parts if "/" in module or module.endswith(".py") else module.split(".")[1:]
+    return names[0] if names else "__init__"
 
 
-def test_every_file_has_a_floor() -> None:
-    assert {room_of(name) for name in FILES} == set(FLOOR)
+def test_every_file_has_a_layer() -> None:
+    assert {package_of(name) for name in FILES} == set(LAYER_OF)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_room_reaches_up(name: str) -> None:
-    own = room_of(name)
+def test_no_import_from_a_higher_layer(name: str) -> None:
+    own = package_of(name)
     for module in imported(name):
         if module.partition(".")[0] != "diffengine" or (name, module) in LAZY:
             continue
-        room = room_of(module)
-        if room in FLOOR and room != own:  # other names are the package's attributes, such as __version__
-            assert FLOOR[room] <= FLOOR[own], f"{name} imports {module}"
-            assert {room, own} != {"datasets", "models"}, f"{name} imports {module}"
+        package = package_of(module)
+        if package in LAYER_OF and package != own:  # other names are attributes of the package, such as __version__
+            assert LAYER_OF[package] <= LAYER_OF[own], f"{name} imports {module}"
+            assert {package, own} != {"datasets", "models"}, f"{name} imports {module}"
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("models/")])
-def test_nobody_outside_knows_an_implementation(name: str) -> None:
-    assert knows(name, "diffengine.models.amused", "diffengine.models.vq") == set()
+def test_only_models_imports_an_implementation(name: str) -> None:
+    assert imported_from(name, "diffengine.models.amused", "diffengine.models.vq") == set()
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("models/amused/", "models/vq/"))])
-def test_implementations_do_not_know_one_another(name: str) -> None:
+def test_implementations_do_not_import_each_other(name: str) -> None:
     own = ".".join(["diffengine", *Path(name).parts[:2]])
     others = {"diffengine.models.amused", "diffengine.models.vq"} - {own}
-    assert knows(name, *others) == set()
+    assert imported_from(name, *others) == set()
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "engine/mmengine_seam.py"])
-def test_mmengine_is_known_in_one_file(name: str) -> None:
-    assert knows(name, "mmengine") == set()
+def test_one_file_imports_mmengine(name: str) -> None:
+    assert imported_from(name, "mmengine") == set()
 
 
-def test_masking_knows_torch_only() -> None:
-    known = {each.partition(".")[0] for each in imported("models/masking.py")} - sys.stdlib_module_names
-    assert known == {"torch", "numpy", "diffengine"}
-    assert {".".join(each.split(".")[:2]) for each in knows("models/masking.py", "diffengine")} == {"diffengine.errors"}
+def test_masking_imports_only_torch_and_numpy() -> None:
+    packages = {each.partition(".")[0] for each in imported("models/masking.py")} - sys.stdlib_module_names
+    assert packages == {"torch", "numpy", "diffengine"}
+    own = imported_from("models/masking.py", "diffengine")
+    assert {".".join(each.split(".")[:2]) for each in own} == {"diffengine.errors"}
 
 
-def test_import_and_help_are_instant() -> None:
+def test_import_and_help_load_no_heavy_package() -> None:
     program = (
         "import sys, diffengine, diffengine.cli as cli\n"
         "cli.parser().format_help()\n"
@@ -113,8 +114,8 @@ def test_import_and_help_are_instant() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT.parent / "tools").glob("*.py")), ids=lambda file: file.name)
-def test_bitsandbytes_is_silent_from_the_first_import_on(file: Path) -> None:
-    """Diffusers imports it, and it logs what it lacks at once."""
+def test_tools_import_diffengine_first(file: Path) -> None:
+    """diffengine silences bitsandbytes, which logs what it lacks as soon as diffusers imports it."""
     names = [node for node in ast.parse(file.read_text(encoding="utf-8")).body
              if isinstance(node, ast.Import | ast.ImportFrom)]  # fmt: skip
     modules = [getattr(node, "module", None) or node.names[0].name for node in names]

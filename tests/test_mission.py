@@ -1,7 +1,7 @@
-"""The mission, word for word: train, convert, the README's snippet, in processes of their own.
+"""Fine-tuning as in the README: train, convert, and load in diffusers, each in a separate process.
 
-A hub without a network: a model of the released one's topology at tiny widths answers to `amused/amused-512`,
-real photos to `reach-vb/pokemon-blip-captions`. Eight rows: an epoch is one step of batch 8 at 512 px.
+The hub is a local cache. `amused/amused-512` is a model with the released topology at tiny widths, and
+`reach-vb/pokemon-blip-captions` has eight real photos, so an epoch is one step of batch size 8 at 512 px.
 """
 
 import json
@@ -32,31 +32,31 @@ SNIPPET = textwrap.dedent(
     """
 )
 
-AROUND = textwrap.dedent(
+CHECKS = textwrap.dedent(
     """
     import json
     from PIL import Image
     from diffusers import AmusedImg2ImgPipeline, AmusedInpaintPipeline
 
-    said = {"size": image.size, "colours": len(image.getcolors(1 << 24))}
+    report = {"size": image.size, "colours": len(image.getcolors(1 << 24))}
     base = UVit2DModel.from_pretrained("amused/amused-512", subfolder="transformer").state_dict()
     trained = transformer.state_dict()
-    said["moved"] = sum(not torch.equal(base[name], trained[name]) for name in base)
-    said["tensors"] = len(base)
+    report["moved"] = sum(not torch.equal(base[name], trained[name]) for name in base)
+    report["tensors"] = len(base)
     mask = Image.new("L", (512, 512), 0)
     mask.paste(255, (0, 0, 256, 512))
     load = dict(transformer=transformer)
-    for kind, given in ((AmusedImg2ImgPipeline, [image]), (AmusedInpaintPipeline, [image, mask])):
-        other = kind.from_pretrained("amused/amused-512", **load)
-        drawn = other("a cat", *given, num_inference_steps=2).images[0]
-        said[kind.__name__] = drawn.size
+    for pipeline_class, given in ((AmusedImg2ImgPipeline, [image]), (AmusedInpaintPipeline, [image, mask])):
+        other = pipeline_class.from_pretrained("amused/amused-512", **load)
+        generated = other("a cat", *given, num_inference_steps=2).images[0]
+        report[pipeline_class.__name__] = generated.size
     for name in ("enable_model_cpu_offload", "enable_xformers_memory_efficient_attention"):
         try:
             getattr(pipe, name)()
-            said[name] = pipe("a cat", num_inference_steps=1).images[0].size
+            report[name] = pipe("a cat", num_inference_steps=1).images[0].size
         except (ImportError, ModuleNotFoundError, RuntimeError, ValueError) as error:
-            said[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(said))
+            report[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(report))
     """
 )
 
@@ -74,51 +74,51 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(command: str, cwd: Path, env: dict[str, str]) -> str:
     """The output of a command line, which must succeed."""
-    words = shlex.split(command)
-    assert words[0] == "diffengine"
-    done = subprocess.run([str(PROGRAM), *words[1:]], cwd=cwd, env=env, capture_output=True, text=True)
+    argv = shlex.split(command)
+    assert argv[0] == "diffengine"
+    done = subprocess.run([str(PROGRAM), *argv[1:]], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
-def mission(cwd: Path, env: dict[str, str], epochs: int, extra: str = "") -> dict[str, Any]:
+def fine_tune(cwd: Path, env: dict[str, str], epochs: int, extra: str = "") -> dict[str, Any]:
     run(f"diffengine train amused_512_pokemon_blip{extra}", cwd, env)
     assert (cwd / RUN / f"epoch_{epochs}.pth").is_file()
-    said = run(
+    output = run(
         f"diffengine convert amused_512_pokemon_blip {RUN}/epoch_{epochs}.pth {RUN} --save-keys transformer",
         cwd,
         env,
     )
-    assert f"UVit2DModel.from_pretrained('{RUN}', subfolder='transformer')" in said
-    done = subprocess.run([sys.executable, "-c", SNIPPET + AROUND], cwd=cwd, env=env, capture_output=True, text=True)
+    assert f"UVit2DModel.from_pretrained('{RUN}', subfolder='transformer')" in output
+    done = subprocess.run([sys.executable, "-c", SNIPPET + CHECKS], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (cwd / "yoda.png").is_file()
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(said: dict[str, Any]) -> None:
-    print(said)  # shown where it fails
-    assert said["size"] == [512, 512]
-    assert said["colours"] > 1000
-    assert said["moved"] == said["tensors"]  # it is not the base model that was exported
-    assert said["AmusedImg2ImgPipeline"] == said["AmusedInpaintPipeline"] == [512, 512]
-    # Either works, or says what is missing.
-    offload, xformers = said["enable_model_cpu_offload"], said["enable_xformers_memory_efficient_attention"]
+def check(report: dict[str, Any]) -> None:
+    print(report)  # pytest shows it if an assertion fails
+    assert report["size"] == [512, 512]
+    assert report["colours"] > 1000
+    assert report["moved"] == report["tensors"]  # the export is not the base model
+    assert report["AmusedImg2ImgPipeline"] == report["AmusedInpaintPipeline"] == [512, 512]
+    # Each works, or its error names what is missing.
+    offload, xformers = report["enable_model_cpu_offload"], report["enable_xformers_memory_efficient_attention"]
     assert offload == [512, 512] or "requires accelerator" in offload
     assert xformers == [512, 512] or "install xformers" in xformers or "GPU" in xformers
 
 
-def test_the_mission(tmp_path: Path, env: dict[str, str]) -> None:
-    """With two epochs and one image at either end; the soak test has all of it."""
-    fewer = """max_epochs=2 preview_every=None 'prompts=["yoda pokemon"]'"""
-    check(mission(tmp_path, env, 2, f" --cfg-options {fewer}"))
+def test_fine_tuning(tmp_path: Path, env: dict[str, str]) -> None:
+    """Two epochs, and one preview before and after. The soak test trains the config unchanged."""
+    options = """max_epochs=2 preview_every=None 'prompts=["yoda pokemon"]'"""
+    check(fine_tune(tmp_path, env, 2, f" --cfg-options {options}"))
     assert sorted(path.name for path in (tmp_path / RUN).glob("*.pth")) == ["epoch_1.pth", "epoch_2.pth"]
     assert (tmp_path / RUN / "before_after.png").is_file()
 
 
 @pytest.mark.soak
-def test_the_mission_word_for_word(tmp_path: Path, env: dict[str, str]) -> None:
-    check(mission(tmp_path, env, 50))
+def test_fine_tuning_with_the_shipped_config(tmp_path: Path, env: dict[str, str]) -> None:
+    check(fine_tune(tmp_path, env, 50))
     kept = sorted(path.name for path in (tmp_path / RUN).glob("*.pth"))
     assert kept == ["epoch_48.pth", "epoch_49.pth", "epoch_50.pth"]
     assert len(list((tmp_path / RUN / "previews").glob("0*.png"))) == 51

@@ -1,4 +1,4 @@
-"""What a user may get wrong, and the one line that answers: what was got, what is expected, what to do."""
+"""User errors, and the one line that each prints: what was given, what is expected, what to do."""
 
 import json
 import re
@@ -29,9 +29,9 @@ default_hooks = dict(preview=dict(options=dict(num_inference_steps=1)))
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def shared(tmp_path_factory):
     """A toy model, four photos, a config, and a run of one step."""
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("shared")
     make_model_folder(root / "model", "toy")
     write_photo_folder(root / "photos", 4, 48)
     (root / "toy.py").write_text(CONFIG, encoding="utf-8")
@@ -42,10 +42,10 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def here(world, tmp_path, monkeypatch):
-    """A folder of its own for each mistake, over links to the world."""
+def here(shared, tmp_path, monkeypatch):
+    """A new current folder with links to the shared files."""
     for name in ("model", "photos", "toy.py", "run"):
-        (tmp_path / name).symlink_to(world / name)
+        (tmp_path / name).symlink_to(shared / name)
     monkeypatch.chdir(tmp_path)
     for name in ("NPROC_PER_NODE", "NNODES", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -60,14 +60,14 @@ def options(*pairs):
     return lambda here: train("--cfg-options", *pairs)
 
 
-def own_folder(here, name):
-    """The linked folder as a copy that may be spoilt."""
+def writable_copy(here, name):
+    """Replaces a link by a copy of its folder, and returns it."""
     source = (here / name).resolve()
     (here / name).unlink()
     return shutil.copytree(source, here / name)
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------------------------- errors
 
 
 def typo_in_a_file(here):
@@ -82,20 +82,20 @@ def folder_without_captions(here):
 
 
 def text_file_named_as_an_image(here):
-    photos = own_folder(here, "photos")
+    photos = writable_copy(here, "photos")
     for file in photos.glob("*.[jp][pn]g"):
         file.write_text("this is no image")
     return train()
 
 
 def captions_in_latin_1(here):
-    photos = own_folder(here, "photos")
+    photos = writable_copy(here, "photos")
     (photos / "metadata.csv").write_bytes("file_name,text\nastronaut.jpg,café\n".encode("latin-1"))
     return train()
 
 
 def metadata_names_no_file(here):
-    photos = own_folder(here, "photos")
+    photos = writable_copy(here, "photos")
     with (photos / "metadata.csv").open("a") as file:
         file.write("lost.png,a lost image\n")
     return train()
@@ -117,21 +117,21 @@ def foreign_file(here):
     return ["convert", "toy.py", "other.pth", "out"]
 
 
-class Trap:
-    """A pickle that makes a file when it is read."""
+class Malicious:
+    """A pickle that creates a file when it is loaded."""
 
     def __reduce__(self):
-        return open, ("sprung", "w")
+        return open, ("executed", "w")
 
 
-def booby_trapped_checkpoint(here):
-    torch.save({"format": "diffengine-1", "model": Trap()}, "trap.pth")
-    return ["convert", "toy.py", "trap.pth", "out"]
+def malicious_checkpoint(here):
+    torch.save({"format": "diffengine-1", "model": Malicious()}, "malicious.pth")
+    return ["convert", "toy.py", "malicious.pth", "out"]
 
 
-def booby_trapped_resume(here):
-    torch.save({"format": "diffengine-1", "model": Trap()}, "trap.pth")
-    return train("--resume", "trap.pth")
+def malicious_resume(here):
+    torch.save({"format": "diffengine-1", "model": Malicious()}, "malicious.pth")
+    return train("--resume", "malicious.pth")
 
 
 def with_model_type(here, name, **more):
@@ -139,22 +139,22 @@ def with_model_type(here, name, **more):
     config = json.loads(state["config"])
     config["model"] = {"type": name, **more}
     del config["pretrained"], config["gradient_checkpointing"]
-    Path("spoilt").mkdir()
-    torch.save({**state, "config": json.dumps(config)}, "spoilt/iter_1.pth")
-    return "spoilt"
+    Path("edited").mkdir()
+    torch.save({**state, "config": json.dumps(config)}, "edited/iter_1.pth")
+    return "edited"
 
 
-def checkpoint_that_names_a_foreign_class(here):
-    return ["convert", with_model_type(here, "os.system", command="touch sprung")]
+def checkpoint_with_a_foreign_class(here):
+    return ["convert", with_model_type(here, "os.system", command="touch executed")]
 
 
-def checkpoint_that_names_a_loader_of_code(here):
+def checkpoint_with_a_function_that_loads_code(here):
     name = "transformers.dynamic_module_utils.get_class_from_dynamic_module"
     return ["sample", with_model_type(here, name, class_reference="a.B"), "a cat"]
 
 
 def model_without_tokenizer_files(here):
-    model = own_folder(here, "model")
+    model = writable_copy(here, "model")
     shutil.rmtree(model / "tokenizer")
     (model / "tokenizer").mkdir()
     return train()
@@ -165,7 +165,7 @@ def components_of_two_models(here):
     return train("--cfg-options", "model.text_encoder=tiny")
 
 
-def run_under_another_config(here):
+def resume_with_another_config(here):
     return [
         "train",
         "toy.py",
@@ -183,16 +183,16 @@ def work_dir_is_a_file(here):
     return train()
 
 
-def copied_over(here):
+def copy_over_a_file(here):
     return ["copy-cfg", "vq_32_emoji", "toy.py"]
 
 
-def overwritten_source(here):
-    own_folder(here, "model")
+def export_over_the_base_model(here):
+    writable_copy(here, "model")
     return ["convert", "toy.py", "run/iter_1.pth", "model"]
 
 
-MISTAKES = {
+ERRORS = {
     "no command": (lambda here: [], "diffengine: error: the following arguments are required: COMMAND"),
     "unknown command": (lambda here: ["trian"], "invalid choice: 'trian' .choose from .*train.*help` shows"),
     "unknown flag": (lambda here: train("--batch-size", "3"), "unrecognized arguments: --batch-size 3"),
@@ -203,31 +203,31 @@ MISTAKES = {
         "config file 'my.py' does not exist; .*list-cfg",
     ),
     "unknown key": (options("batchsize=4"), "unknown key 'batchsize'; did you mean 'batch_size'"),
-    "unknown key of a part": (
+    "unknown key of a section": (
         options("model.pretraned=x"),
         "unknown key 'pretraned' for AmusedModel; did you",
     ),
     "no equals sign": (options("batch_size"), "got 'batch_size'; expected KEY=VALUE, as in batch_size=4"),
     "typo in a file": (typo_in_a_file, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
     "wrong type": (options("batch_size=many"), r"got 'many' \(str\); expected int, as in batch_size=2"),
-    "wrong word": (options("precision=fp8"), "precision got 'fp8' .*'auto' or 'bf16' or 'fp16' or 'fp32'"),
+    "wrong choice": (options("precision=fp8"), "precision got 'fp8' .*'auto' or 'bf16' or 'fp16' or 'fp32'"),
     "negative seed": (options("seed=-1"), "seed got -1; expected an int from 0"),
-    "batch of nothing": (
+    "empty batch": (
         options("batch_size=0"),
         "batch_size got 0; expected at least 1",
     ),
-    "two lengths": (options("max_epochs=1"), "got max_epochs=1 and max_iters=1; expected one .* to None"),
-    "no length": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),
+    "epochs and steps": (options("max_epochs=1"), "got max_epochs=1 and max_iters=1; expected one .* to None"),
+    "neither epochs nor steps": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),
     "fp16 on a CPU": (
         options("precision=fp16"),
         "precision got 'fp16' on a CPU.*; set precision=fp32 or bf16",
     ),
-    "odd resolution": (options("resolution=36"), "36x36 px; .*sides divisible by 8 .*: set resolution to 32"),
-    "trains the frozen": (
+    "indivisible resolution": (options("resolution=36"), "36x36 px; .*sides divisible by 8 .*: set resolution to 32"),
+    "training a frozen component": (
         options("model.train=['vqvae']"),
         r"model: train got \['vqvae'\]; expected one or both",
     ),
-    "preview option": (
+    "unknown preview option": (
         options("default_hooks.preview.options.guidance=3"),
         "preview option 'guidance' is unknown; expected one of guidance_scale",
     ),
@@ -273,33 +273,33 @@ MISTAKES = {
         lambda here: train("--overwrite", "--resume"),
         "--resume: not allowed with .*--overwr",
     ),
-    "resume of nothing": (lambda here: train("--resume", "no.pth"), "checkpoint 'no.pth' does not exist"),
-    "resume under another config": (
-        run_under_another_config,
+    "resume of a missing checkpoint": (lambda here: train("--resume", "no.pth"), "checkpoint 'no.pth' does not exist"),
+    "resume with another config": (
+        resume_with_another_config,
         "learning_rate was 8e-05 and is 1.0; repeat the flag",
     ),
-    "resume of a trap": (
-        booby_trapped_resume,
-        "'trap.pth' holds more than tensors .* not read: it may run code",
+    "resume of a malicious checkpoint": (
+        malicious_resume,
+        "'malicious.pth' holds more than tensors .* not read: it may run code",
     ),
     "launcher without torchrun": (
         lambda here: train("--launcher", "pytorch"),
         "got no RANK .* with torchrun",
     ),
-    "convert one argument": (
+    "convert with one argument": (
         lambda here: ["convert", "toy.py"],
         "got only 'toy.py'; expected CONFIG CKPT OUT",
     ),
-    "convert nothing": (lambda here: ["convert"], "convert got nothing to convert; expected CONFIG CKPT OUT"),
-    "convert what is not there": (
+    "convert without arguments": (lambda here: ["convert"], "convert got nothing to convert; expected CONFIG CKPT OUT"),
+    "convert a missing checkpoint": (
         lambda here: ["convert", "run/iter_9.pth"],
         "got only 'run/iter_9.pth', which does not exist; expected CONFIG CKPT OUT, or the work dir",
     ),
-    "keys in place of OUT": (
+    "keys instead of OUT": (
         lambda here: ["convert", "toy.py", "run/iter_1.pth", "--save-keys", "transformer", "transformer"],
         "convert got CONFIG and CKPT but no OUT",
     ),
-    "convert two arguments": (
+    "convert with two arguments": (
         lambda here: ["convert", "toy.py", "run/iter_1.pth"],
         "but no OUT; expected CONFIG",
     ),
@@ -311,28 +311,28 @@ MISTAKES = {
         lambda here: ["convert", "vq_32_emoji", "run/iter_1.pth", "out"],
         r"is of another model: got \S+AmusedModel, the config has \S+VQTokenizerModel; use .*'toy'",
     ),
-    "booby-trapped": (
-        booby_trapped_checkpoint,
-        "'trap.pth' holds more than tensors .* not read: it may run code",
+    "malicious checkpoint": (
+        malicious_checkpoint,
+        "'malicious.pth' holds more than tensors .* not read: it may run code",
     ),
-    "foreign class": (checkpoint_that_names_a_foreign_class, "names the class 'os.system', which is not run"),
-    "loader of code": (
-        checkpoint_that_names_a_loader_of_code,
+    "foreign class": (checkpoint_with_a_foreign_class, "names the class 'os.system', which is not run"),
+    "function that loads code": (
+        checkpoint_with_a_function_that_loads_code,
         "get_class_from_dynamic_module', which is not run",
     ),
     "unknown component": (
         lambda here: ["convert", "toy.py", "run/iter_1.pth", "out", "--save-keys", "vqvae"],
         "--save-keys got 'vqvae'; this model trains transformer",
     ),
-    "two ways to convert": (
+    "pipeline and keys": (
         lambda here: ["convert", "run", "--pipeline", "--save-keys", "transformer"],
         "--pipeline writes every component; leave out --save-keys",
     ),
-    "over its own source": (
-        overwritten_source,
+    "export over the base model": (
+        export_over_the_base_model,
         "'model/transformer' is the transformer .*write to another folder",
     ),
-    "sample of no pipeline": (
+    "sample of a folder without a model": (
         lambda here: ["sample", "photos", "a cat"],
         "'photos' is neither a pipeline folder",
     ),
@@ -340,42 +340,42 @@ MISTAKES = {
         lambda here: ["sample", "no-one/none", "a cat"],
         "cannot load a pipeline of 'no-one/none'",
     ),
-    "sample of a checkpoint that is not there": (
+    "sample of a missing checkpoint": (
         lambda here: ["sample", "run/iter_9.pth", "a cat"],
         "checkpoint 'run/iter_9.pth' does not exist",
     ),
-    "model that is a checkpoint": (
+    "missing checkpoint as a model": (
         lambda here: train("--pretrained", "run/iter_9.pth"),
         "model folder 'run/iter_9.pth' does not exist",
     ),
-    "sample of nothing": (lambda here: ["sample", "./none", "a cat"], "model folder './none' does not exist"),
-    "no steps": (
+    "sample of a missing folder": (lambda here: ["sample", "./none", "a cat"], "model folder './none' does not exist"),
+    "zero steps": (
         lambda here: ["sample", "model", "a cat", "--steps", "0"],
         "--steps got 0; expected at least 1",
     ),
-    "no PNG": (
+    "output is no PNG": (
         lambda here: ["sample", "model", "a cat", "-o", "a.jpg"],
         "--output got 'a.jpg'; .*ends in .png",
     ),
-    "sample of odd size": (
+    "sample of an indivisible size": (
         lambda here: ["sample", "model", "a cat", "--resolution", "36"],
         "36x36 px; .*sides divisible by 8",
     ),
-    "copied over": (copied_over, "'toy.py' exists; choose another name"),
-    "copied to text": (lambda here: ["copy-cfg", "vq_32_emoji", "my.txt"], "got 'my.txt'; .*ends in .py"),
-    "copy of no name": (lambda here: ["copy-cfg", "vq_emoji", "my.py"], "did you mean 'vq_32_emoji'"),
+    "copy over a file": (copy_over_a_file, "'toy.py' exists; choose another name"),
+    "copy to a text file": (lambda here: ["copy-cfg", "vq_32_emoji", "my.txt"], "got 'my.txt'; .*ends in .py"),
+    "copy of an unknown config": (lambda here: ["copy-cfg", "vq_emoji", "my.py"], "did you mean 'vq_32_emoji'"),
     "copy of a base": (lambda here: ["copy-cfg", "amused", "my.py"], "got 'amused'; expected a shipped name"),
-    "no such list": (
+    "no matching config": (
         lambda here: ["list-cfg", "sdxl"],
         "no shipped config matches 'sdxl'; there are amused_",
     ),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_answered_in_one_line(here, mistake, capfd):
-    make, answer = MISTAKES[mistake]
-    if mistake == "fp16 on a CPU" and torch.cuda.is_available():
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_is_one_line(here, case, capfd):
+    make, message = ERRORS[case]
+    if case == "fp16 on a CPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     argv = make(here)
     capfd.readouterr()
@@ -383,34 +383,34 @@ def test_a_mistake_is_answered_in_one_line(here, mistake, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert re.match(r"diffengine( [a-z-]+)?: error: ", lines[0])
-    assert re.search(answer, lines[0]), lines[0]
-    assert not Path("sprung").exists()
+    assert re.search(message, lines[0]), lines[0]
+    assert not Path("executed").exists()
     assert not Path("out").exists()
-    assert not holds_run(Path("new")), "a second try would be refused"
+    assert not holds_run(Path("new")), "left a run behind: a second try would fail"
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "answer"),
+    ("name", "value", "message"),
     [
         ("NPROC_PER_NODE", "many", "NPROC_PER_NODE got 'many'; expected a whole number of at least 1"),
         ("NPROC_PER_NODE", "0", "NPROC_PER_NODE got '0'; expected a whole number of at least 1"),
         ("NNODES", "2", "NNODES=2 got no MASTER_ADDR; set it to the machine with NODE_RANK=0"),
     ],
 )
-def test_a_mistake_in_the_environment(here, monkeypatch, capsys, name, value, answer):
+def test_wrong_environment_variable(here, monkeypatch, capsys, name, value, message):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv(name, value)
     assert main(train()) == 2
-    assert capsys.readouterr().err == f"diffengine train: error: {answer}\n"
+    assert capsys.readouterr().err == f"diffengine train: error: {message}\n"
 
 
-def test_the_choice_of_precision_is_printed(world):
+def test_chosen_precision_is_logged(shared):
     chosen = "(auto, " if torch.cuda.is_available() else "fp32 (auto, on a CPU) on 1 x cpu"
-    assert chosen in (world / "run" / "log.txt").read_text(encoding="utf-8")
+    assert chosen in (shared / "run" / "log.txt").read_text(encoding="utf-8")
 
 
-def test_a_class_of_ones_own_serves(here, monkeypatch):
-    """A data set is any importable class with a length and samples; a config names it."""
+def test_custom_data_set(here, monkeypatch):
+    """A config can name any importable class with `__len__` and `__getitem__`."""
     (here / "my_images.py").write_text(
         "from PIL import Image\n\n\nclass Mine:\n    def __init__(self, count: int):\n"
         "        self.count = count\n\n    def __len__(self):\n        return self.count\n\n"
@@ -425,9 +425,9 @@ def test_a_class_of_ones_own_serves(here, monkeypatch):
     assert (here / "new" / "iter_1.pth").exists()
 
 
-def test_a_damaged_image_can_be_skipped(here, capfd):
-    """What the line on an unreadable image says to do works."""
-    photos = own_folder(here, "photos")
+def test_damaged_image_can_be_skipped(here, capfd):
+    """skip_unreadable=True works, as the error message suggests."""
+    photos = writable_copy(here, "photos")
     Image.new("RGB", (40, 40)).save(photos / "black.png")
     (photos / "astronaut.jpg").write_text("this is no image")
     with (photos / "metadata.csv").open("a") as file:
@@ -436,19 +436,18 @@ def test_a_damaged_image_can_be_skipped(here, capfd):
     assert (here / "new" / "iter_1.pth").exists()
 
 
-def test_a_checkpoint_is_drawn_with(here):
-    """As its work dir is."""
+def test_checkpoint_and_work_dir_generate_the_same_image(here):
     for source in ("run/iter_1.pth", "run"):
         assert main(["sample", source, "a cat", "--steps", "1", "-o", f"{Path(source).name}.png"]) == 0
     assert Path("iter_1.pth.png").read_bytes() == Path("run.png").read_bytes()
 
 
-def test_out_may_stand_behind_the_keys(here):
-    assert main(["convert", "--save-keys", "transformer", "toy.py", "run/iter_1.pth", "behind"]) == 0
-    assert [path.name for path in Path("behind").iterdir()] == ["transformer"]
+def test_out_may_come_after_save_keys(here):
+    assert main(["convert", "--save-keys", "transformer", "toy.py", "run/iter_1.pth", "after"]) == 0
+    assert [path.name for path in Path("after").iterdir()] == ["transformer"]
 
 
-def test_a_run_in_another_folder_says_where_its_paths_start(here, tmp_path, monkeypatch, world, capsys):
+def test_error_names_the_folder_that_relative_paths_start_from(here, tmp_path, monkeypatch, shared, capsys):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for argv in (["sample", "../run", "a cat"], ["convert", "../toy.py", "../run/iter_1.pth", "out"]):
@@ -456,5 +455,5 @@ def test_a_run_in_another_folder_says_where_its_paths_start(here, tmp_path, monk
         (line,) = capsys.readouterr().err.splitlines()
         assert "model folder 'model' does not exist" in line
         assert line.endswith(
-            f"was trained in '{world}', where relative paths in its config start: go there, and try again"
+            f"was trained in '{shared}', where relative paths in its config start: go there, and try again"
         )

@@ -1,4 +1,4 @@
-"""A work dir and a token cache that version 0.1.0 wrote are still used."""
+"""A work dir and a token cache that version 0.1.0 wrote still work."""
 
 import shutil
 from pathlib import Path
@@ -18,13 +18,13 @@ RESUME = ["tiny.py", WORK_DIR, "--resume", "--cfg-options", "max_iters=6"]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A writable copy, as the current folder: the config's paths are relative."""
+    """A writable copy as the current folder, because the config has relative paths."""
     shutil.copytree(FIXTURE, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_a_run_resumes_with_its_cache(capfd: pytest.CaptureFixture[str]) -> None:
+def test_old_run_resumes_with_its_cache(capfd: pytest.CaptureFixture[str]) -> None:
     tables = {file: file.read_bytes() for file in Path("work_dirs/cache").rglob("*.arrow")}
     assert train(*RESUME) == 0
     output = capfd.readouterr().out
@@ -38,13 +38,13 @@ def test_a_run_resumes_with_its_cache(capfd: pytest.CaptureFixture[str]) -> None
     UVit2DModel.from_pretrained(WORK_DIR, subfolder="transformer")
 
 
-def test_a_run_is_trained_again_by_its_own_config() -> None:
-    assert train(str(WORK_DIR / "config.py"), WORK_DIR) == 2  # it holds a run
+def test_old_config_trains_again() -> None:
+    assert train(str(WORK_DIR / "config.py"), WORK_DIR) == 2  # the folder holds a run
     assert train(str(WORK_DIR / "config.py"), WORK_DIR, "--overwrite") == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema"]])
-def test_a_checkpoint_converts(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_checkpoint_converts(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "tiny.py", str(WORK_DIR / "iter_4.pth"), "out", *flags]) == 0
     assert "wrote out/transformer" in capsys.readouterr().out
     assert main(["convert", str(WORK_DIR), "--pipeline", *flags]) == 0

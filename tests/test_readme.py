@@ -152,4 +152,5 @@ def test_every_dependency_is_pinned_within_its_bounds() -> None:
         name, bound = re.match(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+))?", requirement).groups()  # type: ignore[union-attr]
         if name != "diffengine":
             assert name.lower() in pins, name
-            assert [int(part) for part in pins[name.lower()].split(".")] >= [int(part) for part in bound.split(".")]
+            ours, lowest = ([int(number) for number in version.split(".")] for version in (pins[name.lower()], bound))
+            assert ours >= lowest

@@ -1,4 +1,4 @@
-"""The test support itself: its models are the released ones in small, its hub answers to the real names."""
+"""Tests of tests/support: small models in the released layout, photos, and a hub cache with the real names."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.make_model_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def draw(pipeline: Any, *arguments: Any, **options: Any) -> Image.Image:
+def generate(pipeline: Any, *arguments: Any, **options: Any) -> Image.Image:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(*arguments, num_inference_steps=2, generator=generator, **options).images[0]
 
 
 def tokens(vqvae: Any, image: Image.Image) -> torch.Tensor:
-    """(h * w,) ids of an image, pixels in [0, 1]."""
+    """The (h * w,) token ids of an image."""
     pixels = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         return vqvae.quantize(vqvae.encode(pixels).latents)[2][2]
@@ -74,7 +74,7 @@ def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub_child(hub_root: Path, tiny_folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process with the cache, started by the first test and asked by the last: its imports take 7 s."""
+    """A process that uses the cache. It starts early and is read last, because its imports take 7 s."""
     variables = hub.make_hub_cache(
         hub_root,
         models={"amused/amused-512": tiny_folder},
@@ -94,7 +94,7 @@ def hub_child(hub_root: Path, tiny_folder: Path) -> Iterator[subprocess.Popen[st
 
 
 @pytest.mark.usefixtures("hub_child")
-def test_hub_cache_has_the_layout(hub_root: Path) -> None:
+def test_hub_cache_layout(hub_root: Path) -> None:
     model = hub_root / "hub" / "models--amused--amused-512"
     revision = (model / "refs" / "main").read_text()
     assert len(revision) == 40
@@ -115,7 +115,7 @@ def test_full_configs_have_the_released_parameter_counts(resolution: int) -> Non
 
 
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="open-clip-torch is not installed")
-def test_full_tokenizer_gives_clips_ids() -> None:
+def test_full_tokenizer_matches_clip() -> None:
     tokenizer = models.make_tokenizer("full")
     assert len(tokenizer) == models.text_config("full")["vocab_size"] == 49_408
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -141,8 +141,8 @@ def test_components_fit_each_other(size: models.Size, resolution: int, factor: i
     assert text["eos_token_id"] in (2, tokenizer.eos_token_id)
 
 
-def test_unknown_resolution_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one of \(256, 512\), got 64"):
+def test_unknown_resolution_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"got resolution 64 .* expected one of \(256, 512\)"):
         models.make_pipeline("tiny", resolution=64)
 
 
@@ -165,7 +165,7 @@ def test_folder_has_the_released_layout(tiny_folder: Path) -> None:
     assert json.loads((tiny_folder / "scheduler/scheduler_config.json").read_text())["mask_token_id"] == 79
 
 
-def test_tokenizer_loads_from_the_released_files_alone(tiny_folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_loads_from_the_released_files_only(tiny_folder: Path, tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_folder / "tokenizer" / name).read_bytes())
     whole = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
@@ -174,11 +174,11 @@ def test_tokenizer_loads_from_the_released_files_alone(tiny_folder: Path, tmp_pa
     assert whole.decode(whole(CAPTIONS[-1]).input_ids, skip_special_tokens=True) == "你好 , pokémon !"
 
 
-def test_weights_follow_from_the_seed_and_the_global_generator_is_untouched() -> None:
+def test_seed_determines_weights_and_global_rng_is_kept() -> None:
     def weights(seed: int) -> torch.Tensor:
         pipeline = models.make_pipeline("toy", seed=seed)
-        parts = (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder)
-        return torch.cat([value.flatten() for part in parts for value in part.parameters()]).detach()
+        modules = (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder)
+        return torch.cat([value.flatten() for module in modules for value in module.parameters()]).detach()
 
     before = torch.get_rng_state()
     first = weights(0)
@@ -189,7 +189,7 @@ def test_weights_follow_from_the_seed_and_the_global_generator_is_untouched() ->
     assert first.isfinite().all()
 
 
-@pytest.mark.parametrize("size", ["tiny", "toy"])  # eos id 2, and the tokenizer's own
+@pytest.mark.parametrize("size", ["tiny", "toy"])  # eos_token_id 2, and the tokenizer's own
 def test_captions_have_distinct_embeddings(size: models.Size) -> None:
     pipeline = models.make_pipeline(size)
     length = pipeline.tokenizer.model_max_length
@@ -201,26 +201,26 @@ def test_captions_have_distinct_embeddings(size: models.Size) -> None:
     assert distances.min() > 0.05 * embeds.norm(dim=1).mean()
 
 
-def test_pipelines_draw(tiny_folder: Path) -> None:
+def test_pipelines_generate(tiny_folder: Path) -> None:
     pipeline = AmusedPipeline.from_pretrained(tiny_folder)
-    image = draw(pipeline, "a cat")
+    image = generate(pipeline, "a cat")
     assert image.size == (512, 512)
     assert (np.asarray(image).std(axis=(0, 1)) > 5).all()
-    assert np.abs(np.asarray(image, int) - np.asarray(draw(pipeline, "a rocket"), int)).mean() > 1
+    assert np.abs(np.asarray(image, int) - np.asarray(generate(pipeline, "a rocket"), int)).mean() > 1
 
     photo = photos.photos()["astronaut"]
-    changed = draw(AmusedImg2ImgPipeline(**pipeline.components), "a cat", photo, strength=0.5)
+    changed = generate(AmusedImg2ImgPipeline(**pipeline.components), "a cat", photo, strength=0.5)
     assert changed.size == (512, 512)
     mask = Image.new("L", photo.size)
     mask.paste(255, (0, 0, 256, 512))
-    changed = draw(AmusedInpaintPipeline(**pipeline.components), "a cat", photo, mask)
+    changed = generate(AmusedInpaintPipeline(**pipeline.components), "a cat", photo, mask)
     assert changed.size == (512, 512)
 
 
 @pytest.mark.parametrize(("size", "resolution"), [("tiny", 256), ("toy", 32)])
-def test_small_models_draw_and_see_images(size: models.Size, resolution: int) -> None:
+def test_small_models_generate_and_encode(size: models.Size, resolution: int) -> None:
     pipeline = models.make_pipeline(size, resolution=resolution)
-    assert draw(pipeline, "a cat").size == (resolution, resolution)
+    assert generate(pipeline, "a cat").size == (resolution, resolution)
     photo = photos.photos()["astronaut"].resize((resolution, resolution))
     assert len(tokens(pipeline.vqvae, photo).unique()) > 20  # of 64
 
@@ -238,7 +238,7 @@ def test_photos_are_colour_photos() -> None:
         assert np.abs(red - green).mean() > 1
 
 
-def test_captioned_photos_are_distinct_and_repeat() -> None:
+def test_captioned_photos_are_distinct_and_reproducible() -> None:
     rows = photos.captioned_photos(25, size=32)
     names, images, texts = zip(*rows)
     assert len(set(names)) == len(set(texts)) == len({image.tobytes() for image in images}) == 25
@@ -248,28 +248,28 @@ def test_captioned_photos_are_distinct_and_repeat() -> None:
     ]
 
 
-def test_photo_folder_has_its_captions_in_each_form(tmp_path: Path) -> None:
-    said = photos.write_photo_folder(tmp_path / "csv", n=3)
-    assert list(said) == ["astronaut.jpg", "cat.png", "coffee.jpg"]
+def test_photo_folder_in_each_caption_format(tmp_path: Path) -> None:
+    texts = photos.write_photo_folder(tmp_path / "csv", n=3)
+    assert list(texts) == ["astronaut.jpg", "cat.png", "coffee.jpg"]
     with Image.open(tmp_path / "csv" / "cat.png") as image:
         assert image.size == (451, 300)
     with open(tmp_path / "csv" / "metadata.csv", newline="", encoding="utf-8") as table:
-        assert {row["file_name"]: row["text"] for row in csv.DictReader(table)} == said
+        assert {row["file_name"]: row["text"] for row in csv.DictReader(table)} == texts
 
-    assert photos.write_photo_folder(tmp_path / "jsonl", n=3, size=48, captions="jsonl") == said
+    assert photos.write_photo_folder(tmp_path / "jsonl", n=3, size=48, captions="jsonl") == texts
     lines = (tmp_path / "jsonl" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {row["file_name"]: row["text"] for row in map(json.loads, lines)} == said
+    assert {row["file_name"]: row["text"] for row in map(json.loads, lines)} == texts
 
-    assert photos.write_photo_folder(tmp_path / "txt", n=3, size=48, captions="txt") == said
-    assert (tmp_path / "txt" / "cat.txt").read_text(encoding="utf-8") == said["cat.png"] + "\n"
+    assert photos.write_photo_folder(tmp_path / "txt", n=3, size=48, captions="txt") == texts
+    assert (tmp_path / "txt" / "cat.txt").read_text(encoding="utf-8") == texts["cat.png"] + "\n"
     with Image.open(tmp_path / "txt" / "cat.png") as image:
         assert image.size == (48, 48)
 
 
-# --- hub, the answer
+# --- output of the hub process
 
 
-def test_hub_names_work_word_for_word_without_a_network(hub_child: subprocess.Popen[str]) -> None:
+def test_hub_names_work_offline(hub_child: subprocess.Popen[str]) -> None:
     out, err = hub_child.communicate(timeout=120)
     assert hub_child.returncode == 0, err
     assert json.loads(out.splitlines()[-1]) == {

@@ -1,6 +1,6 @@
-"""The contract of every way to train, at toy size: killed, resumed, converted, opened by diffusers, drawn.
+"""Every way to train, at toy size: train, kill, resume, convert, load in diffusers, generate.
 
-A way of yours is tested by adding a line here.
+To test another one, add a line to `WAYS`.
 """
 
 import json
@@ -23,13 +23,13 @@ from tests.support import models, photos
 
 LORA = "type=LoraConfig, r=4, lora_alpha=8, target_modules=['to_q', 'to_k', 'to_v']"
 
-# name -> (what it extends, what it adds)
+# name -> (base config, added lines)
 WAYS = {
     "full": ("amused_512_own", ""),
     "both": ("amused_512_own", "model = dict(train=['transformer', 'text_encoder'])"),
     "text_encoder": ("amused_512_own", "model = dict(train=['text_encoder'])"),
     "256": ("amused_256_own", ""),
-    "in_parts": ("amused_512_own", "micro_batch_size = 2"),
+    "micro_batches": ("amused_512_own", "micro_batch_size = 2"),
     "checkpointing": ("amused_512_own", "gradient_checkpointing = True"),
     "8bit": ("amused_512_minecraft_8bit", ""),
     "lion": ("amused_512_own", "optim_wrapper = dict(optimizer=dict(type=Lion, lr=1e-4))"),
@@ -61,7 +61,7 @@ WAYS = {
         f"model = dict(train=[], adapters=dict(transformer=dict({LORA}), "
         "text_encoder=dict(type=LoraConfig, r=2, target_modules=['q_proj', 'v_proj'])))",
     ),
-    "lora_beside_text": (
+    "lora_and_text_encoder": (
         "amused_512_own",
         f"model = dict(train=['text_encoder'], adapters=dict(transformer=dict({LORA})))",
     ),
@@ -100,8 +100,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def written(toy: Path, way: str, tmp_path: Path) -> str:
-    """The config file of a way."""
+def write_config(toy: Path, way: str, tmp_path: Path) -> str:
+    """Writes the config of a way and returns its path."""
     extends, more = WAYS[way]
     more = more.replace("{photo!r}", repr(str(toy / "photos" / "cat.png")))
     more = more.replace("{class_data!r}", repr(str(tmp_path / "class")))
@@ -116,32 +116,32 @@ def train(path: str, work_dir: Path, *flags: str) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_way_holds_its_contract(toy: Path, way: str, tmp_path: Path) -> None:
-    path = written(toy, way, tmp_path)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(path, whole) == 0
+def test_way_from_training_to_generation(toy: Path, way: str, tmp_path: Path) -> None:
+    path = write_config(toy, way, tmp_path)
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    assert train(path, complete) == 0
     assert in_child(train, path, killed, "--cfg-options", signal_at(3, signal.SIGKILL)) == -signal.SIGKILL
     assert [file.name for file in killed.glob("*.pth")] == ["iter_2.pth"]
     assert train(path, killed, "--resume") == 0
-    assert_equal_checkpoints(whole / "iter_4.pth", killed / "iter_4.pth")
+    assert_equal_checkpoints(complete / "iter_4.pth", killed / "iter_4.pth")
 
     out = tmp_path / "pipeline"
     assert cli.main(["convert", path, str(killed / "iter_4.pth"), str(out), "--pipeline"]) == 0
     live = live_model(killed / "iter_4.pth")
-    opened = AmusedPipeline.from_pretrained(out)
-    assert_same_weights(live, opened)
+    loaded = AmusedPipeline.from_pretrained(out)
+    assert_same_weights(live, loaded)
     options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
-    drawn = np.asarray(generate(opened, "a cat", seed=1, **options))
+    image = np.asarray(generate(loaded, "a cat", seed=1, **options))
     expected = np.asarray(generate(live.build_pipeline(), "a cat", seed=1, **options))
-    assert np.abs(drawn.astype(int) - expected).max() <= 1  # merging an adapter rounds
+    assert np.abs(image.astype(int) - expected).max() <= 1  # merging an adapter rounds
     base = AmusedPipeline.from_pretrained(toy / "model")
     trained = {"transformer", "text_encoder"} & set(live.exportable)
     for name in trained:
-        assert not all(map(torch.equal, getattr(opened, name).parameters(), getattr(base, name).parameters()))
+        assert not all(map(torch.equal, getattr(loaded, name).parameters(), getattr(base, name).parameters()))
 
 
 def live_model(path: Path) -> MaskedImageModel:
-    """The model of a checkpoint, adapters in place."""
+    """The model of a checkpoint, with its adapters."""
     state = checkpoint.read(path)
     model = model_of(state, config.resolve(json.loads(state["config"])), str(path))
     assert isinstance(model, MaskedImageModel)
@@ -149,20 +149,20 @@ def live_model(path: Path) -> MaskedImageModel:
 
 
 @torch.no_grad()
-def assert_same_weights(live: MaskedImageModel, opened: AmusedPipeline) -> None:
-    """What was trained whole is equal bit for bit; an adapter, merged, gives the same logits to rounding."""
+def assert_same_weights(live: MaskedImageModel, loaded: AmusedPipeline) -> None:
+    """Fully trained components are equal bit for bit. Merged adapters give equal logits up to rounding."""
     pipeline = live.build_pipeline()
     for name in live.exportable:
-        mine, theirs = getattr(pipeline, name).state_dict(), getattr(opened, name).state_dict()
-        if mine.keys() == theirs.keys():
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        expected, got = getattr(pipeline, name).state_dict(), getattr(loaded, name).state_dict()
+        if expected.keys() == got.keys():
+            assert all(torch.equal(expected[key], got[key]) for key in expected)
     generator = torch.Generator().manual_seed(0)
-    transformer = opened.transformer
+    transformer = loaded.transformer
     inputs = {
         "input_ids": torch.randint(transformer.config.codebook_size, (2, 8, 8), generator=generator),
         "encoder_hidden_states": torch.randn(2, 7, transformer.config.encoder_hidden_size, generator=generator),
         "pooled_text_emb": torch.randn(2, transformer.config.cond_embed_dim, generator=generator),
         "micro_conds": torch.tensor([[32.0, 32, 0, 0, 6]] * 2),
     }
-    expected, got = pipeline.transformer(**inputs), transformer(**inputs)
-    assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
+    expected_logits, got_logits = pipeline.transformer(**inputs), transformer(**inputs)
+    assert (expected_logits - got_logits).abs().max() <= 1e-5 * expected_logits.abs().max()

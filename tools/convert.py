@@ -1,4 +1,4 @@
-"""`python tools/convert.py CONFIG CKPT OUT ...` is `diffengine convert CONFIG CKPT OUT ...`."""
+"""`python tools/convert.py CONFIG CKPT OUT ...` runs `diffengine convert CONFIG CKPT OUT ...`."""
 
 import sys
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tools/dist_train.sh CONFIG GPUS [ARGS ...]: one config on several GPUs of one machine, or of NNODES machines.
+# tools/dist_train.sh CONFIG GPUS [ARGS ...]: train on several GPUs.
+# GPUS is the number of GPUs per machine. Set NNODES to train on several machines.
 set -euo pipefail
 CONFIG=${1:?usage: tools/dist_train.sh CONFIG GPUS [ARGS ...]}
 GPUS=${2:?usage: tools/dist_train.sh CONFIG GPUS [ARGS ...]}

@@ -1,9 +1,9 @@
-"""Draw every caption of the emoji data with an exported pipeline, and count how often it drew the right one.
+"""Generate an image for every caption of the emoji data with an exported pipeline, and score the images.
 
     python tools/emoji_demo.py PIPELINE_FOLDER OUT_FOLDER
 
-retrieval@1: a drawn image counts when, of all originals, its own caption's is nearest in L2 over pixels.
-The numbers come from the images that the exported pipeline drew, nothing else.
+retrieval@1: the share of generated images whose nearest original, in L2 distance over pixels, is the one with the same
+caption. The scores depend only on the images that the exported pipeline generates.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from diffengine import config  # before diffusers: it quiets what that imports
+from diffengine import config  # before diffusers: it silences the libraries that diffusers imports
 
 # isort: split
 import numpy as np
@@ -46,33 +46,33 @@ def main() -> None:
 
     pipeline = AmusedPipeline.from_pretrained(options.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = draw_all(pipeline, captions, options.guidance, options.seed)
-    tokens = round_trips(pipeline, originals)
-    save_images(pipeline, captions, originals, drawn, held_out, options)
+    generated = generate_all(pipeline, captions, options.guidance, options.seed)
+    reconstructed = reconstruct(pipeline, originals)
+    save_images(pipeline, captions, originals, generated, held_out, options)
 
     print(f"chance {1 / len(captions):.4f}")
-    ceiling = nearest_is_own(tokens, originals)
+    ceiling = nearest_is_correct(reconstructed, originals)
     print(f"VQ ceiling {ceiling[~held_out].mean():.3f} trained, {ceiling[held_out].mean():.3f} unseen")
-    hits = nearest_is_own(drawn, originals)
+    hits = nearest_is_correct(generated, originals)
     print(f"unseen retrieval@1 {hits[held_out].mean():.3f} over {held_out.sum()} prompts")
     print(f"retrieval@1 {hits[~held_out].mean():.3f} over {(~held_out).sum()} prompts")
 
 
-def draw_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, seed: int) -> list[Image.Image]:
+def generate_all(pipeline: AmusedPipeline, captions: list[str], guidance: float, seed: int) -> list[Image.Image]:
     """One image per caption, in batches of 64."""
     generator = torch.Generator().manual_seed(seed)
-    drawn: list[Image.Image] = []
+    generated: list[Image.Image] = []
     started = time.perf_counter()
     for start in range(0, len(captions), 64):
-        drawn += pipeline(captions[start : start + 64], guidance_scale=guidance, generator=generator).images
+        generated += pipeline(captions[start : start + 64], guidance_scale=guidance, generator=generator).images
         if len(captions) > 64:
-            print(f"drew {len(drawn)}/{len(captions)} in {time.perf_counter() - started:.0f} s", flush=True)
-    return drawn
+            print(f"generated {len(generated)}/{len(captions)} in {time.perf_counter() - started:.0f} s", flush=True)
+    return generated
 
 
 @torch.no_grad()
-def round_trips(pipeline: AmusedPipeline, images: list[Image.Image]) -> list[Image.Image]:
-    """Every image through the VQ model's tokens and back: the best that any drawing could do."""
+def reconstruct(pipeline: AmusedPipeline, images: list[Image.Image]) -> list[Image.Image]:
+    """Encode images to VQ tokens and decode them: an upper bound for generated images."""
     pixels = pipeline.image_processor.preprocess(images)
     decoded = torch.cat(
         [pipeline.vqvae.decode(pipeline.vqvae.encode(chunk).latents).sample for chunk in pixels.split(64)]
@@ -80,16 +80,16 @@ def round_trips(pipeline: AmusedPipeline, images: list[Image.Image]) -> list[Ima
     return pipeline.image_processor.postprocess(decoded.clamp(0, 1), output_type="pil")
 
 
-def nearest_is_own(drawn: list[Image.Image], originals: list[Image.Image]) -> np.ndarray:
-    """(N,) bool: whether each image's nearest original, in L2 over pixels, is its own."""
-    return distances(drawn, originals).argmin(axis=1) == np.arange(len(originals))
+def nearest_is_correct(generated: list[Image.Image], originals: list[Image.Image]) -> np.ndarray:
+    """(N,) bool: for each image, whether the nearest original is the one with the same caption."""
+    return distances(generated, originals).argmin(axis=1) == np.arange(len(originals))
 
 
-def distances(some: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
-    """(N, M): L2 over pixels."""
+def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
+    """(N, M): L2 distances over pixels."""
     a, b = (
-        torch.tensor(np.stack([np.asarray(image) for image in images]), dtype=torch.float64).flatten(1)
-        for images in (some, others)
+        torch.tensor(np.stack([np.asarray(image) for image in group]), dtype=torch.float64).flatten(1)
+        for group in (images, others)
     )
     return torch.cdist(a, b).numpy()
 
@@ -98,28 +98,30 @@ def save_images(
     pipeline: AmusedPipeline,
     captions: list[str],
     originals: list[Image.Image],
-    drawn: list[Image.Image],
+    generated: list[Image.Image],
     held_out: np.ndarray,
     options: argparse.Namespace,
 ) -> None:
-    """`grid.png`: twelve emoji on four backgrounds, original left, drawn right; never trained ones framed.
+    """Save `grid.png`, `strip.png` and `inpaint.png`.
 
-    And `strip.png`, one image after each of its 12 steps, and `inpaint.png`, half of one drawn anew.
+    `grid.png` shows twelve emoji on four backgrounds: the original on the left, the generated image on the right,
+    framed if the caption was not trained. `strip.png` shows one image after each of its 12 steps. `inpaint.png` shows
+    an image with one half generated again.
     """
     chosen = [emoji * 4 + background for emoji in range(0, len(captions) // 4, 11) for background in range(4)]
     cells = [(("UNSEEN " if held_out[index] else "") + captions[index],
-              pair(originals[index], drawn[index], bool(held_out[index]))) for index in chosen]  # fmt: skip
+              pair(originals[index], generated[index], bool(held_out[index]))) for index in chosen]  # fmt: skip
     grid(cells, columns=8).save(options.out / "grid.png")
     index = int(np.flatnonzero(held_out)[0])
-    strip = generate_steps(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
-    steps = grid([(f"step {step + 1}", image) for step, image in enumerate(strip)], columns=12, smallest=64)
+    step_images = generate_steps(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
+    steps = grid([(f"step {step + 1}", image) for step, image in enumerate(step_images)], columns=12, smallest=64)
     stack([(captions[index], steps)]).save(options.out / "strip.png")
     inpaint(pipeline, captions[index], originals[index], options).save(options.out / "inpaint.png")
 
 
-def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image:
-    """Original and drawn side by side, enlarged; framed in red where the pair was never trained."""
-    left, right = enlarge(original, 64), enlarge(drawn, 64)
+def pair(original: Image.Image, generated: Image.Image, framed: bool) -> Image.Image:
+    """Original and generated image side by side, enlarged; with a red frame if `framed`."""
+    left, right = enlarge(original, 64), enlarge(generated, 64)
     both = Image.new("RGB", (left.width * 2 + 2, left.height), (255, 255, 255))
     both.paste(left, (0, 0))
     both.paste(right, (left.width + 2, 0))
@@ -129,11 +131,11 @@ def pair(original: Image.Image, drawn: Image.Image, framed: bool) -> Image.Image
 
 
 def inpaint(pipeline: AmusedPipeline, caption: str, original: Image.Image, options: argparse.Namespace) -> Image.Image:
-    """The right half of an image drawn anew from its caption: original, what was kept, result."""
+    """Generate the right half of an image again: the original, the kept half and the result, side by side."""
     mask = Image.new("L", original.size, 0)
     mask.paste(255, (original.width // 2, 0, original.width, original.height))
-    parts = {**pipeline.components, "scheduler": AmusedScheduler.from_config(pipeline.scheduler.config)}
-    inpainting = AmusedInpaintPipeline(**parts)  # a scheduler of its own: it rewrites the one it is given
+    components = {**pipeline.components, "scheduler": AmusedScheduler.from_config(pipeline.scheduler.config)}
+    inpainting = AmusedInpaintPipeline(**components)  # it modifies the config of its scheduler, hence the copy
     inpainting.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(options.seed)
     result = inpainting(

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]: one config under slurm; GPUS (8) in all, GPUS_PER_NODE (8).
+# tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]: train with Slurm.
+# GPUS (default 8) is the total number of GPUs, GPUS_PER_NODE (default 8) the number per node.
 set -euo pipefail
 PARTITION=${1:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]}
 JOB_NAME=${2:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]}

@@ -1,4 +1,4 @@
-"""`python tools/train.py CONFIG ...` is `diffengine train CONFIG ...`; also what torchrun and srun start."""
+"""`python tools/train.py CONFIG ...` runs `diffengine train CONFIG ...`. torchrun and srun start this script."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Folders of images, through ImageTextDataset as a user reaches them."""
+"""Folders of images, read by ImageTextDataset."""
 
 import json
 
@@ -17,17 +17,17 @@ def image(file, shade=0):
 
 
 def shades(dataset):
-    """What tells the images apart, in order."""
+    """The red value of each image, which identifies it."""
     return [dataset[index]["image"].getpixel((0, 0))[0] for index in range(len(dataset))]
 
 
-def refused(match, *arguments, **options):
+def assert_error(match, *arguments, **options):
     with pytest.raises(UserError, match=match) as caught:
         ImageTextDataset(*arguments, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_text_files_beside_images_sorted_with_subfolders(tmp_path):
+def test_text_files_next_to_images_in_sorted_subfolders(tmp_path):
     for number, name in enumerate(["b.png", "a/z.png", "a/y.JPG", "c.webp"]):
         file = image(tmp_path / name, number)
         file.with_suffix(".txt").write_text(f" {name}\n")
@@ -37,7 +37,7 @@ def test_text_files_beside_images_sorted_with_subfolders(tmp_path):
     assert dataset.size(0) == (3, 2)
 
 
-def test_hidden_and_resource_files_are_no_images(tmp_path):
+def test_hidden_and_resource_files_are_ignored(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"resource fork")
     image(tmp_path / ".cache" / "b.png")
@@ -52,12 +52,12 @@ def test_metadata_csv_in_any_script(tmp_path, byte_order_mark, line_end):
     for number in range(len(captions)):
         image(tmp_path / f"{number}.png", number)
     lines = ["file_name,text"] + [f'{number}.png,"{text}"' for number, text in enumerate(captions)]
-    lines[3] = f"2.png,{captions[2]}"  # unquoted: Python's splitlines would break it here
+    lines[3] = f"2.png,{captions[2]}"  # unquoted: str.splitlines would split it
     (tmp_path / "metadata.csv").write_bytes(byte_order_mark + line_end.join(lines).encode())
     assert all_captions(ImageTextDataset(str(tmp_path))) == captions
 
 
-def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
+def test_metadata_paths_are_relative_to_the_metadata_file(tmp_path):
     image(tmp_path / "one" / "a.png", 1)
     image(tmp_path / "two" / "deep" / "a.png", 2)
     image(tmp_path / "top.png", 3)
@@ -67,11 +67,11 @@ def test_metadata_in_subfolders_is_relative_to_itself(tmp_path):
     dataset = ImageTextDataset(str(tmp_path))
     assert all_captions(dataset) == ["first", "third", "second"]
     assert shades(dataset) == [1, 3, 2]
-    roundabout = ImageTextDataset(str(tmp_path / "one" / ".." / "one"))
-    assert all_captions(roundabout) == ["first"]
+    indirect = ImageTextDataset(str(tmp_path / "one" / ".." / "one"))
+    assert all_captions(indirect) == ["first"]
 
 
-def test_lists_of_captions_and_several_rows_of_an_image(tmp_path):
+def test_lists_of_captions_and_several_rows_per_image(tmp_path):
     image(tmp_path / "a.png")
     image(tmp_path / "b.png")
     rows = [{"file_name": "b.png", "text": "one"}, {"file_name": "a.png", "text": ["two", "three"]}]
@@ -82,17 +82,17 @@ def test_lists_of_captions_and_several_rows_of_an_image(tmp_path):
     assert all_captions(dataset) == ["my two", "my three", "my one", "my four"]
 
 
-def test_columns_of_metadata_by_name(tmp_path):
+def test_metadata_columns_can_be_chosen(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("image,text,title\na.png,long,short\n")
     dataset = ImageTextDataset(str(tmp_path), image_column="image", caption_column="title")
     assert all_captions(dataset) == ["short"]
-    refused("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
+    assert_error("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
     options = {"image_column": "image", "caption_column": "txt"}
-    refused("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
+    assert_error("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
 
 
-def test_one_caption_or_the_file_names(tmp_path):
+def test_one_caption_for_all_or_the_file_names(tmp_path):
     for name in ("red_fox.png", "blue  whale_2.jpg", "cafe\u0301.png"):
         image(tmp_path / name)
     assert all_captions(ImageTextDataset(str(tmp_path), caption="x", prefix="p ")) == ["p x"] * 3
@@ -101,10 +101,10 @@ def test_one_caption_or_the_file_names(tmp_path):
     assert [named[0]["text"], named[1]["text"]] == ["blue whale 2", "caf\u00e9"]
     assert len(named) == 2
     both = {"caption": "x", "captions_from_file_names": True}
-    refused("got caption and captions_from_file_names.*expected one source", str(tmp_path), **both)
+    assert_error("got caption and captions_from_file_names.*expected one source", str(tmp_path), **both)
 
 
-def test_a_single_image(tmp_path):
+def test_single_image(tmp_path):
     file = image(tmp_path / "style.png", 9)
     image(tmp_path / "other.png")
     file.with_suffix(".txt").write_text("a glass style")
@@ -112,33 +112,33 @@ def test_a_single_image(tmp_path):
     assert (len(dataset), dataset[0]["text"], shades(dataset)) == (1, "a glass style", [9])
 
 
-def test_other_encodings_are_refused_by_name(tmp_path):
+def test_other_encodings_are_errors(tmp_path):
     file = image(tmp_path / "a.png").with_suffix(".txt")
     for encoding in ("utf-16", "utf-16-le", "cp1251"):
         file.write_bytes("лиса fox".encode(encoding))
-        refused("a.txt is not UTF-8|a.txt holds NUL", str(tmp_path))
+        assert_error("a.txt is not UTF-8|a.txt holds NUL", str(tmp_path))
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,fox\n".encode("utf-16"))
-    refused("metadata.csv is not UTF-8 text .byte 0.; save it as UTF-8", str(tmp_path))
+    assert_error("metadata.csv is not UTF-8 text .byte 0.; save it as UTF-8", str(tmp_path))
 
 
-def test_what_is_missing_is_named_and_counted(tmp_path):
+def test_missing_images_and_captions_are_counted(tmp_path):
     (tmp_path / "notes.md").write_text("nothing here")
-    refused("no images in", str(tmp_path))
+    assert_error("no images in", str(tmp_path))
     for name in "cab":
         image(tmp_path / f"{name}.png")
-    refused("no captions in .*expected metadata.csv", str(tmp_path))
+    assert_error("no captions in .*expected metadata.csv", str(tmp_path))
     (tmp_path / "b.txt").write_text("only this")
-    refused("2 of 3 images in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
-    refused("got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title")
-    refused("got column 'file', but", str(tmp_path), caption="x", image_column="file")
+    assert_error("2 of 3 images in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
+    assert_error("got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title")
+    assert_error("got column 'file', but", str(tmp_path), caption="x", image_column="file")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
-    refused("1 of 3 images in .* the first is .*b.png; give each a row", str(tmp_path))
+    assert_error("1 of 3 images in .* the first is .*b.png; give each a row", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nnope.png,y\n")
-    refused("metadata.csv, line 3 names the image 'nope.png', which does not exist", str(tmp_path))
+    assert_error("metadata.csv, line 3 names the image 'nope.png', which does not exist", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png\n")
-    refused("metadata.csv, line 2: 'text' got None; expected a text", str(tmp_path))
+    assert_error("metadata.csv, line 2: 'text' got None; expected a text", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("")
-    refused("metadata.csv has no column 'file_name'; it has no rows", str(tmp_path))
+    assert_error("metadata.csv has no column 'file_name'; it has no rows", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_what_is_missing_is_named_and_counted(tmp_path):
         ('a.png,"a fox', "line [23] is not CSV: unexpected end of data"),
     ],
 )
-def test_problems_of_csv(tmp_path, content, match):
+def test_invalid_csv(tmp_path, content, match):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + content + "\n")
-    refused(match, str(tmp_path))
+    assert_error(match, str(tmp_path))
 
 
 def test_linked_folders_are_read_once(tmp_path):
@@ -172,28 +172,28 @@ def test_linked_folders_are_read_once(tmp_path):
         ('{"file_name": 5, "text": "x"}', "line 1 names the image 5, which does not exist"),
     ],
 )
-def test_problems_of_json_lines(tmp_path, content, match):
+def test_invalid_json_lines(tmp_path, content, match):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(content)
-    refused(match, str(tmp_path))
+    assert_error(match, str(tmp_path))
 
 
 def test_two_metadata_files_in_one_folder(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "y"}')
-    refused("holds both metadata.csv and metadata.jsonl; keep one", str(tmp_path))
+    assert_error("holds both metadata.csv and metadata.jsonl; keep one", str(tmp_path))
 
 
-def test_a_text_file_with_an_images_ending_is_named_when_read(tmp_path):
+def test_text_file_with_an_image_suffix_is_an_error_when_read(tmp_path):
     (tmp_path / "note.jpg").write_text("no image")
     dataset = ImageTextDataset(str(tmp_path), caption="x")
     with pytest.raises(UnreadableImage, match=r"note.jpg cannot be read as an image"):
         dataset[0]
 
 
-def test_a_folder_of_images_has_no_splits_or_revisions(tmp_path):
+def test_folder_of_images_has_no_splits_or_revisions(tmp_path):
     image(tmp_path / "a.png")
-    refused("split got 'test'.*no splits", str(tmp_path), caption="x", split="test")
-    refused("revision got 'v1'.*has no revisions", str(tmp_path), caption="x", revision="v1")
-    refused("max_samples got 0; expected at least 1", str(tmp_path), caption="x", max_samples=0)
+    assert_error("split got 'test'.*no splits", str(tmp_path), caption="x", split="test")
+    assert_error("revision got 'v1'.*has no revisions", str(tmp_path), caption="x", revision="v1")
+    assert_error("max_samples got 0; expected at least 1", str(tmp_path), caption="x", max_samples=0)

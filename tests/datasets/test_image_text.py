@@ -28,7 +28,7 @@ REVISION = "0123456789" * 4
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, so that the user's is neither read nor written."""
+    """A temporary cache, so that the tests do not touch the user's."""
     monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hf.disable_progress_bars()
     return tmp_path / "cache"
@@ -41,7 +41,7 @@ def png(shade, size=(3, 2)):
 
 
 def rows(count=4, image="image", **columns):
-    """A table like those on the hub: a column of images and one of texts."""
+    """A table with a column of images and one of texts, as on the hub."""
     columns = columns or {"text": [f"caption {number}" for number in range(count)]}
     images = {image: [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]}
     return hf.Dataset.from_dict(images | columns).cast_column(image, hf.Image())
@@ -51,7 +51,7 @@ def shades(samples):
     return [sample["image"].getpixel((0, 0))[0] for sample in samples]
 
 
-def refused(match, *arguments, **options):
+def assert_error(match, *arguments, **options):
     with pytest.raises(UserError, match=match) as caught:
         ImageTextDataset(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -59,7 +59,7 @@ def refused(match, *arguments, **options):
 
 @pytest.fixture
 def hub(cache):
-    """What `load_dataset` leaves in its cache for a data set of the hub."""
+    """The cache entry that `load_dataset` writes for a hub data set."""
     folder = cache / "owner___name" / "default" / "0.0.0" / REVISION
     folder.mkdir(parents=True)
     table = rows(5)
@@ -74,7 +74,7 @@ def hub(cache):
     return "owner/name"
 
 
-def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
+def test_hub_data_set_is_read_from_the_cache_offline(hub):
     dataset = ImageTextDataset(hub, prefix="a ", revision=REVISION)
     samples = [dataset[index] for index in range(5)]
     assert shades(samples) == [0, 1, 2, 3, 4]
@@ -84,28 +84,28 @@ def test_a_hub_data_set_is_read_from_its_cache_with_no_network(hub):
     assert len(ImageTextDataset(hub, max_samples=99)) == 5
 
 
-def test_problems_of_hub_names_are_one_line(hub):
-    refused("there is no folder owner/other, and as a hub data set it cannot be loaded: .*network", "owner/other")
-    refused("owner/name, .*Unknown split .test.", hub, split="test")
-    # `datasets` itself would read the cached revision without a word
-    refused(f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40)
+def test_wrong_hub_names(hub):
+    assert_error("there is no folder owner/other, and as a hub data set it cannot be loaded: .*network", "owner/other")
+    assert_error("owner/name, .*Unknown split .test.", hub, split="test")
+    # `datasets` alone would read the cached revision without a warning
+    assert_error(f"revision {'f' * 40} of owner/name is not in the cache, which has {REVISION}", hub, revision="f" * 40)
 
 
 def test_workers_read_the_same_table(hub):
     stream = Stream(ImageTextDataset(hub), [Resize(4), Crop(4), ToTensor()], [], seed=2)
-    alone, helped = (list(make_loader(stream, PositionSampler(4, num_steps=5), workers)) for workers in (0, 2))
-    assert [batch["text"] for batch in alone] == [batch["text"] for batch in helped]
-    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(alone, helped, strict=True))
-    copied = pickle.loads(pickle.dumps(stream))  # what workers that are spawned start from
+    single, parallel = (list(make_loader(stream, PositionSampler(4, num_steps=5), workers)) for workers in (0, 2))
+    assert [batch["text"] for batch in single] == [batch["text"] for batch in parallel]
+    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(single, parallel, strict=True))
+    copied = pickle.loads(pickle.dumps(stream))  # spawned workers receive a pickle
     assert torch.equal(copied[3]["image"], stream[3]["image"])
 
 
 @pytest.mark.parametrize("path", ["", "./gone", "/gone", "~/gone-for-good", "data/my/images"])
-def test_a_path_that_is_not_there_is_not_asked_of_the_hub(path):
-    refused("no file or folder .*expected one that exists, or a hub name as owner/name", path)
+def test_missing_path_is_not_looked_up_on_the_hub(path):
+    assert_error("no file or folder .*expected one that exists, or a hub name as owner/name", path)
 
 
-def test_batches_read_the_same_as_rows(hub):
+def test_batches_equal_single_rows(hub):
     dataset = ImageTextDataset(hub)
     batch = list(dataset.__getitems__([3, 0, 3]))
     assert shades(batch) == [3, 0, 3]
@@ -114,14 +114,14 @@ def test_batches_read_the_same_as_rows(hub):
 
 def test_data_saved_to_disk(tmp_path):
     table = rows()
-    table.with_format("arrow").save_to_disk(tmp_path / "one")  # a saved format must not reach the samples
+    table.with_format("arrow").save_to_disk(tmp_path / "one")  # the saved format must not affect the samples
     hf.DatasetDict(train=table, test=rows(2)).save_to_disk(tmp_path / "many")
     one = ImageTextDataset(str(tmp_path / "one"))
     assert (shades([one[2]]), one[2]["text"]) == ([2], "caption 2")
     assert len(ImageTextDataset(str(tmp_path / "many"), split="test")) == 2
-    refused("has no split 'val'; it has train, test; set split", str(tmp_path / "many"), split="val")
-    refused("has no split 'test'; it has train", str(tmp_path / "one"), split="test")
-    refused("revision got 'v1'", str(tmp_path / "one"), revision="v1")
+    assert_error("has no split 'val'; it has train, test; set split", str(tmp_path / "many"), split="val")
+    assert_error("has no split 'test'; it has train", str(tmp_path / "one"), split="test")
+    assert_error("revision got 'v1'", str(tmp_path / "one"), revision="v1")
 
 
 def test_parquet_file_and_folder(tmp_path):
@@ -138,42 +138,42 @@ def test_parquet_file_and_folder(tmp_path):
         "caption 3",
     ]
     (tmp_path / "broken.parquet").write_bytes(b"junk")
-    refused("broken.parquet cannot be loaded: Parquet file size is 4 bytes", str(tmp_path / "broken.parquet"))
+    assert_error("broken.parquet cannot be loaded: Parquet file size is 4 bytes", str(tmp_path / "broken.parquet"))
     (tmp_path / "notes.txt").write_text("x")
-    refused("notes.txt is neither an image nor a Parquet file", str(tmp_path / "notes.txt"))
+    assert_error("notes.txt is neither an image nor a Parquet file", str(tmp_path / "notes.txt"))
 
 
-def test_bare_bytes_serve_as_images(tmp_path):
+def test_column_of_bytes_is_read_as_images(tmp_path):
     hf.Dataset.from_dict({"image": [png(7)], "text": ["x"]}).save_to_disk(tmp_path / "bytes")
     assert shades([ImageTextDataset(str(tmp_path / "bytes"))[0]]) == [7]
 
 
-def test_columns_are_found_or_named(tmp_path):
+def test_columns_are_detected_or_chosen(tmp_path):
     path = str(tmp_path / "it")
     rows(2, "photo", prompt=["p0", "p1"], caption=["c0", "c1"], label=[0, 1]).save_to_disk(path)
     dataset = ImageTextDataset(path)
     assert (shades([dataset[1]]), dataset[1]["text"]) == ([1], "c1")
     assert ImageTextDataset(path, caption_column="prompt")[0]["text"] == "p0"
     everything = "photo, prompt, caption, label"
-    refused(f"has no column 'image'; it has {everything}; set image_column", path, image_column="image")
-    refused(f"has no column 'txt'; it has {everything}; set caption_column", path, caption_column="txt")
-    refused(
+    assert_error(f"has no column 'image'; it has {everything}; set image_column", path, image_column="image")
+    assert_error(f"has no column 'txt'; it has {everything}; set caption_column", path, caption_column="txt")
+    assert_error(
         "column 'label' of .* expected text, or lists of texts; set caption_column",
         path,
         caption_column="label",
     )
-    refused("column 'prompt' of .* expected images; set image_column", path, image_column="prompt")
-    refused("captions_from_file_names needs a folder of images", path, captions_from_file_names=True)
-    refused("got caption and caption_column", path, caption="x", caption_column="prompt")
+    assert_error("column 'prompt' of .* expected images; set image_column", path, image_column="prompt")
+    assert_error("captions_from_file_names needs a folder of images", path, captions_from_file_names=True)
+    assert_error("got caption and caption_column", path, caption="x", caption_column="prompt")
 
 
-def test_one_caption_needs_no_column(tmp_path):
+def test_one_caption_for_all_needs_no_column(tmp_path):
     rows(2, label=[0, 1]).save_to_disk(tmp_path / "it")
     dataset = ImageTextDataset(str(tmp_path / "it"), caption="x", prefix="an ")
     assert [dataset[1]["text"], *all_captions(dataset)] == ["an x", "an x", "an x"]
 
 
-def test_a_column_named_text_does_not_clash_with_the_caption_column(tmp_path):
+def test_column_named_text_does_not_clash_with_the_caption_column(tmp_path):
     rows(1, text=["long"], title=["short"]).save_to_disk(tmp_path / "it")
     assert ImageTextDataset(str(tmp_path / "it"), caption_column="title")[0]["text"] == "short"
 
@@ -188,10 +188,10 @@ def test_lists_of_captions(tmp_path):
 @pytest.mark.parametrize("texts", [["a", None, None], [["a"], [], ["b", None]]])
 def test_missing_captions_are_counted(tmp_path, texts):
     rows(3, text=texts).save_to_disk(tmp_path / "it")
-    refused("2 of 3 captions of .* are missing, the first in row 1", str(tmp_path / "it"))
+    assert_error("2 of 3 captions of .* are missing, the first in row 1", str(tmp_path / "it"))
 
 
-def test_a_damaged_or_missing_image_is_named_by_its_row(tmp_path):
+def test_error_of_a_damaged_or_missing_image_names_its_row(tmp_path):
     cells = [{"bytes": png(0), "path": None}, {"bytes": png(0)[:44], "path": "x.png"}, None]
     table = hf.Dataset.from_dict({"image": cells, "text": ["a", "b", "c"]}).cast_column("image", hf.Image())
     table.save_to_disk(tmp_path / "it")
@@ -201,10 +201,10 @@ def test_a_damaged_or_missing_image_is_named_by_its_row(tmp_path):
     with pytest.raises(UnreadableImage, match=r"^row 2 of .*it has no image"):
         dataset.size(2)
     samples = dataset.__getitems__([0, 1])
-    assert next(iter(samples))["text"] == "a"  # decoded one by one: the good one comes before the error
+    assert next(iter(samples))["text"] == "a"  # decoded lazily: the readable image comes before the error
 
 
-def test_size_and_captions_decode_nothing(tmp_path):
+def test_size_and_captions_decode_no_image(tmp_path):
     header = png(0, (50, 40))
     header = header[: header.index(b"IDAT") + 4]
     hf.Dataset.from_dict({"image": [header], "text": ["x"]}).save_to_disk(tmp_path / "it")
@@ -216,16 +216,16 @@ def test_size_and_captions_decode_nothing(tmp_path):
 def test_no_rows(tmp_path):
     table = hf.Dataset.from_dict({"image": [png(0)], "text": ["x"]})
     table.select([]).save_to_disk(tmp_path / "it")
-    refused("it cannot be loaded", str(tmp_path / "it"))
+    assert_error("it cannot be loaded", str(tmp_path / "it"))
     table.to_parquet(tmp_path / "it.parquet")
-    refused(
+    assert_error(
         "it.parquet cannot be loaded: .*corresponds to no data",
         str(tmp_path / "it.parquet"),
         split="train[:0]",
     )
 
 
-def test_images_on_disk_named_by_a_table(tmp_path):
+def test_table_with_paths_of_images(tmp_path):
     Image.fromarray(np.full((2, 2, 3), 8, np.uint8)).save(tmp_path / "a.png")
     table = hf.Dataset.from_dict({"image": [str(tmp_path / "a.png")], "text": ["x"]})
     table.cast_column("image", hf.Image()).save_to_disk(tmp_path / "it")

@@ -8,9 +8,9 @@ from PIL import Image, PngImagePlugin
 from diffengine.datasets.images import UnreadableImage, read_image, read_size
 
 
-def encoded(image, kind="PNG", **options):
+def encoded(image, format="PNG", **options):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -19,13 +19,13 @@ def read(data):
 
 
 def gradient(width=6, height=4):
-    """Every pixel differs from every other, so that any wrong turn shows."""
+    """All pixels differ, so that a wrong rotation or flip shows."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 40, y * 60, x + 10 * y], axis=-1).astype(np.uint8)
 
 
-# The turn from the upright image to what is stored, written out from the EXIF standard: where the first
-# stored row and the first stored column lie in the upright image.
+# How each EXIF orientation stores an upright image, from the EXIF standard. The comments name the sides of the upright
+# image where the first stored row and the first stored column are.
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],  # top, right
@@ -39,12 +39,12 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_every_exif_orientation_comes_out_upright(orientation, kind):
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_every_exif_orientation_is_read_upright(orientation, format):
     upright = gradient()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), kind, exif=exif)
+    data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), format, exif=exif)
     np.testing.assert_array_equal(read(data), upright)
     assert read_size(data, "it") == (6, 4)
 
@@ -57,9 +57,9 @@ def test_exif_of_a_jpeg_photo(photo):
     np.testing.assert_array_equal(read(encoded(stored, "JPEG", exif=exif)), np.rot90(plain, -1))
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")  # PIL's word about the same
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")  # PIL warns too
 @pytest.mark.parametrize("block", [b"Exif\0\0not a TIFF header", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
-def test_a_damaged_exif_block_turns_nothing(block):
+def test_damaged_exif_is_ignored(block):
     data = encoded(Image.fromarray(gradient()), "JPEG", exif=block)
     np.testing.assert_array_equal(read(data), read(encoded(Image.fromarray(gradient()), "JPEG")))
 
@@ -71,7 +71,7 @@ def photo():
         return image.convert("RGB").resize((48, 32))
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_composited_on_white():
     alpha = np.array([[0, 51, 255]], np.uint8)
     pixels = np.dstack([np.full((1, 3), 200, np.uint8), np.zeros((1, 3, 2), np.uint8)])
     rgba = Image.fromarray(np.dstack([pixels, alpha]))
@@ -79,7 +79,7 @@ def test_transparency_lies_on_white():
     np.testing.assert_array_equal(read(encoded(rgba))[0], [[255, 255, 255], [244, 204, 204], [200, 0, 0]])
 
 
-def test_grey_with_alpha_and_palette_with_transparency_lie_on_white():
+def test_transparent_grey_and_palette_are_composited_on_white():
     la = Image.new("LA", (2, 1))
     la.putdata([(90, 0), (90, 255)])
     assert read(encoded(la)).tolist() == [[[255] * 3, [90] * 3]]
@@ -99,7 +99,7 @@ def test_16_bit_grey_keeps_its_shades():
     np.testing.assert_array_equal(grey, np.repeat(shades[..., None], 3, axis=2))
 
 
-def test_integers_and_floats_scale_or_are_refused():
+def test_integers_and_floats_are_scaled_or_rejected():
     ints = Image.fromarray(np.array([[0, 32896, 65535]], np.int32))
     assert read(encoded(ints, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     floats = Image.fromarray(np.array([[0, 0.2, 1]], np.float32))
@@ -118,20 +118,20 @@ def test_bilevel_and_cmyk():
     assert read(encoded(cmyk, "TIFF")).tolist() == [[[255, 0, 0]]]
 
 
-def test_the_first_frame_of_an_animation():
+def test_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read(data).reshape(-1, 3).tolist() == [[255, 0, 0]] * 16
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
-def test_a_truncated_image_is_named(kind, photo):
-    data = encoded(photo, kind)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF"])
+def test_truncated_image_is_an_error(format, photo):
+    data = encoded(photo, format)
     with pytest.raises(UnreadableImage, match=r"^row 7 of it cannot be read as an image: .*skip_unreadable=True$"):
         read_image(data[: len(data) * 2 // 3], "row 7 of it")
 
 
-def test_text_and_missing_files_are_named(tmp_path):
+def test_text_and_missing_files_are_errors(tmp_path):
     (tmp_path / "note.png").write_text("no image")
     with pytest.raises(UnreadableImage, match=r"note.png cannot be read as an image: it is in no format that PIL"):
         read_image(str(tmp_path / "note.png"), "note.png")
@@ -139,7 +139,7 @@ def test_text_and_missing_files_are_named(tmp_path):
         read_size(str(tmp_path / "gone.png"), "gone.png")
 
 
-def test_size_comes_from_the_header_alone(monkeypatch):
+def test_size_is_read_from_the_header(monkeypatch):
     data = encoded(Image.fromarray(gradient()))
 
     def load(self):

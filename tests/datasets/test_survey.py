@@ -22,7 +22,7 @@ class Sizes(ImageDataset):
         return self.sizes[index]
 
 
-def test_area_cut_off_and_share_enlarged():
+def test_area_cut_off_and_share_of_enlarged_images():
     # cut off: 0, 1/2, 3/4, 0; short sides 100, 50, 25, 10
     line = survey(Sizes([(100, 100), (100, 50), (25, 100), (10, 10)]), 50)
     assert line == "4 images; the 50 px square cuts off 31.2% of the area and 50.0% are enlarged"
@@ -43,17 +43,17 @@ def test_unreadable_images_are_counted():
         survey(Sizes([None]), 1, limit=0)
 
 
-def words(captions):
-    """A model that reads four words of a caption."""
+def count_words(captions):
+    """The number of words of each caption, and a limit of four."""
     return [len(caption.split()) for caption in captions], 4
 
 
-def test_captions_that_are_cut_are_counted():
+def test_truncated_captions_are_counted():
     captions = ["a b", "a b c d", "a b c d e", "a b c d e f g"]
-    said = "4 captions: 2 are longer than 4 tokens and are cut there; the longest has 7"
-    assert survey_captions(iter(captions), words) == said
-    assert survey_captions(captions[:2], words) is None
-    assert survey_captions([], words) is None
+    expected = "4 captions: 2 are longer than 4 tokens and are cut there; the longest has 7"
+    assert survey_captions(iter(captions), count_words) == expected
+    assert survey_captions(captions[:2], count_words) is None
+    assert survey_captions([], count_words) is None
     assert survey_captions(captions, lambda captions: ([0] * len(captions), 0)) is None
 
 
@@ -64,6 +64,6 @@ def test_many_captions_are_sampled_evenly():
         asked.extend(captions)
         return [5] * len(captions), 4
 
-    said = "1001 captions, 11 of them sampled: 11 are longer than 4 tokens"
-    assert survey_captions(map(str, range(1001)), lengths, limit=11).startswith(said)
-    assert asked == [str(place) for place in range(0, 1001, 100)]
+    expected = "1001 captions, 11 of them sampled: 11 are longer than 4 tokens"
+    assert survey_captions(map(str, range(1001)), lengths, limit=11).startswith(expected)
+    assert asked == [str(index) for index in range(0, 1001, 100)]

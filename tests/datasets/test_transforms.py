@@ -26,8 +26,8 @@ def run(transforms, sample, generator):
 
 
 @pytest.mark.parametrize("order", ["flip, crop", "crop, flip"])
-def test_micro_conditions_tell_where_the_shown_square_lies(order):
-    """Recomputed from the pixels: in the whole flipped image, where is the square that is shown?"""
+def test_micro_conditions_give_the_position_of_the_crop(order):
+    """The position of the crop in the flipped image is recomputed from its pixels."""
     generator, flips, indices = rng(), 0, set()
     for _ in range(60):
         steps = [Flip(0.5), Crop(16)] if order == "flip, crop" else [Crop(16), Flip(0.5)]
@@ -43,7 +43,7 @@ def test_micro_conditions_tell_where_the_shown_square_lies(order):
     assert len(indices) > 40
 
 
-def test_original_size_is_the_one_before_resizing():
+def test_original_size_is_the_size_before_resizing():
     sample = run([Resize(16), Crop(16, random=False), ToTensor()], {"image": coordinates(100, 50)}, rng())
     # 100x50 becomes 32x16, and its centre square starts at left 8
     assert sample["micro_conds"].tolist() == [100, 50, 0, 8, 6]
@@ -51,7 +51,7 @@ def test_original_size_is_the_one_before_resizing():
     assert set(sample) == {"image", "micro_conds"}
 
 
-def test_pixels_are_exact_in_0_to_1():
+def test_pixels_are_scaled_exactly_to_0_to_1():
     sample = ToTensor()({"image": coordinates(256, 3)}, rng())
     assert (sample["image"].shape, sample["image"].dtype) == ((3, 3, 256), torch.float32)
     assert torch.equal(sample["image"][0, 0], torch.arange(256) / 255)
@@ -68,14 +68,14 @@ def test_pixels_are_exact_in_0_to_1():
         ((33, 17), (31, 16)),
     ],
 )
-def test_resize_brings_the_short_side_to_size(size, expected):
+def test_resize_sets_the_short_side(size, expected):
     sample = Resize(16)({"image": Image.new("RGB", size)}, rng())
     assert sample["image"].size == expected
     assert sample["original_size"] == size
 
 
-def test_of_a_line_only_the_middle_is_resized():
-    """Up to 64 times as long as wide all pixels are as ever; of what is longer, as of its middle alone."""
+def test_very_long_images_are_cropped_before_resizing():
+    """Up to an aspect ratio of 64 the whole image is resized; beyond it only the middle."""
     line = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 258, 3), dtype=np.uint8))
     whole = line.crop((0, 0, 256, 4))
     for image in (whole, whole.transpose(Image.Transpose.TRANSPOSE)):
@@ -83,14 +83,14 @@ def test_of_a_line_only_the_middle_is_resized():
         expected = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
         assert Resize(8)({"image": image}, rng())["image"].tobytes() == expected.tobytes()
     middle = line.crop((1, 0, 257, 4))
-    for turn in (lambda image: image, lambda image: image.transpose(Image.Transpose.TRANSPOSE)):
-        got, wanted = (Resize(8)({"image": turn(image)}, rng()) for image in (line, middle))
-        assert got["original_size"] == turn(line).size
-        assert got["image"].tobytes() == wanted["image"].tobytes()
+    for rotate in (lambda image: image, lambda image: image.transpose(Image.Transpose.TRANSPOSE)):
+        got, expected = (Resize(8)({"image": rotate(image)}, rng()) for image in (line, middle))
+        assert got["original_size"] == rotate(line).size
+        assert got["image"].tobytes() == expected["image"].tobytes()
 
 
 def triangle(pixels, length):
-    """Bilinear shrinking with antialiasing along the first axis: triangles as wide as the scale."""
+    """Antialiased bilinear downscaling along the first axis: the triangle filter is as wide as the scale."""
     scale = len(pixels) / length
     indices = np.arange(len(pixels)) + 0.5
     weights = np.maximum(0, 1 - np.abs((np.arange(length)[:, None] + 0.5) * scale - indices) / scale)
@@ -99,7 +99,7 @@ def triangle(pixels, length):
 
 @pytest.mark.parametrize(("size", "tolerance"), [(128, 1.5), (32, 8)])
 def test_resize_is_antialiased(size, tolerance):
-    """Against the formula on a real photo; far below a sixth of the size a box filter goes first."""
+    """Compares with the formula on a real photo. For large reductions PIL applies a box filter first."""
     skimage = pytest.importorskip("skimage")
     with Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png") as image:
         photo = image.convert("RGB")
@@ -107,10 +107,10 @@ def test_resize_is_antialiased(size, tolerance):
     expected = triangle(triangle(np.asarray(photo, float), size).swapaxes(0, 1), size).swapaxes(0, 1)
     assert np.abs(shown - expected).max() <= tolerance
     plain = np.asarray(photo, float)[:: 512 // size, :: 512 // size]
-    assert np.abs(plain - expected).max() > 60  # what skipping pixels would give
+    assert np.abs(plain - expected).max() > 60  # the error if pixels were skipped
 
 
-def test_random_crops_reach_every_place_equally():
+def test_random_crops_are_uniform():
     generator = rng()
     tops = [Crop(4)({"image": coordinates(6, 5)}, generator)["crop_top_left"] for _ in range(1200)]
     counts = {index: tops.count(index) for index in sorted(set(tops))}
@@ -119,13 +119,13 @@ def test_random_crops_reach_every_place_equally():
 
 
 @pytest.mark.parametrize(("p", "low", "high"), [(0, 0, 0), (0.1, 160, 240), (0.9, 1760, 1840), (1, 2000, 2000)])
-def test_captions_are_dropped_with_probability_p_and_not_kept_with_it(p, low, high):
+def test_captions_are_dropped_with_probability_p(p, low, high):
     generator, transform = rng(), DropCaption(p)
     dropped = sum(transform({"text": "a fox"}, generator)["text"] == "" for _ in range(2000))
     assert low <= dropped <= high
 
 
-def test_draws_do_not_depend_on_options():
+def test_options_do_not_change_later_random_numbers():
     sample = {"image": coordinates(9, 9), "text": "a fox"}
     for first, second in [
         (DropCaption(0), DropCaption(1)),
@@ -142,7 +142,7 @@ def test_draws_do_not_depend_on_options():
     assert np.array_equal(Flip(0)(sample, rng())["image"], sample["image"])
 
 
-def test_a_sample_is_not_changed_in_place():
+def test_transforms_do_not_change_the_sample_in_place():
     sample = {"image": coordinates(9, 9), "text": "a fox"}
     run([Resize(5), Crop(4), Flip(1), DropCaption(1), ToTensor()], sample, rng())
     assert list(sample) == ["image", "text"]
@@ -162,6 +162,6 @@ def test_a_sample_is_not_changed_in_place():
         ),
     ],
 )
-def test_problems(build, match):
+def test_wrong_options(build, match):
     with pytest.raises(UserError, match=match):
         build()

@@ -1,4 +1,4 @@
-"""Small real runs: a toy model, ten 32 px photos, and what to look at afterwards."""
+"""Helpers for short real training runs of a toy model."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from diffengine.engine.run import Run, build_run
 from diffengine.engine.workdir import claimed
 
 CPU = torch.device("cpu")
-TEXT_TOO = "model.train=['transformer', 'text_encoder']"
+WITH_TEXT_ENCODER = "model.train=['transformer', 'text_encoder']"
 
 
 @dataclass
 class Toy:
-    """A model folder, an image folder, and configs over them."""
+    """A toy model folder, an image folder, and configs that use them."""
 
     model: Path
     data: Path
     root: Path
 
     def config(self, name: str = "toy", **settings: Any) -> str:
-        """A config file with these settings; previews off, one line of numbers per step."""
-        everyday = {
+        """Write a config with these settings. By default, previews are off and metrics are logged at every step."""
+        options = {
             "data": str(self.data), "pretrained": str(self.model), "resolution": 32, "batch_size": 4,
             "num_workers": 0, "prompts": [], "preview_every": None, "checkpoint_every": None, "log_every": 1,
             **settings,
         }  # fmt: skip
-        if "max_epochs" not in everyday:
-            everyday.setdefault("max_iters", 1)
+        if "max_epochs" not in options:
+            options.setdefault("max_iters", 1)
         path = self.root / f"{name}.py"
-        path.write_text("\n".join(['extends = "amused"', *(f"{key} = {value!r}" for key, value in everyday.items())]))
+        path.write_text("\n".join(['extends = "amused"', *(f"{key} = {value!r}" for key, value in options.items())]))
         return str(path)
 
     def vq_config(self, name: str, max_iters: int, log_every: int, batch_size: int = 4) -> str:
-        """A config that trains the VQ model, in micro-batches of 2."""
+        """Write a config that trains the VQ model, in micro-batches of 2."""
         path = self.root / f"{name}.py"
         path.write_text(
             VQ_CONFIG.format(
@@ -92,20 +92,20 @@ def build(
     overwrite: bool = False,
     device: torch.device = CPU,
 ) -> Run:
-    """A run that is ready to train, in this process."""
+    """Build a run in this process, ready to train."""
     job = replace(make_job(path, *load_config(path, options), device), work_dir=work_dir)
     with claimed(work_dir, str(resume) if resume else None, overwrite) as checkpoint_path:
         return build_run(job, checkpoint_path)
 
 
 def train(path: str, work_dir: Path, *flags: str) -> int:
-    """`diffengine train`, in this process."""
+    """Run `diffengine train` in this process; returns its exit code."""
     return cli.main(["train", path, "--work-dir", str(work_dir), *flags])
 
 
 @dataclass
 class FirstStep:
-    """What one optimizer step did."""
+    """The gradients, masks and loss of one optimizer step."""
 
     grads: list[Tensor]
     masked: list[list[int]]
@@ -114,64 +114,65 @@ class FirstStep:
     loss: float
 
 
-class Watch(Hook):
-    """Keeps the gradients that the first step used, its masks and its loss."""
+class FirstStepHook(Hook):
+    """Records the gradients, masks and loss of the first step."""
 
     def __init__(self) -> None:
-        self.seen: FirstStep | None = None
+        self.step: FirstStep | None = None
         self._grads: list[Tensor] = []
 
     def before_train(self, runner: Any) -> None:
-        def keep(optimizer: Any, args: Any, kwargs: Any) -> None:
+        def save_gradients(optimizer: Any, args: Any, kwargs: Any) -> None:
             self._grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
 
-        runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(save_gradients)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if self.seen is None:
+        if self.step is None:
             masked = [row.tolist() for row in data_batch["masked"]]
-            self.seen = FirstStep(self._grads, masked, outputs.sums["loss"].item(), outputs.targets, 0.0)
+            self.step = FirstStep(self._grads, masked, outputs.sums["loss"].item(), outputs.targets, 0.0)
 
 
 def first_step(path: str, work_dir: Path, *options: str) -> FirstStep:
-    """Train one step; loss is the one that the run logged."""
+    """Train one step. `loss` is the value in metrics.jsonl."""
     runner = build(path, work_dir, *options)
-    watch = Watch()
-    runner.register_hook(watch)
+    hook = FirstStepHook()
+    runner.register_hook(hook)
     runner.train()
-    assert watch.seen is not None
+    assert hook.step is not None
     if (work_dir / "metrics.jsonl").exists():
-        watch.seen.loss = metrics(work_dir)[0]["loss"]
-    return watch.seen
+        hook.step.loss = metrics(work_dir)[0]["loss"]
+    return hook.step
 
 
 def metrics(work_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 class SignalAt(Hook):
-    """Sends this process (or its whole group) a signal after a step."""
+    """Sends a signal to this process, or to its process group, after a step."""
 
     def __init__(self, step: int, signum: int, group: bool = False) -> None:
         self.step, self.signum, self.group = step, signum, group
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if runner.clock.done == self.step:
-            if self.group:  # from another process: workers heed their parent's
+            if self.group:  # from another process: workers exit on their parent's SIGTERM
                 subprocess.run(["kill", f"-{self.signum}", "--", f"-{os.getpgrp()}"], check=False)
             else:
                 os.kill(os.getpid(), self.signum)
-            time.sleep(0.3)  # so that its effect on workers is seen
+            time.sleep(0.3)  # so that workers have time to react
 
 
 def signal_at(step: int, signum: int, group: bool = False) -> str:
-    """The config option that adds one."""
+    """The config option that adds a `SignalAt` hook."""
     hook = {"type": "tests.engine.runs.SignalAt", "step": step, "signum": int(signum), "group": group}
     return f"custom_hooks=[{hook}]"
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:
-    """Weights, optimizer, schedule and counters equal bit for bit."""
+    """Check that weights, optimizer, schedule and counters are bit-identical."""
     a, b = checkpoint.read(one), checkpoint.read(other)
     assert a["counters"] == b["counters"]
     assert a["param_scheduler"] == b["param_scheduler"]
@@ -180,46 +181,47 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     assert_equal(a["optimizer"]["state"], b["optimizer"]["state"])
 
 
-def assert_equal(mine: Any, theirs: Any, name: str = "") -> None:
-    """Nested dicts of tensors and plain values, bit for bit (bitsandbytes nests its state)."""
-    if isinstance(mine, dict):
-        assert mine.keys() == theirs.keys(), name
-        for key in mine:
-            assert_equal(mine[key], theirs[key], f"{name}.{key}")
-    elif isinstance(mine, Tensor):
-        assert torch.equal(mine, theirs), name
+def assert_equal(actual: Any, expected: Any, name: str = "") -> None:
+    """Check that nested dicts of tensors and plain values are bit-identical (bitsandbytes nests its state)."""
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in actual:
+            assert_equal(actual[key], expected[key], f"{name}.{key}")
+    elif isinstance(actual, Tensor):
+        assert torch.equal(actual, expected), name
     else:
-        assert mine == theirs, name
+        assert actual == expected, name
 
 
-def in_child(work: Callable[..., int | None], *args: Any) -> int:
-    """Exit code of `work(*args)` in a process that leads a group of its own; -n when signal n ended it."""
-    process = _context().Process(target=_child, args=(work, *args))
+def in_child(function: Callable[..., int | None], *args: Any) -> int:
+    """Run `function(*args)` in a child process with a new process group. Returns the exit code; -n after signal n."""
+    process = _context().Process(target=_run_child, args=(function, *args))
     process.start()
     process.join(120)
     if process.exitcode is None:
         process.kill()
-        pytest.fail("the child did not end within 120 s")
+        pytest.fail("the child process did not end within 120 s")
     return process.exitcode
 
 
 def _context() -> Any:
-    """Forked, so that nothing is imported anew; a CUDA build cannot."""
+    """Fork, which skips the imports; CUDA does not support it."""
     return multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
 
-def _child(work: Callable[..., int | None], *args: Any) -> None:
+def _run_child(function: Callable[..., int | None], *args: Any) -> None:
     os.setsid()
-    code = work(*args)
+    code = function(*args)
     os._exit(code or 0)
 
 
-def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
-    """`work(*args)` on so many ranks of a gloo group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [_context().Process(target=_rank, args=(rank, world, port, work, *args)) for rank in range(world)]
+def on_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` on `world` ranks with gloo; all must exit with 0."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    arguments = [(rank, world, port, function, *args) for rank in range(world)]
+    processes = [_context().Process(target=_run_rank, args=given) for given in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -227,15 +229,15 @@ def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * world, f"exit codes {codes}; None means that a rank hangs"
+    assert codes == [0] * world, f"exit codes {codes}; None means that the rank did not end within 120 s"
 
 
-def _rank(rank: int, world: int, port: int, work: Callable[..., None], *args: Any) -> None:
+def _run_rank(rank: int, world: int, port: int, function: Callable[..., None], *args: Any) -> None:
     from diffengine import distributed
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     distributed.start()
-    work(*args)
+    function(*args)
     distributed.stop()
     os._exit(0)

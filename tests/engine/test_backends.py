@@ -1,4 +1,4 @@
-"""Weights & Biases gets the step, and says so where it is missing."""
+"""TensorBoard and Weights & Biases."""
 
 import importlib.util
 import json
@@ -13,19 +13,19 @@ from tests.engine.runs import Toy, train
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_wandb_missing_is_said_in_one_line_before_anything_is_written(
+def test_a_missing_wandb_is_reported_before_anything_is_written(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = Path(toy.config("wandb"))
     path.write_text(path.read_text() + "\nvis_backends = [dict(type='diffengine.engine.backends.WandbBackend')]\n")
     assert train(str(path), tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "wandb is not installed: pip install 'diffengine[wandb]'" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "wandb is not installed: pip install 'diffengine[wandb]'" in error
+    assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_writes_nothing_until_there_is_something(tmp_path: Path) -> None:
+def test_tensorboard_writes_no_file_without_data(tmp_path: Path) -> None:
     backend = TensorboardBackend(str(tmp_path))
     backend.add_config(Config({"a": 1}))
     backend.close()
@@ -34,8 +34,8 @@ def test_tensorboard_writes_nothing_until_there_is_something(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_wandb_gets_the_step(tmp_path: Path) -> None:
-    """Trap: mmengine's WandbVisBackend ignores it."""
+def test_wandb_logs_the_step(tmp_path: Path) -> None:
+    """mmengine's own WandbVisBackend drops it."""
     backend = WandbBackend("diffengine-test", options={"mode": "offline"}, save_dir=str(tmp_path))
     backend.add_config(Config({"a": 1}))
     backend.add_image("preview", np.zeros((4, 4, 3), dtype=np.uint8), step=0)

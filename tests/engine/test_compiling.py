@@ -1,4 +1,4 @@
-"""When blocks are compiled, what a run says of it, and that it resumes."""
+"""When blocks are compiled, what the log reports, and that a compiled run resumes."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from diffengine.models.amused import AmusedModel
 from tests.engine import runs
 from tests.engine.runs import CPU, Toy, assert_equal_checkpoints
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = pytest.mark.filterwarnings(  # raised by dynamo
     "ignore:The .grad attribute of a Tensor that is not:UserWarning"
-)  # dynamo's own
+)
 CUDA = torch.device("cuda")
-BLOCKS, KINDS = 2 * 2 + 2, 3
+BLOCKS, BLOCK_TYPES = 2 * 2 + 2, 3  # how many the toy model has
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
 
 
-def test_decided_for_the_device_and_the_length(model: AmusedModel) -> None:
+def test_auto_depends_on_the_device_and_the_number_of_steps(model: AmusedModel) -> None:
     assert compile_model("auto", model, 10**6, CPU) == "eager (auto, on a CPU)"
     assert compile_model(False, model, 10**6, CUDA) == "eager (as configured)"
     assert compile_model("auto", model, PAYS_FROM - 1, CUDA) == (
@@ -39,7 +39,7 @@ def test_decided_for_the_device_and_the_length(model: AmusedModel) -> None:
     assert compile_model(True, model, 1, CPU) == f"compiled, {BLOCKS} of them (as configured)"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without Triton for a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_triton(model: AmusedModel) -> None:
     assert compile_model("auto", model, PAYS_FROM, CUDA) == (
         "eager (auto, this machine has no Triton that works with this GPU)"
@@ -63,26 +63,26 @@ def test_a_model_without_blocks(toy: Toy, tmp_path: Path) -> None:
         runs.build(path, tmp_path, "train_cfg.compile=True")
 
 
-def test_a_run_says_how_its_blocks_run(toy: Toy, tmp_path: Path) -> None:
-    for index, (option, how) in enumerate(
+def test_the_log_reports_how_blocks_run(toy: Toy, tmp_path: Path) -> None:
+    for index, (option, expected) in enumerate(
         [("True", f"compiled, {BLOCKS} of them (as configured)"), ("auto", "eager (auto, on a CPU)")]
     ):
         path = toy.config(f"compiled{index}")
         runner = runs.build(path, tmp_path / option, f"compile={option}")
         runner.announce()
-        assert f"blocks run {how}" in (tmp_path / option / "log.txt").read_text()
+        assert f"blocks run {expected}" in (tmp_path / option / "log.txt").read_text()
         assert runner.config["compile"] == (option if option == "auto" else True)
 
 
 @pytest.mark.soak
 def test_a_compiled_run_resumes(toy: Toy, tmp_path: Path) -> None:
-    """By inductor, with dropout, previews and micro-batches of two sizes: bit for bit. Eager on request."""
+    """With dropout, previews and micro-batches of two sizes: bit-identical. It can also resume without compiling."""
     torch._dynamo.reset()
     settings = {"max_iters": 4, "batch_size": 3, "micro_batch_size": 2, "checkpoint_every": 2}
     path = toy.config("compiled", **settings, compile=True, prompts=["a cat"], preview_every=2)
 
     def train(work_dir: Path, *options: str, resume: Path | None = None) -> int:
-        """How many graphs are made while training."""
+        """Train; returns how many graphs dynamo compiled."""
         runner = runs.build(path, work_dir, *options, resume=resume)
         for module in runner.trainable.modules():
             if isinstance(module, nn.Dropout):
@@ -91,10 +91,10 @@ def test_a_compiled_run_resumes(toy: Toy, tmp_path: Path) -> None:
         runner.train()
         return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
 
-    assert train(tmp_path / "whole") == 2 * KINDS  # for 1 and for 2 images
-    assert train(tmp_path / "parts", "max_iters=2") == 0
-    assert train(tmp_path / "parts", resume=tmp_path / "parts/iter_2.pth") == 0
-    assert_equal_checkpoints(tmp_path / "parts/iter_4.pth", tmp_path / "whole/iter_4.pth")
+    assert train(tmp_path / "whole") == 2 * BLOCK_TYPES  # graphs for 1 and for 2 images
+    assert train(tmp_path / "resumed", "max_iters=2") == 0
+    assert train(tmp_path / "resumed", resume=tmp_path / "resumed/iter_2.pth") == 0
+    assert_equal_checkpoints(tmp_path / "resumed/iter_4.pth", tmp_path / "whole/iter_4.pth")
     torch._dynamo.reset()
-    eager = train(tmp_path / "parts", "compile=False", "max_iters=5", resume=tmp_path / "parts/iter_4.pth")
+    eager = train(tmp_path / "resumed", "compile=False", "max_iters=5", resume=tmp_path / "resumed/iter_4.pth")
     assert eager == 0

@@ -1,4 +1,4 @@
-"""The average: by its formula, of what is trained only, resumed exactly, seen by previews and convert."""
+"""EMA: its formula, which weights it covers, resume, previews and convert."""
 
 import math
 import signal
@@ -17,42 +17,43 @@ from diffengine.engine.hooks import EMAHook
 from diffengine.engine.hooks.checkpoint import expected_size
 from diffengine.errors import UserError
 from tests.engine import runs
-from tests.engine.runs import TEXT_TOO, Toy, assert_equal_checkpoints, in_child, train
+from tests.engine.runs import WITH_TEXT_ENCODER, Toy, assert_equal_checkpoints, in_child, train
 
 EMA = {"type": "diffengine.engine.hooks.EMAHook", "decay": 0.5}
+AveragedRun = tuple[Path, list[dict[str, Tensor]]]  # its work dir, and its weights by step
 SETTINGS = {"max_iters": 6, "checkpoint_every": 2, "keep_checkpoints": None, "learning_rate": 1e-2,
             "custom_hooks": [EMA]}  # fmt: skip
 
 
-class Weights(Hook):
-    """Keeps the weights before the first step and after each."""
+class WeightsHook(Hook):
+    """Records the weights before the first step and after each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
     def before_train(self, runner: Any) -> None:
-        self._keep(runner)
+        self._record(runner)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._keep(runner)
+        self._record(runner)
 
-    def _keep(self, runner: Any) -> None:
+    def _record(self, runner: Any) -> None:
         self.steps.append({name: item.clone() for name, item in runner.trainable.trained_state().items()})
 
 
 @pytest.fixture(scope="module")
-def whole(toy: Toy) -> tuple[Path, list[dict[str, Tensor]]]:
-    """A run of six steps that kept an average, and its weights by step."""
+def averaged_run(toy: Toy) -> AveragedRun:
+    """An uninterrupted run of six steps with EMA."""
     work_dir = toy.root / "averaged"
-    runner = runs.build(toy.config("averaged", **SETTINGS), work_dir, TEXT_TOO)
-    weights = Weights()
-    runner.register_hook(weights)
+    runner = runs.build(toy.config("averaged", **SETTINGS), work_dir, WITH_TEXT_ENCODER)
+    hook = WeightsHook()
+    runner.register_hook(hook)
     runner.train()
-    return work_dir, weights.steps
+    return work_dir, hook.steps
 
 
-def test_the_average_by_its_formula(whole: tuple[Path, list[dict[str, Tensor]]]) -> None:
-    work_dir, steps = whole
+def test_the_average_follows_its_formula(averaged_run: AveragedRun) -> None:
+    work_dir, steps = averaged_run
     saved = checkpoint.read(work_dir / "iter_6.pth")["ema"]
     assert saved["updates"] == 6
     assert list(saved["weights"]) == [name for name in steps[0] if "position_ids" not in name]  # no buffers
@@ -65,7 +66,7 @@ def test_the_average_by_its_formula(whole: tuple[Path, list[dict[str, Tensor]]])
     assert not torch.equal(average, steps[-1][name])
 
 
-def test_decays() -> None:
+def test_the_decay_warms_up() -> None:
     hook = EMAHook()
     assert [hook.decay_at(n) for n in (0, 1, 8)] == [1 / 10, 2 / 11, 9 / 18]
     assert hook.decay_at(10**6) == 0.9999
@@ -75,21 +76,21 @@ def test_decays() -> None:
             EMAHook(decay)
 
 
-def test_killed_and_resumed_is_bit_equal(toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_is_bit_identical(toy: Toy, averaged_run: AveragedRun, tmp_path: Path) -> None:
     path = toy.config("averaged", **SETTINGS)
     kill = {"type": "tests.engine.runs.SignalAt", "step": 3, "signum": int(signal.SIGKILL)}
-    flags = ["--cfg-options", TEXT_TOO]
+    flags = ["--cfg-options", WITH_TEXT_ENCODER]
     assert in_child(train, path, tmp_path, *flags, f"custom_hooks={[EMA, kill]}") == -signal.SIGKILL
     assert train(path, tmp_path, "--resume", *flags) == 0
     for name in ("iter_4.pth", "iter_6.pth"):
-        assert_equal_checkpoints(tmp_path / name, whole[0] / name)
-        mine, theirs = (checkpoint.read(folder / name)["ema"] for folder in (tmp_path, whole[0]))
-        assert mine["updates"] == theirs["updates"]
-        assert mine["weights"].keys() == theirs["weights"].keys()
-        assert all(torch.equal(mine["weights"][key], theirs["weights"][key]) for key in mine["weights"])
+        assert_equal_checkpoints(tmp_path / name, averaged_run[0] / name)
+        resumed, expected = (checkpoint.read(folder / name)["ema"] for folder in (tmp_path, averaged_run[0]))
+        assert resumed["updates"] == expected["updates"]
+        assert resumed["weights"].keys() == expected["weights"].keys()
+        assert all(torch.equal(resumed["weights"][key], expected["weights"][key]) for key in expected["weights"])
 
 
-def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_can_start_an_average(toy: Toy, reference: Path, tmp_path: Path) -> None:
     from tests.engine.conftest import REFERENCE
 
     path = toy.config("reference", **REFERENCE)
@@ -103,8 +104,8 @@ def test_a_run_without_one_may_start_it_later(toy: Toy, reference: Path, tmp_pat
     torch.testing.assert_close(average, 0.1 * before["model"][name] + 0.9 * after["model"][name])
 
 
-def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> None:
-    """Swapped in and back, bit for bit; the images are the average's."""
+def test_the_average_changes_only_previews(toy: Toy, tmp_path: Path) -> None:
+    """Previews are generated with the average; afterwards the trained weights are back, bit for bit."""
     settings = {
         **SETTINGS,
         "max_iters": 3,
@@ -112,37 +113,39 @@ def test_the_average_changes_nothing_but_previews(toy: Toy, tmp_path: Path) -> N
         "prompts": ["a cat"],
         "preview_every": 3,
     }
-    with_one, without = tmp_path / "with", tmp_path / "without"
-    runner = runs.build(toy.config("with", **settings), with_one)
+    with_average, without = tmp_path / "with", tmp_path / "without"
+    runner = runs.build(toy.config("with", **settings), with_average)
     pointers = {name: item.data_ptr() for name, item in runner.trainable.named_parameters()}
     runner.train()
     assert {name: item.data_ptr() for name, item in runner.trainable.named_parameters()} == pointers
     assert train(toy.config("without", **{**settings, "custom_hooks": []}), without) == 0
-    assert_equal_checkpoints(with_one / "iter_3.pth", without / "iter_3.pth")
-    drawn = [(folder / "previews" / f"{step:06}.png").read_bytes() for folder in (with_one, without) for step in (0, 3)]
-    assert drawn[0] == drawn[2]
-    assert drawn[1] != drawn[3]
+    assert_equal_checkpoints(with_average / "iter_3.pth", without / "iter_3.pth")
+    previews = [
+        (folder / "previews" / f"{step:06}.png").read_bytes() for folder in (with_average, without) for step in (0, 3)
+    ]
+    assert previews[0] == previews[2]
+    assert previews[1] != previews[3]
 
-    said = f"what a run exports at its end are the weights of the last step: diffengine convert {with_one} --ema"
-    logs = [(folder / "log.txt").read_text() for folder in (with_one, without)]
-    assert [said in log for log in logs] == [True, False]
-    exported = UVit2DModel.from_pretrained(with_one / "transformer").state_dict()
-    last = checkpoint.read(with_one / "iter_3.pth")["model"]
+    message = f"what a run exports at its end are the weights of the last step: diffengine convert {with_average} --ema"
+    logs = [(folder / "log.txt").read_text() for folder in (with_average, without)]
+    assert [message in log for log in logs] == [True, False]
+    exported = UVit2DModel.from_pretrained(with_average / "transformer").state_dict()
+    last = checkpoint.read(with_average / "iter_3.pth")["model"]
     assert all(torch.equal(item, last[f"transformer.{name}"]) for name, item in exported.items())
 
-    live = {name: item.clone() for name, item in runner.trainable.named_parameters()}
-    average = checkpoint.read(with_one / "iter_3.pth")["ema"]["weights"]
+    trained = {name: item.clone() for name, item in runner.trainable.named_parameters()}
+    average = checkpoint.read(with_average / "iter_3.pth")["ema"]["weights"]
     with runner.averaged_weights():
-        inside = {name: item.clone() for name, item in runner.trainable.named_parameters()}
+        swapped = {name: item.clone() for name, item in runner.trainable.named_parameters()}
     for name, item in runner.trainable.named_parameters():
-        assert torch.equal(inside[name], average[name])
-        assert torch.equal(item, live[name])
+        assert torch.equal(swapped[name], average[name])
+        assert torch.equal(item, trained[name])
 
 
 def test_convert_writes_the_average(
-    toy: Toy, whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path, capsys: pytest.CaptureFixture
+    toy: Toy, averaged_run: AveragedRun, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    path, file = toy.config("averaged", **SETTINGS), whole[0] / "iter_6.pth"
+    path, file = toy.config("averaged", **SETTINGS), averaged_run[0] / "iter_6.pth"
     state = checkpoint.read(file)
     weights = {"--ema": state["ema"]["weights"], None: state["model"]}
     for flag, expected in weights.items():
@@ -152,20 +155,20 @@ def test_convert_writes_the_average(
         assert all(torch.equal(item, expected[f"transformer.{name}"]) for name, item in loaded.items())
     assert train(toy.config("plain"), tmp_path / "plain") == 0
     assert cli.main(["convert", str(tmp_path / "plain"), "--ema"]) == 2
-    said = capsys.readouterr().err
-    assert "iter_1.pth' keeps no average; train with EMAHook among custom_hooks, or leave out --ema" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "iter_1.pth' keeps no average; train with EMAHook among custom_hooks, or leave out --ema" in error
+    assert error.count("\n") == 1
 
 
-def test_nothing_is_read_and_only_the_trained_is_averaged(toy: Toy, tmp_path: Path) -> None:
+def test_the_average_covers_trained_weights_and_reads_nothing_from_the_device(toy: Toy, tmp_path: Path) -> None:
     from tests.engine.test_metrics import device_reads
 
     runner = runs.build(toy.config("reads_ema", **SETTINGS), tmp_path, "model.train=['text_encoder']")
     (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
     hook.before_run(runner)
-    with device_reads() as seen:
+    with device_reads() as reads:
         hook.after_train_iter(runner, 0)
-    assert not seen
+    assert not reads
     trained = {name for name, _ in runner.trainable.text_encoder.named_parameters()}
     assert runner.average.keys() == {f"text_encoder.{name}" for name in trained}
     assert {item.dtype for item in runner.average.values()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. `make gpu`."""
+"""Tests that need a CUDA device: `make gpu`."""
 
 import signal
 from collections import Counter
@@ -15,22 +15,22 @@ from tests.engine.runs import Toy, metrics, train
 pytestmark = pytest.mark.gpu
 
 
-class NoWaits(Hook):
-    """From the second step to the last but one, whatever waits for the device is an error."""
+class NoSyncHook(Hook):
+    """Makes a synchronization with the device an error, except in the first two and the last two steps."""
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        inside = 1 < runner.clock.done < runner.train_loop.max_iters - 2
-        torch.cuda.set_sync_debug_mode("error" if inside else "default")
+        forbidden = 1 < runner.clock.done < runner.train_loop.max_iters - 2
+        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
     def after_train(self, runner: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("use", [True, False])
-def test_no_step_between_log_lines_waits_for_the_device(toy: Toy, tmp_path: Path, use: bool) -> None:
-    path = toy.config("waits", max_iters=8, log_every=100, image_variations=1, cache=use)
+@pytest.mark.parametrize("cache", [True, False])
+def test_steps_between_log_lines_do_not_synchronize(toy: Toy, tmp_path: Path, cache: bool) -> None:
+    path = toy.config("synchronize", max_iters=8, log_every=100, image_variations=1, cache=cache)
     runner = runs.build(path, tmp_path / "run", device=torch.device("cuda", 0))
-    runner.register_hook(NoWaits())
+    runner.register_hook(NoSyncHook())
     runner.train()
     assert runner.clock.done == 8
 
@@ -46,27 +46,27 @@ def test_every_precision_trains_stops_and_resumes(toy: Toy, tmp_path: Path, prec
     assert resumed == pytest.approx(whole, rel=1e-3)
 
 
-def test_a_gpu_takes_the_loss_of_the_cpu(toy: Toy, tmp_path: Path) -> None:
+def test_the_loss_on_a_gpu_equals_the_loss_on_a_cpu(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("devices", max_iters=1, precision="fp32", cache=False)
     losses = {}
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         runner = runs.build(path, tmp_path / device.type, "train_cfg.tf32=False", device=device)
         runner.train()
         losses[device.type] = metrics(tmp_path / device.type)[0]["loss"]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-2)  # a few ids fall on another code
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-2)  # rounding changes a few token ids
 
 
-def test_compiled_blocks_make_no_graph_after_the_first_steps(toy: Toy, tmp_path: Path) -> None:
+def test_blocks_are_compiled_in_the_first_steps_only(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("compiled", max_iters=6, compile=True, precision="bf16")
     graphs: Counter = torch._dynamo.utils.counters["stats"]
-    seen = []
+    counts = []
 
-    class Count(Hook):
+    class CountGraphs(Hook):
         def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-            seen.append(graphs["unique_graphs"])
+            counts.append(graphs["unique_graphs"])
 
     runner = runs.build(path, tmp_path / "run", device=torch.device("cuda", 0))
-    runner.register_hook(Count())
+    runner.register_hook(CountGraphs())
     runner.train()
-    assert seen[0] > 0
-    assert len(set(seen[1:])) == 1
+    assert counts[0] > 0
+    assert len(set(counts[1:])) == 1

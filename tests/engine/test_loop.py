@@ -1,5 +1,6 @@
-"""Steps, epochs and names; and mmengine's conventions for hooks of other people."""
+"""Steps, epochs and checkpoint names; and mmengine's conventions for hooks."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def _clock(size: int, batch_size: int, max_epochs: int | None = None, max_iters:
 
 
 def _names(clock: Clock, every: int) -> dict[int, str]:
-    """Checkpoint names by step, for a run from the first step to the last."""
+    """The names of all checkpoints of a run, by step."""
     names = {}
     for done in range(1, clock.max_iters + 1):
         clock.done = done
@@ -44,14 +45,14 @@ def test_names_and_due(size: int, batch: int, length: dict[str, int], every: int
     assert _names(_clock(size, batch, **length), every) == names
 
 
-def test_the_mission_ends_with_epoch_50() -> None:
+def test_the_pokemon_run_ends_with_epoch_50() -> None:
     clock = _clock(833, 8, max_epochs=50)
     assert clock.max_iters == 5207
     names = _names(clock, 1)
     assert list(names.values()) == [f"epoch_{epoch}" for epoch in range(1, 51)]
 
 
-def test_due_never_without_an_interval() -> None:
+def test_nothing_is_due_without_an_interval() -> None:
     clock = _clock(10, 4, max_epochs=1)
     clock.done = 3
     assert not clock.due(None)
@@ -66,25 +67,26 @@ def test_due_never_without_an_interval() -> None:
         (None, -1, "max_iters got -1"),
     ],
 )
-def test_lengths_that_make_no_sense(epochs: int | None, iters: int | None, text: str) -> None:
+def test_invalid_lengths_are_refused(epochs: int | None, iters: int | None, text: str) -> None:
     with pytest.raises(UserError, match=text):
         Clock(epochs, iters, 10, 4)
 
 
-def test_micro_seeds_differ_by_place() -> None:
-    indices = [(s, i, m, r) for s in (0, 2**64 - 1) for i in (0, 1) for m in (0, 1) for r in (0, 1)]
-    assert len({micro_seed(*index) for index in indices}) == len(indices)
+def test_micro_seeds_differ() -> None:
+    """By seed, step, micro-batch and rank."""
+    arguments = list(itertools.product((0, 2**64 - 1), (0, 1), (0, 1), (0, 1)))
+    assert len({micro_seed(*given) for given in arguments}) == len(arguments)
 
 
-def test_epochs_and_pruning(toy: Toy, tmp_path: Path) -> None:
+def test_old_epoch_checkpoints_are_deleted(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("three", max_epochs=3, checkpoint_every=1, keep_checkpoints=2)
     assert train(path, tmp_path) == 0
     assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["epoch_2.pth", "epoch_3.pth"]
     assert [line["iter"] for line in runs.metrics(tmp_path)] == list(range(1, 9))
 
 
-class Stranger(Hook):
-    """Written against mmengine's documentation."""
+class MMEngineHook(Hook):
+    """A hook that follows mmengine's documentation."""
 
     def __init__(self) -> None:
         self.log: list[tuple] = []
@@ -102,16 +104,16 @@ class Stranger(Hook):
         self.log.append(("ends", runner.epoch, self.every_n_epochs(runner, 2), self.is_last_train_epoch(runner)))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        checkpoint["stranger"] = {"log": [list(item) for item in self.log]}
+        checkpoint["mmengine_hook"] = {"log": [list(item) for item in self.log]}
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        self.log.append(("loaded", len(checkpoint["stranger"]["log"])))
+        self.log.append(("loaded", len(checkpoint["mmengine_hook"]["log"])))
 
 
-def test_a_hook_written_for_mmengine_sees_its_conventions(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("stranger", max_epochs=2)
+def test_a_hook_written_for_mmengine_works(toy: Toy, tmp_path: Path) -> None:
+    path = toy.config("mmengine_hook", max_epochs=2)
     runner = runs.build(path, tmp_path)
-    hook = Stranger()
+    hook = MMEngineHook()
     runner.register_hook(hook)
     runner.train()
     assert hook.log == [
@@ -119,38 +121,38 @@ def test_a_hook_written_for_mmengine_sees_its_conventions(toy: Toy, tmp_path: Pa
         ("begins", 1), ("iter", 3), ("last", 4, 5), ("ends", 1, True, True),
     ]  # fmt: skip
 
-    again = runs.build(path, tmp_path, "custom_hooks=[{'type': 'tests.engine.test_loop.Stranger'}]",
+    again = runs.build(path, tmp_path, "custom_hooks=[{'type': 'tests.engine.test_loop.MMEngineHook'}]",
                        resume=tmp_path / "epoch_2.pth")  # fmt: skip
-    (loaded,) = [hook for hook in again.hooks if isinstance(hook, Stranger)]
-    assert loaded.log == [("loaded", 6)]  # saved before the last epoch's end was told
+    (loaded,) = [hook for hook in again.hooks if isinstance(hook, MMEngineHook)]
+    assert loaded.log == [("loaded", 6)]  # the checkpoint was saved before `after_train_epoch`
 
 
 def test_mmengines_own_resume_is_never_called(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap: `Runner.resume` runs code that a checkpoint's meta holds; `load_checkpoint` is not strict."""
+    """`Runner.resume` executes code from a checkpoint's meta; `load_checkpoint` is not strict."""
     from mmengine.runner import Runner
 
-    def trap(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("mmengine read a checkpoint")
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("mmengine's own checkpoint code ran")
 
     for name in ("resume", "load_checkpoint", "load_or_resume", "save_checkpoint"):
-        monkeypatch.setattr(Runner, name, trap)
-    path = toy.config("untrapped", max_iters=2)
+        monkeypatch.setattr(Runner, name, fail)
+    path = toy.config("own_resume", max_iters=2)
     assert train(path, tmp_path) == 0
     assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=3") == 0
 
 
-def test_traps_of_mmengines_loop_and_hooks(toy: Toy, tmp_path: Path) -> None:
-    """Traps: `model.train()` every iteration flips frozen modules; the history buffer grows with every step;
-    torch.manual_seed formats a stack trace each time for a GPU that is not there.
+def test_problems_of_mmengines_loop_and_hooks_are_avoided(toy: Toy, tmp_path: Path) -> None:
+    """mmengine's loop calls `model.train()` in every iteration, which also switches frozen modules to train mode. Its
+    history buffer grows with every step. And without a GPU, each `torch.manual_seed` queues a call with a stack trace.
     """
-    runner = runs.build(toy.config("traps", max_iters=3, prompts=1), tmp_path, f"seed={2**32 - 1}")
+    runner = runs.build(toy.config("problems", max_iters=3, prompts=1), tmp_path, f"seed={2**32 - 1}")
     assert runner.seed == 2**32 - 1
     queued = len(torch.cuda._queued_calls)
     runner.train()
     assert len(torch.cuda._queued_calls) == queued
     frozen = runner.trainable.build_pipeline()
     for module in (frozen.vqvae, frozen.text_encoder):
-        assert not any(part.training for part in module.modules())
+        assert not any(child.training for child in module.modules())
         assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert all(part.training for part in runner.trainable.modules())
+    assert all(child.training for child in runner.trainable.modules())
     assert not runner.message_hub.log_scalars

@@ -1,4 +1,4 @@
-"""Numbers: right, once each, and read off the device only at a log line."""
+"""Metrics are correct, logged once, and read from the device only at a log line."""
 
 import json
 import math
@@ -20,21 +20,19 @@ from diffengine.engine import memory
 from diffengine.engine.hooks import PreviewHook
 from diffengine.text import format_duration
 from tests.engine import runs
-from tests.engine.runs import TEXT_TOO, Toy, train
+from tests.engine.runs import WITH_TEXT_ENCODER, Toy, train
 
 aten = torch.ops.aten
-WAITS = {  # what makes the host wait for the device
+SYNCHRONIZING = {  # operators that make the host wait for the device
     aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.nonzero_static, aten.equal,
     aten.is_nonzero, aten._unique2, aten.unique_consecutive, aten.bincount, aten.allclose,
     aten.repeat_interleave,
 }  # fmt: skip
-
-
 HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
 
 
-class Copies(TorchFunctionMode):
-    """Counts whole tensors that are taken to the host; on a CPU a dispatcher sees nothing of them."""
+class HostCopies(TorchFunctionMode):
+    """Counts copies of tensors to the host. On a CPU, no dispatch mode sees them."""
 
     def __init__(self, seen: Counter[str]) -> None:
         super().__init__()
@@ -46,20 +44,20 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Reads(TorchDispatchMode):
-    """Counts what would wait for a GPU: reads of a value, and sizes that depend on one."""
+class HostReads(TorchDispatchMode):
+    """Counts operators that would wait for a GPU: reads of a value, and output sizes that depend on values."""
 
     def __init__(self, seen: Counter[str]) -> None:
         super().__init__()
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.overloadpacket in WAITS or self._by_mask(func, args):
+        if func.overloadpacket in SYNCHRONIZING or self._is_masked(func, args):
             self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
-    def _by_mask(self, func: Any, args: tuple) -> bool:
-        """Indexing by booleans has a size that only the device knows."""
+    def _is_masked(self, func: Any, args: tuple) -> bool:
+        """Whether this indexes by booleans: only the device knows the size of the result."""
         if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             return False
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -67,9 +65,9 @@ class Reads(TorchDispatchMode):
 
 @contextmanager
 def device_reads() -> Iterator[Counter[str]]:
-    """What waits for the device inside, by name; to(device) is left to the tests on a GPU."""
+    """Counts, by name, what waits for the device inside. The tests on a GPU cover `to(device)`."""
     seen: Counter[str] = Counter()
-    with Copies(seen), Reads(seen):
+    with HostCopies(seen), HostReads(seen):
         yield seen
 
 
@@ -81,13 +79,13 @@ def device_reads() -> Iterator[Counter[str]]:
         lambda x: x.__setitem__(x > 0, 1.0), lambda x: x.cpu(), lambda x: x.numpy(), lambda x: np.asarray(x),
     ],
 )  # fmt: skip
-def test_the_counter_sees(read: Any) -> None:
+def test_the_counter_detects_a_read(read: Any) -> None:
     with device_reads() as seen:
         read(torch.arange(4.0))
     assert seen
 
 
-def test_the_counter_lets_pass_what_does_not_wait() -> None:
+def test_the_counter_ignores_other_operators() -> None:
     x = torch.arange(4.0)
     with device_reads() as seen:
         x.index_select(0, torch.tensor([1, 2])).add_(1).clamp(0, 2).sum().sqrt()
@@ -96,7 +94,7 @@ def test_the_counter_lets_pass_what_does_not_wait() -> None:
 
 
 class CountReads(Hook):
-    """Counts what the iterations read, each from before its step until `close`."""
+    """Counts the reads of each iteration, from its start to `close`."""
 
     priority = "VERY_HIGH"
 
@@ -104,15 +102,15 @@ class CountReads(Hook):
         self.by_step: dict[int, Counter[str]] = {}
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        self._open = device_reads()
-        self.by_step[runner.clock.done + 1] = self._open.__enter__()
+        self._context = device_reads()
+        self.by_step[runner.clock.done + 1] = self._context.__enter__()
 
     def close(self) -> None:
-        self._open.__exit__(None, None, None)
+        self._context.__exit__(None, None, None)
 
 
 class Close(Hook):
-    """Ends the count after every other hook."""
+    """Ends the count of an iteration after all other hooks."""
 
     priority = "LOWEST"
 
@@ -123,26 +121,26 @@ class Close(Hook):
         self.counter.close()
 
 
-@pytest.mark.parametrize("kind", ["amused", "vq"])
-def test_nothing_is_read_between_log_lines(toy: Toy, tmp_path: Path, kind: str) -> None:
-    """Law 3. Steps 1 and 8 have a line; between them the step, clipping and all hooks read nothing."""
-    if kind == "vq":
+@pytest.mark.parametrize("model", ["amused", "vq"])
+def test_nothing_is_read_between_log_lines(toy: Toy, tmp_path: Path, model: str) -> None:
+    """Steps 1 and 8 are logged. Between them the step, clipping and all hooks read nothing from the device."""
+    if model == "vq":
         runner = runs.build(toy.vq_config("reads_vq", max_iters=8, log_every=8), tmp_path)
     else:
         path = toy.config("reads", max_iters=8, log_every=8, micro_batch_size=2)
-        runner = runs.build(path, tmp_path, TEXT_TOO)
+        runner = runs.build(path, tmp_path, WITH_TEXT_ENCODER)
     counter = CountReads()
     runner.register_hook(counter)
     runner.register_hook(Close(counter))
     runner.train()
     seen = {step: dict(counts) for step, counts in counter.by_step.items()}
     assert {step: seen[step] for step in range(2, 8)} == {step: {} for step in range(2, 8)}
-    assert seen[8]["tolist"] == 2  # all sums in one read; and, before the save, whether weights are finite
-    assert set(seen[8]) == ({"tolist"} if kind == "amused" else set(seen[1]))
+    assert seen[8]["tolist"] == 2  # one read of all sums; one, before the save, of whether the weights are finite
+    assert set(seen[8]) == ({"tolist"} if model == "amused" else set(seen[1]))
 
 
-class Sums(Hook):
-    """Keeps each step's sum of losses and its targets."""
+class SumsHook(Hook):
+    """Records the sum of losses and the number of targets of each step."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, int]] = []
@@ -158,9 +156,9 @@ def _scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_a_line_is_the_mean_over_its_intervals_targets(toy: Toy, tmp_path: Path) -> None:
+def test_a_logged_loss_is_the_mean_over_all_targets_since_the_last_line(toy: Toy, tmp_path: Path) -> None:
     runner = runs.build(toy.config("lines", max_iters=8, log_every=3, micro_batch_size=3), tmp_path)
-    sums = Sums()
+    sums = SumsHook()
     runner.register_hook(sums)
     runner.train()
     lines = runs.metrics(tmp_path)
@@ -176,71 +174,71 @@ def test_a_line_is_the_mean_over_its_intervals_targets(toy: Toy, tmp_path: Path)
         assert 0 < line["data_wait"] < 1
         assert line["memory_gb"] > 0.1
         start = line["iter"]
-    shown = _scalars(tmp_path)
-    assert shown["loss"] == [(line["iter"], pytest.approx(line["loss"])) for line in lines]
-    assert set(shown) == set(lines[0]) - {"iter", "epoch"}
+    scalars = _scalars(tmp_path)
+    assert scalars["loss"] == [(line["iter"], pytest.approx(line["loss"])) for line in lines]
+    assert set(scalars) == set(lines[0]) - {"iter", "epoch"}
 
 
-PARTS = {"memory_weights_gb", "memory_gradients_gb", "memory_optimizer_gb", "checkpoint_gb"}
+MEMORY_METRICS = {"memory_weights_gb", "memory_gradients_gb", "memory_optimizer_gb", "checkpoint_gb"}
 
 
-def test_the_parts_of_memory_are_told_once(toy: Toy, tmp_path: Path) -> None:
-    """With the first line after the first step, also of a resumed run."""
+def test_memory_metrics_are_logged_once(toy: Toy, tmp_path: Path) -> None:
+    """With the first line after the first step, in a resumed run too."""
     settings = {"max_iters": 8, "log_every": 3, "checkpoint_every": 4, "keep_checkpoints": 1}
-    path = toy.config("parts", cache=False, **settings)
+    path = toy.config("sizes", cache=False, **settings)
     assert train(path, tmp_path) == 0
     lines = runs.metrics(tmp_path)
-    assert [line["iter"] for line in lines if PARTS & set(line)] == [3]
+    assert [line["iter"] for line in lines if MEMORY_METRICS & set(line)] == [3]
     line = lines[1]
-    assert set(line) - set(lines[0]) == PARTS
+    assert set(line) - set(lines[0]) == MEMORY_METRICS
     weights = dict(runs.build(path, tmp_path / "other").trainable.named_parameters())
     count = sum(item.numel() for item in weights.values())
     assert line["memory_gradients_gb"] == 4 * count / 1e9
     assert line["memory_optimizer_gb"] == (8 * count + 4 * len(weights)) / 1e9
-    assert line["memory_weights_gb"] > 4 * count / 1e9  # with the frozen ones
+    assert line["memory_weights_gb"] > 4 * count / 1e9  # includes the frozen weights
     assert line["checkpoint_gb"] == pytest.approx((tmp_path / "iter_8.pth").stat().st_size / 1e9, rel=0.01)
     log = (tmp_path / "log.txt").read_text()
-    (said,) = [line for line in log.splitlines() if " memory: " in line]
-    assert "memory: weights 2.8 MB, gradients 1.6 MB, optimizer 3.1 MB; on disk 2 x 4.8 MB of " in said
-    assert said.endswith(" left")
+    (message,) = [line for line in log.splitlines() if " memory: " in line]
+    assert "memory: weights 2.8 MB, gradients 1.6 MB, optimizer 3.1 MB; on disk 2 x 4.8 MB of " in message
+    assert message.endswith(" left")
     assert train(path, tmp_path, "--resume", "--cfg-options", "max_iters=11") == 0
-    assert [line["iter"] for line in runs.metrics(tmp_path) if PARTS & set(line)] == [3, 11]
+    assert [line["iter"] for line in runs.metrics(tmp_path) if MEMORY_METRICS & set(line)] == [3, 11]
 
 
-def test_previews_are_not_in_the_peak(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device whose peak is counted: steps take 2 bytes, and from the fifth on 3; previews take 9."""
-    taken = {"peak": 0}
+def test_the_memory_peak_excludes_previews(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a simulated device: a step takes 2 bytes, the fifth one 3; a preview takes 9."""
+    memory_used = {"peak": 0}
 
-    def take(count: int) -> None:
-        taken["peak"] = max(taken["peak"], count)
+    def allocate(count: int) -> None:
+        memory_used["peak"] = max(memory_used["peak"], count)
 
-    monkeypatch.setattr(memory, "peak_bytes", lambda: taken["peak"])
-    monkeypatch.setattr(memory, "reset_peak", lambda: taken.update(peak=0))
-    monkeypatch.setattr(PreviewHook, "_generate", lambda hook, runner: take(9))
+    monkeypatch.setattr(memory, "peak_bytes", lambda: memory_used["peak"])
+    monkeypatch.setattr(memory, "reset_peak", lambda: memory_used.update(peak=0))
+    monkeypatch.setattr(PreviewHook, "_generate", lambda hook, runner: allocate(9))
     path = toy.config("peaks", max_iters=6, preview_every=2, prompts=["a cat"])
     runner = runs.build(path, tmp_path)
 
-    class Steps(Hook):
+    class StepMemory(Hook):
         priority = "VERY_HIGH"
 
         def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-            take(3 if runner.clock.done == 5 else 2)
+            allocate(3 if runner.clock.done == 5 else 2)
 
-    runner.register_hook(Steps())
+    runner.register_hook(StepMemory())
     for hook in [hook for hook in runner.hooks if isinstance(hook, PreviewHook)]:
         monkeypatch.setattr(hook, "after_train", lambda runner: None)
     runner.train()
     assert [round(line["memory_gb"] * 1e9) for line in runs.metrics(tmp_path)] == [2, 2, 2, 2, 3, 3]
 
 
-def test_the_console_says_what_chance_is_once(toy: Toy, reference: Path) -> None:
+def test_the_log_explains_the_loss_of_chance_once(toy: Toy, reference: Path) -> None:
     log = (reference / "log.txt").read_text()
     assert log.count("(ln 64 = 4.159)") == 1
     assert "step 12/12  loss " in log
     assert "0:00 left" in log
 
 
-def test_tensorboard_of_a_resumed_run_shows_no_step_twice(toy: Toy, tmp_path: Path) -> None:
+def test_a_resumed_run_logs_no_step_twice_in_tensorboard(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("twice", max_iters=6, checkpoint_every=2)
     assert train(path, tmp_path) == 0
     (tmp_path / "iter_6.pth").unlink()
@@ -249,9 +247,7 @@ def test_tensorboard_of_a_resumed_run_shows_no_step_twice(toy: Toy, tmp_path: Pa
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_that_diverged_says_so_and_saves_nothing_over_what_was_good(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_diverged_run_is_reported_and_saves_nothing(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = {"learning_rate": 1e30, "clip_grad": None, "prompts": ["a cat"], "preview_every": 1}
     assert train(toy.config("nan", max_iters=3, **settings), tmp_path) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Which captions a preview draws, and that it asks for sense."""
+"""Which captions a preview uses, and which options are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from diffengine.errors import UserError
 from tests.engine.runs import Toy, train
 
 
-class Captioned:
-    """Images with these captions; None for one that cannot be read."""
+class CaptionedImages:
+    """A data set with these captions; None is an image that cannot be read."""
 
     def __init__(self, captions: list[Any]) -> None:
         self.captions = captions
@@ -33,18 +33,18 @@ class Captioned:
     [
         (list("abcdefgh"), 4, ["a", "e", "b", "g"]),  # spread by the golden ratio
         (list("ab"), 4, ["a", "b"]),
-        (list("aaab"), 2, ["a", "b"]),  # distinct, where the spaced ones are not
-        ([["x", "y"], "z"], 2, ["x", "z"]),  # of several captions the first
+        (list("aaab"), 2, ["a", "b"]),  # distinct, although the evenly spaced ones are equal
+        ([["x", "y"], "z"], 2, ["x", "z"]),  # the first of several captions
         ([None, "b", "c", "d"], 2, ["c", "b"]),
     ],
 )
 def test_distinct_captions(captions: list[Any], count: int, chosen: list[str]) -> None:
-    assert [caption for caption, _ in distinct(Captioned(captions), count, skip_unreadable=True)] == chosen
+    assert [caption for caption, _ in distinct(CaptionedImages(captions), count, skip_unreadable=True)] == chosen
 
 
 def test_a_damaged_image_is_an_error_unless_skipped() -> None:
     with pytest.raises(UnreadableImage, match="image 0 is damaged"):
-        distinct(Captioned([None, "b"]), 1)
+        distinct(CaptionedImages([None, "b"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_a_damaged_image_is_an_error_unless_skipped() -> None:
         (MetricsHook, {"every": 0}, "`every` got 0"),
     ],
 )
-def test_intervals_that_make_no_sense(hook: Any, options: dict, text: str) -> None:
+def test_invalid_options_are_refused(hook: Any, options: dict, text: str) -> None:
     with pytest.raises(UserError, match=text):
         hook(**options)
 
 
-def test_no_prompts_draw_nothing(toy: Toy, tmp_path: Path) -> None:
-    assert train(toy.config("undrawn", prompts=[], preview_every=1), tmp_path) == 0
+def test_no_prompts_generate_nothing(toy: Toy, tmp_path: Path) -> None:
+    assert train(toy.config("no_previews", prompts=[], preview_every=1), tmp_path) == 0
     assert not (tmp_path / "previews").exists()
     assert not (tmp_path / "before_after.png").exists()

@@ -1,4 +1,4 @@
-"""A run that is stopped, in any way, ends as if it never was."""
+"""A run that is stopped and resumed ends like one that never stopped."""
 
 import json
 import os
@@ -21,22 +21,19 @@ from tests.engine import runs
 from tests.engine.conftest import LAST, REFERENCE
 from tests.engine.runs import Toy, assert_equal_checkpoints, in_child, signal_at, train
 
-EPOCHS = {
-    "max_epochs": 2,
-    "checkpoint_every": 1,
-    "log_every": 2,
-}  # 10 images, 4 a step: 5 steps, epochs at 3 and 5
+# 10 images, 4 a step: 5 steps; the epochs end with steps 3 and 5.
+EPOCHS = {"max_epochs": 2, "checkpoint_every": 1, "log_every": 2}
 
 
-def test_killed_and_resumed_is_bit_equal(toy: Toy, reference: Path, tmp_path: Path) -> None:
-    """Killed at step 7 with previews on; two workers at first, none after."""
+def test_a_killed_and_resumed_run_is_bit_identical(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """Killed at step 7, with previews; two workers before the kill and none after."""
     path = toy.config("killed", **{**REFERENCE, "num_workers": 2, "prompts": ["a cat"], "preview_every": 3})
     hook = ["--cfg-options", signal_at(7, signal.SIGKILL)]
     assert in_child(train, path, tmp_path, *hook) == -signal.SIGKILL
     assert [file.name for file in tmp_path.glob("*.pth")] == ["iter_4.pth"]
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5]
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"iter": 7, "ep')  # what a kill in the middle of a line leaves
+        file.write('{"iter": 7, "ep')  # left by a kill during a write
     (tmp_path / ".iter_8.pth.tmp").write_bytes(b"half")
 
     assert train(path, tmp_path, "--resume", "--cfg-options", "num_workers=0") == 0
@@ -45,17 +42,18 @@ def test_killed_and_resumed_is_bit_equal(toy: Toy, reference: Path, tmp_path: Pa
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_previews_and_workers_change_nothing(toy: Toy, reference: Path, tmp_path: Path) -> None:
+def test_previews_and_workers_do_not_change_training(toy: Toy, reference: Path, tmp_path: Path) -> None:
     settings = {**REFERENCE, "num_workers": 2, "prompts": 2, "preview_every": 4}
     assert train(toy.config("previewed", **settings), tmp_path) == 0
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
-    drawn = sorted(file.name for file in (tmp_path / "previews").glob("*.png"))
-    assert drawn == ["000000.png", "000004.png", "000008.png", "000012.png"]
+    previews = sorted(file.name for file in (tmp_path / "previews").glob("*.png"))
+    assert previews == ["000000.png", "000004.png", "000008.png", "000012.png"]
     assert (tmp_path / "before_after.png").exists()
 
 
 @pytest.fixture(scope="module")
 def epochs(toy: Toy) -> Path:
+    """The work dir of an uninterrupted run of two epochs."""
     work_dir = toy.root / "epochs"
     assert train(toy.config("epochs", **EPOCHS), work_dir) == 0
     return work_dir
@@ -63,7 +61,7 @@ def epochs(toy: Toy) -> Path:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(toy: Toy, epochs: Path, tmp_path: Path, signum: int, code: int) -> None:
-    """Inside the second epoch of a run that counts epochs."""
+    """In the middle of the second epoch of a run whose length is set in epochs."""
     path = toy.config("stopped", **EPOCHS)
     assert train(path, tmp_path, "--cfg-options", signal_at(4, signum)) == code
     assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["epoch_1.pth", "iter_4.pth"]
@@ -75,8 +73,8 @@ def test_a_signal_finishes_the_step_and_saves(toy: Toy, epochs: Path, tmp_path: 
     assert (tmp_path / "transformer").is_dir()
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_alive(toy: Toy, reference: Path, tmp_path: Path) -> None:
-    """Slurm, systemd and a terminal signal the loader's workers too."""
+def test_workers_ignore_a_signal_to_the_process_group(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """Slurm, systemd and terminals send signals to the workers of the loader too."""
     path = toy.config("group", **{**REFERENCE, "num_workers": 2})
     hook = ["--cfg-options", signal_at(5, signal.SIGTERM, group=True)]
     assert in_child(train, path, tmp_path, *hook) == 143
@@ -85,11 +83,11 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive(toy: Toy, referenc
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
 
 
-def test_the_second_signal_stops_at_once() -> None:
+def test_a_second_signal_stops_at_once() -> None:
     for signum, stopped in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
         with stop_signals() as stop:
             os.kill(os.getpid(), signum)
-            os.kill(os.getpid(), signum)  # torchrun's echo of the first
+            os.kill(os.getpid(), signum)  # torchrun repeats the first one
             assert stop.signum == signum
             stop.at -= 1.1
             with pytest.raises(stopped):
@@ -97,21 +95,21 @@ def test_the_second_signal_stops_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_resumed_run_may_change_only_what_does_not_matter(
+def test_which_options_a_resumed_run_may_change(
     toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "iter_8.pth").symlink_to(reference / "iter_8.pth")
     path = toy.config("reference", **REFERENCE)
     assert train(path, tmp_path, "--resume", "--cfg-options", "learning_rate=2e-3") == 2
-    said = capsys.readouterr().err
-    assert "learning_rate was 0.001 and is 0.002" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "learning_rate was 0.001 and is 0.002" in error
+    assert error.count("\n") == 1
     free = ["max_iters=9", "num_workers=1", "micro_batch_size=2", "log_every=1", "keep_checkpoints=None"]
     assert train(path, tmp_path, "--resume", "--cfg-options", *free) == 0
     assert checkpoint.read(tmp_path / "iter_9.pth")["counters"]["iter"] == 9
 
 
-def test_an_older_checkpoint_does_not_mix_with_newer_ones(
+def test_resuming_an_older_checkpoint_next_to_a_newer_one_is_refused(
     toy: Toy, reference: Path, capsys: pytest.CaptureFixture
 ) -> None:
     older = str(reference / "iter_8.pth")
@@ -121,51 +119,51 @@ def test_an_older_checkpoint_does_not_mix_with_newer_ones(
     assert "holds 'iter_12.pth', which is further than" in capsys.readouterr().err
 
 
-class Grown(ImageTextDataset):
-    """A data set that has got an option since a checkpoint was written."""
+class NewOptionsDataset(ImageTextDataset):
+    """A data set whose options were added after a checkpoint was written."""
 
     def __init__(self, path: str, brightness: float = 1.0, sides: tuple[int, ...] = (1, 2)) -> None:
         super().__init__(path)
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "said"),
+    ("before", "now", "message"),
     [
-        ({}, {"brightness": "${one}", "sides": [1, 2]}, None),  # what the class takes anyway
+        ({}, {"brightness": "${one}", "sides": [1, 2]}, None),  # equal to the defaults
         ({"brightness": "${one}"}, {}, None),
         ({}, {"brightness": 2.0}, "train_dataloader.dataset.brightness was 1.0 and is 2.0"),
         ({"sides": [3]}, {"sides": "${two}"}, "config: two was [3] and is [1, 2]"),
         ({"sides": "${three}"}, {}, "config: three was [3] and is [1, 2]"),
     ],
 )
-def test_an_option_that_a_class_has_got_since(
-    toy: Toy, tmp_path: Path, before: dict, now: dict, said: str | None
+def test_new_options_of_a_class_count_with_their_defaults(
+    toy: Toy, tmp_path: Path, before: dict, now: dict, message: str | None
 ) -> None:
     def settings(options: dict) -> dict:
-        named = {"${one}": 1.0, "${two}": [1, 2], "${three}": [3]}
-        used = {name[2:-1]: value for name, value in named.items() if name in options.values()}
-        dataset = {"type": "tests.engine.test_resume.Grown", "path": "${data}", **options}
-        return load_config(toy.config("grown", **used, train_dataloader={"dataset": dataset}))[0]
+        references = {"${one}": 1.0, "${two}": [1, 2], "${three}": [3]}
+        used = {name[2:-1]: value for name, value in references.items() if name in options.values()}
+        dataset = {"type": "tests.engine.test_resume.NewOptionsDataset", "path": "${data}", **options}
+        return load_config(toy.config("options", **used, train_dataloader={"dataset": dataset}))[0]
 
     state = {"config": json.dumps(settings(before))}
-    with pytest.raises(UserError, match=re.escape(said)) if said else nullcontext():
+    with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
         check_same_run(state, settings(now), tmp_path / "iter_1.pth")
 
 
-def test_sections_and_settings_of_a_newer_base_are_no_change(toy: Toy, tmp_path: Path) -> None:
+def test_new_sections_and_settings_of_a_base_config_are_not_a_change(toy: Toy, tmp_path: Path) -> None:
     settings, _ = load_config(toy.config("newer"))
     older = {key: value for key, value in settings.items() if key not in ("param_scheduler", "seed")}
     older = {key: value for key, value in older.items() if key not in ("lr_schedule", "warmup_iters")}
-    del older["train_dataloader"]["image_transforms"][1]["p"], older["flip"]  # 0.5, as Flip itself takes
+    del older["train_dataloader"]["image_transforms"][1]["p"], older["flip"]  # 0.5, the default of Flip
     state = {"config": json.dumps(older)}
     check_same_run(state, load_config(toy.config("newer"))[0], tmp_path / "iter_1.pth")
     other, _ = load_config(toy.config("newer", flip=0.25, warmup_iters=1))
-    said = "iter_1.pth' under another config: flip was 0.5 and is 0.25; warmup_iters was 0 and is 1; repeat"
-    with pytest.raises(UserError, match=said):
+    message = "iter_1.pth' under another config: flip was 0.5 and is 0.25; warmup_iters was 0 and is 1; repeat"
+    with pytest.raises(UserError, match=message):
         check_same_run(state, other, tmp_path / "iter_1.pth")
 
 
-def test_a_checkpoint_has_nothing_imported(toy: Toy, tmp_path: Path) -> None:
+def test_a_class_that_a_checkpoint_names_is_not_imported(toy: Toy, tmp_path: Path) -> None:
     settings, _ = load_config(toy.config("named"))
     older = json.loads(json.dumps(settings))
     older["train_dataloader"]["dataset"] = {"type": "this.poem", "path": "${data}"}

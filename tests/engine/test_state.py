@@ -1,4 +1,4 @@
-"""A damaged or changed checkpoint is refused before anything of it is loaded or written."""
+"""A damaged or changed checkpoint is refused before anything is loaded or written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,47 +12,48 @@ from diffengine.engine.state import differences, state_after_a_step
 from tests.engine.conftest import REFERENCE
 from tests.engine.runs import Toy, train
 
-ADAMW = {"type": "torch.optim.AdamW", "lr": 1e-3}
-MOMENT = {"exp_avg": "zeros(1)"}
 
-
-def first_moment(state: dict[str, Any], value: Any) -> None:
+def set_first_moment(state: dict[str, Any], value: Any) -> None:
     state["optimizer"]["state"][0]["exp_avg"] = value
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "moment too small": (lambda s: first_moment(s, torch.zeros(1)), "state.0.exp_avg is (1,) float32; expected"),
+    "moment too small": (lambda s: set_first_moment(s, torch.zeros(1)), "state.0.exp_avg is (1,) float32; expected"),
     "moment of integers": (
-        lambda s: first_moment(s, s["optimizer"]["state"][0]["exp_avg"].long()),
+        lambda s: set_first_moment(s, s["optimizer"]["state"][0]["exp_avg"].long()),
         "int64; expected",
     ),
-    "moment is a text": (lambda s: first_moment(s, "x"), "optimizer.state.0.exp_avg is str; expected"),
+    "moment is a string": (lambda s: set_first_moment(s, "x"), "optimizer.state.0.exp_avg is str; expected"),
     "moment missing": (lambda s: s["optimizer"]["state"][0].pop("exp_avg"), "optimizer.state.0 has"),
     "unknown parameter": (lambda s: s["optimizer"]["state"].update({10**9: {}}), "state has 1000000000"),
-    "steps of Adam": (lambda s: s["optimizer"]["state"][0]["step"].fill_(1e9), "state.0.step is 1e+09"),
-    "a group less": (lambda s: s["optimizer"]["param_groups"].pop(), "has not the 2 param_groups"),
-    "other parameters": (
+    "step count of Adam": (lambda s: s["optimizer"]["state"][0]["step"].fill_(1e9), "state.0.step is 1e+09"),
+    "missing group": (lambda s: s["optimizer"]["param_groups"].pop(), "has not the 2 param_groups"),
+    "missing parameter": (
         lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
         "param_groups.0 is not of the",
     ),
-    "rate is a text": (lambda s: s["optimizer"]["param_groups"][0].update(lr="x"), "param_groups.0.lr is str"),
-    "rate is no number": (
+    "rate is a string": (lambda s: s["optimizer"]["param_groups"][0].update(lr="x"), "param_groups.0.lr is str"),
+    "rate is NaN": (
         lambda s: s["optimizer"]["param_groups"][0].update(lr=float("nan")),
         "param_groups.0.lr is nan; expected a finite number",
     ),
     "negative steps": (lambda s: s["counters"].update(iter=-5), "expected 'iter' of at least 0"),
     "too many steps": (lambda s: s["counters"].update(iter=10**9), "counters.iter is 1000000000; expected 0"),
-    "steps are a text": (lambda s: s["counters"].update(iter="4"), "expected 'iter' of at least 0"),
-    "epoch": (lambda s: s["counters"].update(epoch=99), "counters.epoch is 99; expected 0 to 1 after 4 steps"),
-    "schedule": (lambda s: s["param_scheduler"].update(last_epoch=3), "last_epoch is 3; expected 4"),
-    "schedule's rates": (lambda s: s["param_scheduler"].update(base_lrs=[1.0]), "expected 2 entries"),
+    "steps are a string": (lambda s: s["counters"].update(iter="4"), "expected 'iter' of at least 0"),
+    "epoch too high": (lambda s: s["counters"].update(epoch=99), "counters.epoch is 99; expected 0 to 1 after 4 steps"),
+    "step count of the schedule": (lambda s: s["param_scheduler"].update(last_epoch=3), "last_epoch is 3; expected 4"),
+    "missing rate of the schedule": (lambda s: s["param_scheduler"].update(base_lrs=[1.0]), "expected 2 entries"),
     "no optimizer": (lambda s: s.pop("optimizer"), "'optimizer' is NoneType; expected dict"),
-    "a list of samples": (lambda s: s.update(num_samples=[10]), "'num_samples' is list; expected int"),
-    "assets": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
-    "average": (lambda s: s.update(ema={"updates": 1, "weights": {}}), "ema.weights has []; expected"),
-    "micro-batch": (
+    "num_samples is a list": (lambda s: s.update(num_samples=[10]), "'num_samples' is list; expected int"),
+    "assets hold a number": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
+    "average without weights": (lambda s: s.update(ema={"updates": 1, "weights": {}}), "ema.weights has []; expected"),
+    "micro-batch of 0": (
         lambda s: s.update(micro_batch_size={"asked": None, "found": 0}),
         "'found' from 1 to 4",
+    ),
+    "micro-batch without 'asked'": (
+        lambda s: s.update(micro_batch_size={"found": 2}),
+        "micro_batch_size is {'found': 2}; expected 'asked', and 'found' from 1 to 4",
     ),
     "weight of integers": (
         lambda s: s["model"].update({key: value.long() for key, value in s["model"].items()}),
@@ -65,7 +66,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_changed_checkpoint_is_refused(
     toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
 ) -> None:
-    """A moment that was too small ended in a segmentation fault."""
+    """Without the check, a moment of the wrong size crashes the fused optimizer step."""
     change, expected = CHANGES[name]
     state = checkpoint.read(sorted(reference.glob("iter_*.pth"))[-1])
     steps = 4
@@ -84,8 +85,8 @@ def test_a_changed_checkpoint_is_refused(
     assert (tmp_path / "iter_4.pth").read_bytes() == before
 
 
-def test_an_unchanged_one_is_taken(toy: Toy, reference: Path, tmp_path: Path) -> None:
-    """What the cases above start from: the problem is in the change."""
+def test_an_unchanged_checkpoint_is_accepted(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """The state that the cases above start from is valid."""
     state = checkpoint.read(sorted(reference.glob("iter_*.pth"))[-1])
     state["counters"] = {"iter": 4, "epoch": 1}
     state["param_scheduler"]["last_epoch"] = 4
@@ -108,10 +109,10 @@ def test_an_unchanged_one_is_taken(toy: Toy, reference: Path, tmp_path: Path) ->
         {"type": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3},
     ],
 )
-def test_the_state_of_any_optimizer(options: dict[str, Any]) -> None:
-    """Names, shapes and dtypes do not depend on the step, and another parameter's do not fit."""
+def test_the_state_of_any_optimizer_is_compared(options: dict[str, Any]) -> None:
+    """Two parameters of one shape have equal state layouts; two shapes have different ones."""
     large, small = torch.ones(64, 80), torch.ones(7)
-    once = state_after_a_step(large, options)
-    assert differences(once, state_after_a_step(large, options), "state", steps=1) == []
-    if once and once != {"momentum_buffer": None}:
-        assert differences(state_after_a_step(small, options), once, "state") != []
+    state = state_after_a_step(large, options)
+    assert differences(state, state_after_a_step(large, options), "state", steps=1) == []
+    if state and state != {"momentum_buffer": None}:
+        assert differences(state_after_a_step(small, options), state, "state") != []

@@ -1,4 +1,4 @@
-"""The run dir: what is in it, and what is never deleted."""
+"""The work dir: its layout, and which files are never deleted."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.engine.runs import Toy, assert_equal_checkpoints, train
 
 
 def claim(work_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """What a run that starts here would continue from."""
+    """The checkpoint that a run in this work dir would resume from."""
     with claimed(work_dir, resume, overwrite) as path:
         return path
 
@@ -20,7 +20,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_layout_and_the_config_trains_again(toy: Toy, tmp_path: Path) -> None:
+def test_the_layout_and_a_run_from_the_saved_config(toy: Toy, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     path = toy.config("layout", max_iters=2, prompts=1)
     assert train(path, first, "--cfg-options", "batch_size=5") == 0
@@ -35,15 +35,15 @@ def test_layout_and_the_config_trains_again(toy: Toy, tmp_path: Path) -> None:
     assert_equal_checkpoints(first / "iter_2.pth", second / "iter_2.pth")
 
 
-def test_a_run_is_not_overwritten_unasked(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_overwritten_only_with_the_flag(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = toy.config("again")
     assert train(path, tmp_path) == 0
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)}
     assert train(path, tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "--resume" in said
-    assert "--work-dir" in said
-    assert "--overwrite" in said
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert "--work-dir" in error
+    assert "--overwrite" in error
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)} == before
 
     for name in ("notes.txt", "vae.pth", "epoch.pth"):
@@ -62,8 +62,8 @@ def test_a_run_is_not_overwritten_unasked(toy: Toy, tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["config.py", "previews", "log.txt", "model_index.json", "transformer/config.json"])
-def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
-    """A project with a config.py, or a model folder: a run would overwrite them."""
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    """For example a project with a config.py or a model folder, which a run would overwrite."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"holds '{name.partition('/')[0]}', which no run wrote"):
@@ -71,7 +71,7 @@ def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path, name: str, 
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_the_last_folder_is_made_and_a_file_is_none(tmp_path: Path) -> None:
+def test_the_work_dir_is_created_and_must_not_be_a_file(tmp_path: Path) -> None:
     assert claim(tmp_path / "a" / "b", None, False) is None
     assert (tmp_path / "a" / "b").is_dir()
     assert not holds_run(tmp_path / "a" / "b")
@@ -80,23 +80,25 @@ def test_the_last_folder_is_made_and_a_file_is_none(tmp_path: Path) -> None:
         claim(tmp_path / "file", None, False)
 
 
-def test_resume_with_nothing_to_resume_starts(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_resume_without_a_checkpoint_starts_from_the_beginning(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert train(toy.config("fresh"), tmp_path, "--resume") == 0
     assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"nowhere.pth' does not exist"):
         claim(tmp_path / "other", str(tmp_path / "nowhere.pth"), False)
 
 
-def test_a_config_problem_does_not_delete_the_run_to_be_overwritten(toy: Toy, tmp_path: Path) -> None:
+def test_an_invalid_config_does_not_delete_the_old_run(toy: Toy, tmp_path: Path) -> None:
     path = toy.config("kept")
     assert train(path, tmp_path) == 0
     before = _names(tmp_path)
-    for problem in (
+    for option in (
         "micro_batch_size=0",
         "clip_grad=-1.0",
         "warmup_iters=5",
         "keep_checkpoints=0",
         "resolution=30",
     ):
-        assert train(path, tmp_path, "--overwrite", "--cfg-options", problem) == 2, problem
+        assert train(path, tmp_path, "--overwrite", "--cfg-options", option) == 2, option
         assert _names(tmp_path) == before

@@ -1,4 +1,4 @@
-"""One folder of a small model, shared: tests may read it, never write to it."""
+"""A small model that the tests share. They read its folder, and never write to it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,26 @@ CAPTIONS = ["a cat", "", "yoda pokemon"]
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """f = 4, 32 px, 8x8 tokens, 64 codes, mask id 79, 64 text tokens; down and up blocks."""
+    """f = 4, 32 px, 8x8 tokens, 64 codes, mask id 79, 64 text tokens; with down and up blocks."""
     return models.make_model_folder(tmp_path_factory.mktemp("model") / "toy", "toy")
 
 
 @pytest.fixture(scope="session")
 def model(toy: Path) -> AmusedModel:
-    """Not to be changed."""
+    """Shared: do not modify it."""
     return AmusedModel(str(toy)).train()
 
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    """Three samples as collate gives them."""
+    """Three samples, as collate returns them."""
     return make_batch()
 
 
 def make_batch(size: int = 32, factor: int = 4) -> dict[str, Any]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     tokens = (size // factor) ** 2
-    masked = [draw.permutation(tokens)[:n] for n in (1, 20, tokens)]
+    masked = [rng.permutation(tokens)[:n] for n in (1, 20, tokens)]
     conditions = [[640.0, 480, 3, 5, 6], [32, 32, 0, 0, 6], [100, 50, 7, 0, 6]]
     return {
         "image": torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)),

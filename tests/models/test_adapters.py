@@ -1,4 +1,4 @@
-"""Adapters: what is trained, that the base stays, and what is refused."""
+"""Adapters: they are trained, the base is not, and options that would change the base are rejected."""
 
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def adapter(way: str) -> dict[str, Any]:
-    own = {} if "type" in WAYS[way] else LORA
-    return {**own, "target_modules": LORA["target_modules"], **WAYS[way]}
+    defaults = {} if "type" in WAYS[way] else LORA
+    return {**defaults, "target_modules": LORA["target_modules"], **WAYS[way]}
 
 
 def base_of(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that were there before the adapter, by the names they had."""
+    """The tensors of the base, by the names that they have without the adapter."""
     return {
         name.replace(".base_layer", ""): value.detach().clone()
         for name, value in module.named_parameters()
@@ -48,7 +48,7 @@ def train(model: AmusedModel, batch: dict[str, Any], steps: int = 2, seed: int =
         torch.manual_seed(seed + step)
         loss, _ = model(model.prepare(batch))
         loss.backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # DDP waits for each
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # DDP waits for every gradient
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def test_only_the_adapter_is_trained_and_saved(toy: Path, batch: dict[str, Any],
     assert torch.equal(model.eval()(prepared)[0], again.eval()(prepared)[0])
 
 
-def test_the_adapter_begins_as_the_base(toy: Path, batch: dict[str, Any]) -> None:
+def test_new_adapter_changes_no_output(toy: Path, batch: dict[str, Any]) -> None:
     plain, model = AmusedModel(str(toy)), AmusedModel(str(toy), adapters={"transformer": LORA})
     prepared = model.prepare(batch)
     assert torch.equal(plain(prepared)[0], model(prepared)[0])
@@ -83,7 +83,7 @@ def test_the_adapter_begins_as_the_base(toy: Path, batch: dict[str, Any]) -> Non
     assert model.preview(PreviewRequest(["a"], options={"num_inference_steps": 2}))
 
 
-def test_one_seed_one_adapter_and_the_global_state_is_left(toy: Path) -> None:
+def test_seed_determines_the_adapter_and_global_rng_is_kept(toy: Path) -> None:
     before = torch.random.get_rng_state()
     models = [AmusedModel(str(toy), adapters={"transformer": LORA}, seed=seed) for seed in (3, 3, 4)]
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -99,7 +99,9 @@ def test_one_seed_one_adapter_and_the_global_state_is_left(toy: Path) -> None:
     ({"adapters": {"text_encoder": TEXT}}, {"text_encoder"}),
     ({"adapters": {"text_encoder": TEXT}, "train": []}, {"text_encoder"}),
 ])  # fmt: skip
-def test_ways_combine(toy: Path, batch: dict[str, Any], options: dict[str, Any], trained: set[str]) -> None:
+def test_adapters_with_full_training(
+    toy: Path, batch: dict[str, Any], options: dict[str, Any], trained: set[str]
+) -> None:
     model = AmusedModel(str(toy), **options).train()
     assert set(model.exportable) == trained
     train(model, batch, steps=1)
@@ -110,7 +112,7 @@ def test_ways_combine(toy: Path, batch: dict[str, Any], options: dict[str, Any],
         assert whole == (name in full), name
 
 
-def test_adapter_dropout_is_drawn_from_the_steps_seed(toy: Path, batch: dict[str, Any]) -> None:
+def test_seed_determines_adapter_dropout(toy: Path, batch: dict[str, Any]) -> None:
     states = []
     for seed in (0, 0, 9):
         model = AmusedModel(str(toy), adapters={"transformer": {**LORA, "lora_dropout": 0.5}}).train()
@@ -120,7 +122,7 @@ def test_adapter_dropout_is_drawn_from_the_steps_seed(toy: Path, batch: dict[str
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"train": ["transformer"], "adapters": {"transformer": LORA}}, "transformer is both in `train`"),
     "none": ({"train": [], "adapters": {}}, r"train got \[\]; expected .*, or \[\] with adapters"),
     "unknown component": ({"adapters": {"vqvae": LORA}}, "adapters got 'vqvae'; expected one or both of"),
@@ -144,22 +146,22 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(toy: Path, case: str) -> None:
-    options, said = REFUSED[case]
-    with pytest.raises(UserError, match=said) as error:
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected_adapters(toy: Path, case: str) -> None:
+    options, message = REJECTED[case]
+    with pytest.raises(UserError, match=message) as error:
         AmusedModel(str(toy), **options)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_refused_options(toy: Path, case: str) -> None:
-    options, said = OPTIONS[case]
-    with pytest.raises(UserError, match=said) as error:
+def test_rejected_options(toy: Path, case: str) -> None:
+    options, message = OPTIONS[case]
+    with pytest.raises(UserError, match=message) as error:
         AmusedModel(str(toy), adapters={"transformer": {**LORA, **options}})
     assert "\n" not in str(error.value)
 
 
-def test_an_adapter_needs_a_base(toy: Path) -> None:
+def test_adapter_needs_a_base(toy: Path) -> None:
     with pytest.raises(UserError, match="transformer is built from sizes, so an adapter has no base"):
         AmusedModel(str(toy), transformer={"hidden_size": 32}, adapters={"transformer": LORA})

@@ -1,4 +1,4 @@
-"""Gradient checkpointing on diffusers' own class: the same gradients from less that is kept."""
+"""Gradient checkpointing of diffusers' model: the same gradients with less memory."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def built(toy: Path, dropout: float = 0.0, **options: Any) -> AmusedModel:
+def build(toy: Path, dropout: float = 0.0, **options: Any) -> AmusedModel:
     model = AmusedModel(str(toy), **options).train()
     for name in ("transformer", "text_encoder"):
         for module in model.module(name).modules():
@@ -32,22 +32,22 @@ def built(toy: Path, dropout: float = 0.0, **options: Any) -> AmusedModel:
 
 
 def saved_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tuple[Tensor, int]:
-    """What `run` gives, and the bytes kept for its backward pass: each storage once, parameters apart."""
-    own = {value.untyped_storage().data_ptr() for module in modules for value in module.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # a storage that is freed gives its address to another
+    """The result of `run`, and the bytes saved for its backward pass: parameters excluded, each storage once."""
+    parameters = {value.untyped_storage().data_ptr() for module in modules for value in module.parameters()}
+    saved: dict[int, int] = {}
+    alive = []  # keeps each storage alive, so that its address is not reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    return result, sum(kept.values())
+    return result, sum(saved.values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -55,25 +55,25 @@ def saved_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tupl
 def test_gradients_are_equal_bit_for_bit(toy: Path, batch: dict[str, Any], way: str, dropout: float) -> None:
     results = []
     for checkpointed in (False, True):
-        model = built(toy, dropout, gradient_checkpointing=checkpointed, **WAYS[way])
+        model = build(toy, dropout, gradient_checkpointing=checkpointed, **WAYS[way])
         prepared = model.prepare(batch)
         modules = [model.module("transformer"), model.module("text_encoder")]
-        loss, kept = saved_bytes(lambda: model(prepared)[0], modules)  # noqa: B023
+        loss, num_bytes = saved_bytes(lambda: model(prepared)[0], modules)  # noqa: B023
         loss.backward()
-        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}, kept, torch.rand(1)))
-    (plain, expected, whole, after), (loss, gradients, kept, also_after) = results
-    assert torch.equal(loss, plain)
-    assert gradients.keys() == expected.keys()  # no name changes
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}, num_bytes, torch.rand(1)))
+    (plain_loss, expected, plain_bytes, rng_plain), (loss, gradients, num_bytes, rng) = results
+    assert torch.equal(loss, plain_loss)
+    assert gradients.keys() == expected.keys()  # the names are the same
     for name, gradient in gradients.items():
         assert (gradient is None) == (expected[name] is None), name
         assert gradient is None or torch.equal(gradient, expected[name]), name
     assert any(gradient is not None and gradient.any() for gradient in gradients.values())
-    assert torch.equal(after, also_after)  # the random state is left where it was
-    assert whole > 3 * kept
+    assert torch.equal(rng, rng_plain)  # the same random state afterwards
+    assert plain_bytes > 3 * num_bytes
 
 
-def test_each_block_runs_once_more_and_only_for_gradients(toy: Path, batch: dict[str, Any]) -> None:
-    model = built(toy, gradient_checkpointing=True, train=["transformer", "text_encoder"])
+def test_each_block_runs_twice_only_with_gradients(toy: Path, batch: dict[str, Any]) -> None:
+    model = build(toy, gradient_checkpointing=True, train=["transformer", "text_encoder"])
     blocks = blocks_of(model.transformer) + blocks_of(model.text_encoder)
     assert len(blocks) == 2 * 2 + 2 + len(model.text_encoder.text_model.encoder.layers)
     runs: Counter[int] = Counter()
@@ -94,9 +94,9 @@ def test_each_block_runs_once_more_and_only_for_gradients(toy: Path, batch: dict
     assert set(runs.values()) == {1}
 
 
-def test_nothing_is_kept_of_frozen_encoders(toy: Path, batch: dict[str, Any]) -> None:
-    """A frozen text encoder runs without gradients, so it has nothing to run again."""
-    model = built(toy, gradient_checkpointing=True)
+def test_frozen_encoder_runs_once(toy: Path, batch: dict[str, Any]) -> None:
+    """A frozen text encoder runs without gradients, so it is not recomputed."""
+    model = build(toy, gradient_checkpointing=True)
     runs: list[int] = []
     layer = blocks_of(model.module("text_encoder"))[0]
     layer.register_forward_hook(lambda *call: runs.append(1))
@@ -105,18 +105,18 @@ def test_nothing_is_kept_of_frozen_encoders(toy: Path, batch: dict[str, Any]) ->
     assert len(runs) == 1
 
 
-def test_a_checkpointed_model_exports_as_any(toy: Path, tmp_path: Path) -> None:
+def test_checkpointed_model_exports(toy: Path, tmp_path: Path) -> None:
     from diffengine.export import export_components
 
-    (exported,) = export_components(built(toy, gradient_checkpointing=True), tmp_path)
+    (exported,) = export_components(build(toy, gradient_checkpointing=True), tmp_path)
     assert exported.difference == 0
 
 
-# ------------------------------------------------------------------------------------ text encoder alone
+# ------------------------------------------------------------------------------------- text encoder only
 
 
-def test_text_encoder_alone_learns_through_the_transformer(toy: Path, batch: dict[str, Any]) -> None:
-    """Its gradient against finite differences in double precision; the transformer stays as it is."""
+def test_text_encoder_trains_through_a_frozen_transformer(toy: Path, batch: dict[str, Any]) -> None:
+    """Its gradient equals finite differences in double precision, and the transformer does not change."""
     model = AmusedModel(str(toy), train=["text_encoder"]).train()
     transformer = model.module("transformer")
     prepared = {
@@ -140,7 +140,7 @@ def test_text_encoder_alone_learns_through_the_transformer(toy: Path, batch: dic
             losses.append(model(prepared)[0].item())
             for p, d in zip(parameters, directions):
                 p.add_(d, alpha=-step)
-    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-3)  # logits are taken in fp32
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-3)  # the logits are fp32
     assert not any(module.training for module in transformer.modules())
     assert all(p.grad is None for p in transformer.parameters())
     assert all(torch.equal(before[name], value) for name, value in transformer.state_dict().items())

@@ -1,4 +1,4 @@
-"""Compiled blocks: the same step, from as many graphs as there are kinds of blocks."""
+"""Compiled blocks: the same step, with one graph per block class."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,14 +18,14 @@ from tests.models.test_adapters import LORA, TEXT
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not:UserWarning"
-)  # dynamo's own
-KINDS = 3  # ConvNextBlock, SkipFFTransformerBlock, BasicTransformerBlock
+)  # raised by dynamo itself
+BLOCK_CLASSES = 3  # ConvNextBlock, SkipFFTransformerBlock, BasicTransformerBlock
 ADAPTERS = {"transformer": {**LORA, "lora_dropout": 0.0}, "text_encoder": TEXT}
 
 
 @pytest.fixture(params=["eager"])
 def counter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Counts graphs, which torch's own kernels run; one that breaks is an error."""
+    """Counts graphs and runs them with torch's usual kernels. A graph break is an error."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(request.param)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
@@ -34,14 +34,14 @@ def counter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 
 def take(batch: dict[str, Any], rows: int, masked: int) -> dict[str, Any]:
-    """The first rows, with so many tokens masked in each."""
-    part = {name: value[:rows] for name, value in batch.items()}
+    """The first `rows` samples, with `masked` tokens masked in each."""
+    selected = {name: value[:rows] for name, value in batch.items()}
     indices = [np.random.default_rng(row).permutation(64)[:masked] for row in range(rows)]
-    return {**part, "masked": indices, "num_targets": [masked] * rows}
+    return {**selected, "masked": indices, "num_targets": [masked] * rows}
 
 
 def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Loss and gradients, from one random state."""
+    """Loss and gradients from a fixed random state."""
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
     loss, _ = model(model.prepare(batch))
@@ -53,9 +53,9 @@ def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, T
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        ({}, KINDS),
-        # The first block's input depends on nothing that is trained: that is another graph of its kind.
-        ({"adapters": ADAPTERS, "gradient_checkpointing": True}, KINDS + 1),
+        ({}, BLOCK_CLASSES),
+        # The first block's input depends on no trained parameter: one more graph for its class.
+        ({"adapters": ADAPTERS, "gradient_checkpointing": True}, BLOCK_CLASSES + 1),
     ],
     ids=["full", "adapters, checkpointed"],
 )
@@ -78,31 +78,31 @@ def test_compiled_equals_eager(toy: Path, counter: Any, options: dict[str, Any],
     assert counter.frame_count == graphs
 
 
-def test_sizes_of_a_split_step(toy: Path, counter: Any) -> None:
-    """Micro-batches of a step differ by one at most: a graph for the first size, one for all others."""
+def test_micro_batch_sizes_share_two_graphs(toy: Path, counter: Any) -> None:
+    """Micro-batch sizes differ by at most one: there is one graph for the first size, and one for all others."""
     model = AmusedModel(str(toy)).train()
     model.compile_blocks()
     batch = make_batch()
     for rows in (2, 3):
         step(model, take(batch, rows, 5))
-    assert counter.frame_count == 2 * KINDS
+    assert counter.frame_count == 2 * BLOCK_CLASSES
     wide = {name: value + value for name, value in batch.items() if isinstance(value, list)}
     wide |= {name: torch.cat([value, value]) for name, value in batch.items() if isinstance(value, Tensor)}
     for rows in (3, 2, 5, 4):
         step(model, take(wide, rows, 9))
-    assert counter.frame_count == 2 * KINDS
+    assert counter.frame_count == 2 * BLOCK_CLASSES
 
 
-def test_a_frozen_transformer_is_compiled_for_what_learns_through_it(toy: Path, counter: Any) -> None:
+def test_frozen_transformer_is_compiled_for_training_the_text_encoder(toy: Path, counter: Any) -> None:
     model = AmusedModel(str(toy), train=["text_encoder"]).train()
     model.compile_blocks()
     _, gradients = step(model, make_batch())
     assert all(gradient is not None for gradient in gradients.values())
-    assert counter.frame_count == KINDS + 1
+    assert counter.frame_count == BLOCK_CLASSES + 1
 
 
-def test_dropout_is_drawn_again_from_the_same_state(toy: Path, counter: Any) -> None:
-    """In each run, and when a checkpointed block runs for the second time."""
+def test_same_random_state_gives_the_same_dropout(toy: Path, counter: Any) -> None:
+    """In each run, and when a checkpointed block is recomputed."""
     results = []
     for checkpointed in (False, True, True):
         model = AmusedModel(str(toy), gradient_checkpointing=checkpointed).train()
@@ -117,7 +117,7 @@ def test_dropout_is_drawn_again_from_the_same_state(toy: Path, counter: Any) -> 
         assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
 
 
-def test_a_compiled_model_exports_as_any(toy: Path, counter: Any, tmp_path: Path) -> None:
+def test_compiled_model_exports(toy: Path, counter: Any, tmp_path: Path) -> None:
     from diffengine.export import export_components
 
     model = AmusedModel(str(toy)).train()
@@ -129,8 +129,8 @@ def test_a_compiled_model_exports_as_any(toy: Path, counter: Any, tmp_path: Path
 
 @pytest.mark.soak
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_by_inductor(toy: Path, dropout: float) -> None:
-    """What runs really: equal to rounding, and with dropout the same in each run. Needs a C++ compiler."""
+def test_inductor(toy: Path, dropout: float) -> None:
+    """The real backend: equal up to rounding, and with dropout equal in each run. Needs a C++ compiler."""
     torch._dynamo.reset()
     model = AmusedModel(str(toy), gradient_checkpointing=True).train()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Where the components meet, and what is built from sizes."""
+"""The checks that components fit each other, and components that are built from sizes."""
 
 import json
 import math
@@ -23,7 +23,7 @@ WORDS = ["a red cat", "a blue dog", "yoda pokemon"]
 
 @pytest.fixture
 def folder(toy: Path, tmp_path: Path) -> Path:
-    """Configs and tokenizer of the toy model without any weights: checks must not need them."""
+    """Configs and tokenizer of the toy model, without weights: the checks must not need any."""
     ignore = shutil.ignore_patterns("*.safetensors")
     return Path(shutil.copytree(toy, tmp_path / "model", ignore=ignore))
 
@@ -61,12 +61,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_mismatch_alone_is_named(folder: Path, case: str) -> None:
-    file, values, said = CASES[case]
+def test_each_mismatch_is_reported(folder: Path, case: str) -> None:
+    file, values, expected = CASES[case]
     change(folder, file, **values)
     with pytest.raises(UserError) as error:
         AmusedModel(str(folder))
-    assert str(error.value) == f"model: {said}"
+    assert str(error.value) == f"model: {expected}"
 
 
 def test_no_id_for_the_mask(folder: Path) -> None:
@@ -76,23 +76,23 @@ def test_no_id_for_the_mask(folder: Path) -> None:
         AmusedModel(str(folder))
 
 
-def test_all_problems_in_one_error(folder: Path) -> None:
+def test_one_error_lists_all_problems(folder: Path) -> None:
     change(folder, "text_encoder/config.json", vocab_size=600, projection_dim=48)
     change(folder, "vqvae/config.json", lookup_from_codebook=False)
     with pytest.raises(UserError) as error:
         AmusedModel(str(folder), train=["vqvae"], label_smoothing=2.0)
-    for said in (
+    for expected in (
         "train got",
         "label_smoothing",
         "tokenizer length",
         "cond_embed_dim",
         "lookup_from_codebook",
     ):
-        assert said in str(error.value)
+        assert expected in str(error.value)
 
 
 def test_end_id_2_is_the_highest_id(folder: Path, tmp_path: Path) -> None:
-    """The released form; toy names the tokenizer's own id. Both fit, and then only weights are missing."""
+    """The released models have 2, toy the tokenizer's own id. Both pass the checks, so only weights are missing."""
     for eos in (2, VOCABULARY - 1):
         change(folder, "text_encoder/config.json", eos_token_id=eos)
         with pytest.raises(UserError, match="cannot load transformer"):
@@ -100,14 +100,14 @@ def test_end_id_2_is_the_highest_id(folder: Path, tmp_path: Path) -> None:
 
 
 def test_empty_tokenizer_folder(folder: Path) -> None:
-    """transformers 5 gives a tokenizer of two entries, with no error."""
+    """transformers 5 returns a tokenizer of two entries, without an error."""
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
     with pytest.raises(UserError, match=r"no tokenizer files in '.*': got a vocabulary of 2; expected vocab.json"):
         AmusedModel(str(folder))
 
 
-def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
+def test_wrong_model_folders(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "vqvae")
     with pytest.raises(UserError, match=r"holds no folder 'vqvae'; it has model_index.json, scheduler"):
         AmusedModel(str(folder))
@@ -118,8 +118,8 @@ def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
         AmusedModel(str(tmp_path / "gone"))
 
 
-def test_lacking_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
-    """diffusers draws them at random, with a warning."""
+def test_missing_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
+    """diffusers initialises them at random, with a warning."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(toy, tmp_path / "model"))
@@ -153,7 +153,7 @@ Build = Callable[..., AmusedModel]
 
 @pytest.fixture(scope="module")
 def build(toy: Path) -> Build:
-    """A model on the toy VQ model, the rest from sizes."""
+    """Builds a model from the toy VQ model, and from sizes for the rest."""
     assets = learn_vocabulary(WORDS, 560, 16)
 
     def built(**options: Any) -> AmusedModel:
@@ -166,7 +166,7 @@ def build(toy: Path) -> Build:
     return built
 
 
-def test_sizes_that_follow_are_filled_in(build: Build) -> None:
+def test_missing_sizes_are_derived(build: Build) -> None:
     model = build()
     text, transformer = model.text_encoder.config, model.transformer.config
     tokenizer = model.components.tokenizer
@@ -182,11 +182,11 @@ def test_sizes_that_follow_are_filled_in(build: Build) -> None:
     assert model.sample_transform.grid.sides(32, 32) == (8, 8)
 
 
-def test_a_given_size_stands(build: Build) -> None:
+def test_given_size_is_kept(build: Build) -> None:
     assert build(transformer={**TRANSFORMER, "vocab_size": 80}).mask_id == 79
 
 
-def test_one_seed_one_model_and_the_global_state_is_left(build: Build) -> None:
+def test_seed_determines_the_model_and_global_rng_is_kept(build: Build) -> None:
     before = torch.random.get_rng_state()
     first, same, other = build(seed=3), build(seed=3), build(seed=4)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -198,15 +198,15 @@ def test_one_seed_one_model_and_the_global_state_is_left(build: Build) -> None:
     )
 
 
-def test_a_component_from_sizes_that_is_frozen_would_be_lost(build: Build) -> None:
+def test_frozen_component_from_sizes_is_an_error(build: Build) -> None:
     with pytest.raises(UserError, match=r"text_encoder is built from sizes and not trained.*or name it in `train`$"):
         build(train=["transformer"])
     with pytest.raises(UserError, match=r"vqvae is built from sizes and not trained.*give a folder for it$"):
         build(vqvae=models.vq_config("toy"))
 
 
-def test_a_size_that_does_not_exist(build: Build) -> None:
-    """diffusers and transformers ignore it."""
+def test_unknown_size_is_an_error(build: Build) -> None:
+    """diffusers and transformers ignore unknown sizes."""
     with pytest.raises(UserError) as error:
         build(text_encoder={**TEXT, "hiden_size": 3}, transformer={**TRANSFORMER, "depth": 3})
     assert str(error.value) == (
@@ -214,20 +214,20 @@ def test_a_size_that_does_not_exist(build: Build) -> None:
     )
 
 
-def test_nothing_given() -> None:
+def test_model_without_arguments_is_an_error() -> None:
     with pytest.raises(UserError, match="neither `pretrained` nor `vqvae`, `tokenizer`"):
         AmusedModel()
 
 
 def test_distinct_captions_have_distinct_embeddings(build: Build) -> None:
-    """The eos trap: with CLIP's default end id in a small vocabulary all captions come out equal."""
+    """With CLIP's default end id in a small vocabulary, all captions would have the same embedding."""
     model = build()
     _, pooled = model.encode_text(model.preprocessor.text_ids([*WORDS, "", "a red dog"]))
     distances = torch.cdist(pooled, pooled) + torch.eye(5)
     assert distances.min() > 1e-3
 
 
-def test_initialisation_is_that_of_open_muse() -> None:
+def test_initialisation_matches_open_muse() -> None:
     sizes = {**models.transformer_config("toy"), "hidden_size": 256, "codebook_size": 500, "vocab_size": 512}
     torch.manual_seed(0)
     model = UVit2DModel(**{**sizes, "use_bias": True})
@@ -237,22 +237,22 @@ def test_initialisation_is_that_of_open_muse() -> None:
     assert torch.equal(model.mlm_layer.conv2.weight[:, :, 0, 0], embedding[:500])
     assert not model.mlm_layer.conv1.weight.any()
     zero = ("cond_embeds_mapper", "norm1.linear", "norm2.linear", "norm3.linear")
-    zeroed, drawn = [], []
+    zeroed, random = [], []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and "mlm_layer" not in name:
-            (zeroed if name.endswith(zero) else drawn).append((name, module))
+            (zeroed if name.endswith(zero) else random).append((name, module))
             assert module.bias is None or not module.bias.any()
     assert len(zeroed) == 3 * 2 + 2  # three norms in each of two layers, one mapper in each of two blocks
     assert not any(module.weight.any() for _, module in zeroed)
-    values = torch.cat([module.weight.detach().flatten() for _, module in drawn])
+    values = torch.cat([module.weight.detach().flatten() for _, module in random])
     assert float(values.mean()) == pytest.approx(0, abs=1e-4)
     assert float(values.std()) == pytest.approx(0.02, rel=0.02)
-    for name, module in drawn:
+    for name, module in random:
         assert 0.016 < float(module.weight.detach().std()) < 0.024, name
 
 
-def test_an_untrained_model_knows_nothing(build: Build) -> None:
-    """With a zero head the first loss is ln(codes) exactly."""
+def test_first_loss_is_chance(build: Build) -> None:
+    """The head is zero at first, so the first loss is exactly ln(codes)."""
     model = build()
     batch = {
         "image": torch.rand(1, 3, 32, 32), "text": ["a red cat"], "micro_conds": torch.rand(1, 5),

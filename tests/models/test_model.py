@@ -1,4 +1,4 @@
-"""The loss and its gradients against the formula, the pipeline's own input, and what is frozen."""
+"""Loss and gradients against the formula, inputs against the pipeline's, and frozen components."""
 
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from diffengine.models.amused.model import head_on
 from diffengine.models.base import describe
 from tests.models.conftest import CAPTIONS
 
-TOLERANCE = 1e-5  # of a tensor's largest value, or of 0.01: float32 sums in another order
+TOLERANCE = 1e-5  # of a tensor's largest value, or of 0.01: float32 sums in a different order
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-2)
 
 
 def formula(folder: Path, batch: dict[str, Any], smoothing: float, train_text: bool) -> tuple[Any, ...]:
-    """-sum over masked positions of the log probability of their token, smoothed; by diffusers' own classes.
+    """-sum over masked positions of the log probability of their token, smoothed, with diffusers' classes.
 
-    Gives the loss, its gradients by name, and the number of right guesses.
+    Returns the loss, its gradients by name, and the number of correct predictions.
     """
     pipe = AmusedPipeline.from_pretrained(folder)
     with torch.no_grad():
@@ -36,37 +36,37 @@ def formula(folder: Path, batch: dict[str, Any], smoothing: float, train_text: b
     for row, indices in enumerate(batch["masked"]):
         labels[row, indices] = token_ids[row, indices]
     input_ids = torch.where(labels == -100, token_ids, 79)
-    words = pipe.tokenizer(
+    text_ids = pipe.tokenizer(
         batch["text"], padding="max_length", max_length=64, truncation=True, return_tensors="pt"
     ).input_ids
     with torch.set_grad_enabled(train_text):
-        text = pipe.text_encoder(words, output_hidden_states=True)
+        text = pipe.text_encoder(text_ids, output_hidden_states=True)
     logits = pipe.transformer(input_ids.view(3, 8, 8), text.hidden_states[-2], text.text_embeds, batch["micro_conds"])
     log_p = logits.flatten(2).log_softmax(dim=1)
     taken = labels.clamp_min(0)[:, None]
     ce = -(1 - smoothing) * log_p.gather(1, taken)[:, 0] - smoothing * log_p.mean(dim=1)
     loss = (ce * (labels != -100)).sum()
     loss.backward()
-    also = F.cross_entropy(logits.flatten(2), labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
-    close(loss, also)
+    other = F.cross_entropy(logits.flatten(2), labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+    assert_close(loss, other)
     gradients = {f"transformer.{name}": value.grad for name, value in pipe.transformer.named_parameters()}
     if train_text:
         gradients |= {f"text_encoder.{name}": value.grad for name, value in pipe.text_encoder.named_parameters()}
-    right = (logits.flatten(2).argmax(1) == labels).sum()
-    return loss.detach(), gradients, right
+    correct = (logits.flatten(2).argmax(1) == labels).sum()
+    return loss.detach(), gradients, correct
 
 
 @pytest.mark.parametrize(("smoothing", "train"), [
     (0.0, ["transformer"]), (0.1, ["transformer"]), (0.1, ["transformer", "text_encoder"]),
 ])  # fmt: skip
-def test_parity_with_the_formula(toy: Path, batch: dict[str, Any], smoothing: float, train: list) -> None:
+def test_loss_and_gradients_match_the_formula(toy: Path, batch: dict[str, Any], smoothing: float, train: list) -> None:
     model = AmusedModel(str(toy), train=train, label_smoothing=smoothing).train()
     loss, logs = model(model.prepare(batch))
     loss.backward()
-    expected, gradients, right = formula(toy, batch, smoothing, "text_encoder" in train)
-    close(loss.detach(), expected)
+    expected, gradients, correct = formula(toy, batch, smoothing, "text_encoder" in train)
+    assert_close(loss.detach(), expected)
     assert logs.keys() == {"accuracy"}
-    assert logs["accuracy"] == right
+    assert logs["accuracy"] == correct
     named = dict(model.named_parameters())
     assert named.keys() == gradients.keys()
     for name, parameter in named.items():
@@ -74,30 +74,30 @@ def test_parity_with_the_formula(toy: Path, batch: dict[str, Any], smoothing: fl
             assert parameter.grad is None, name
             assert gradients[name] is None, name
         else:
-            close(parameter.grad, gradients[name])
+            assert_close(parameter.grad, gradients[name])
 
 
-def test_the_pipeline_feeds_what_training_feeds(model: AmusedModel, batch: dict[str, Any]) -> None:
-    fed: list[dict[str, Tensor]] = []
+def test_training_and_pipeline_give_the_transformer_the_same_inputs(model: AmusedModel, batch: dict[str, Any]) -> None:
+    inputs: list[dict[str, Tensor]] = []
 
-    def note(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
-        fed.append({**options, "input_ids": arguments[0] if arguments else options["input_ids"]})
+    def record(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+        inputs.append({**options, "input_ids": arguments[0] if arguments else options["input_ids"]})
 
-    handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         model(model.prepare({**batch, "micro_conds": torch.tensor([[32.0, 32, 0, 0, 6]] * 3)}))
         model.build_pipeline()(CAPTIONS, guidance_scale=1.0, num_inference_steps=1)
     finally:
         handle.remove()
-    training, drawing = fed
+    training, sampling = inputs
     for name in ("encoder_hidden_states", "pooled_text_emb"):
-        assert training[name].dtype == drawing[name].dtype
-        close(training[name].detach(), drawing[name])
-    assert training["micro_conds"].shape == drawing["micro_conds"].shape == (3, 5)
-    assert drawing["micro_conds"].tolist() == [[32.0, 32.0, 0.0, 0.0, 6.0]] * 3  # width, height, top, left, score
-    assert torch.equal(training["micro_conds"], drawing["micro_conds"])
-    assert training["input_ids"].shape == drawing["input_ids"].shape == (3, 8, 8)
-    assert bool((drawing["input_ids"] == model.mask_id).all())  # a drawing starts from the mask of training
+        assert training[name].dtype == sampling[name].dtype
+        assert_close(training[name].detach(), sampling[name])
+    assert training["micro_conds"].shape == sampling["micro_conds"].shape == (3, 5)
+    assert sampling["micro_conds"].tolist() == [[32.0, 32.0, 0.0, 0.0, 6.0]] * 3  # width, height, top, left, score
+    assert torch.equal(training["micro_conds"], sampling["micro_conds"])
+    assert training["input_ids"].shape == sampling["input_ids"].shape == (3, 8, 8)
+    assert bool((sampling["input_ids"] == model.mask_id).all())  # sampling starts from the mask id of training
     assert training["input_ids"].flatten()[model.prepare(batch)["masked_index"]].unique().tolist() == [79]
 
 
@@ -121,13 +121,13 @@ def test_masked_head_equals_full_head(toy: Path) -> None:
     transformer = UVit2DModel.from_pretrained(toy / "transformer")
     full, expected = head_gradients(transformer, None)
     masked, gradients = head_gradients(transformer, torch.tensor([3, 64, 127]))
-    close(masked, full)
+    assert_close(masked, full)
     assert gradients.keys() == expected.keys()
     for name in expected:
-        close(gradients[name], expected[name])
+        assert_close(gradients[name], expected[name])
 
 
-def test_the_head_is_whole_again_also_after_an_error(toy: Path) -> None:
+def test_head_is_restored_after_use_and_after_an_error(toy: Path) -> None:
     transformer = UVit2DModel.from_pretrained(toy / "transformer")
     with head_on(transformer, torch.tensor([1])):
         assert len(transformer.mlm_layer._forward_pre_hooks) == 1
@@ -140,7 +140,7 @@ def test_the_head_is_whole_again_also_after_an_error(toy: Path) -> None:
 # ---------------------------------------------------------------------------------------------- frozen
 
 
-def test_frozen_is_frozen(toy: Path, batch: dict[str, Any]) -> None:
+def test_frozen_components_are_neither_trained_nor_saved(toy: Path, batch: dict[str, Any]) -> None:
     model = AmusedModel(str(toy)).train()
     loss, _ = model(model.prepare(batch))
     loss.backward()
@@ -156,7 +156,7 @@ def test_frozen_is_frozen(toy: Path, batch: dict[str, Any]) -> None:
     assert model.transformer.training
 
 
-def test_text_encoder_learns_only_when_it_is_trained(toy: Path, batch: dict[str, Any]) -> None:
+def test_text_encoder_has_gradients_only_if_trained(toy: Path, batch: dict[str, Any]) -> None:
     frozen = AmusedModel(str(toy)).train()
     prepared = frozen.prepare(batch)
     assert not frozen.encode_text(prepared["text_ids"])[0].requires_grad
@@ -170,7 +170,7 @@ def test_text_encoder_learns_only_when_it_is_trained(toy: Path, batch: dict[str,
     assert not transformer.training
 
 
-def test_frozen_parts_are_loaded_and_moved_when_first_used(toy: Path) -> None:
+def test_frozen_components_are_loaded_and_moved_on_first_use(toy: Path) -> None:
     model = AmusedModel(str(toy))
     assert model._frozen["vqvae"].devices == {}
     model.module("vqvae")
@@ -180,26 +180,26 @@ def test_frozen_parts_are_loaded_and_moved_when_first_used(toy: Path) -> None:
     assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
 
 
-def test_loading_leaves_the_global_random_state(toy: Path, batch: dict[str, Any]) -> None:
-    """A frozen part is loaded in the middle of a step, between its seed and a dropout."""
+def test_loading_keeps_the_global_rng(toy: Path, batch: dict[str, Any]) -> None:
+    """A frozen component is loaded in the middle of a step, between seeding and dropout."""
     before = torch.random.get_rng_state()
     model = AmusedModel(str(toy))
     model(model.prepare(batch))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"train": []}, r"train got \[\]; expected one or both of \['transformer', 'text_encoder'\]"),
     ({"train": ["vqvae"]}, r"train got \['vqvae'\]"),
     ({"label_smoothing": 1.0}, r"label_smoothing got 1.0; expected a number in \[0, 1\)"),
     ({"vq_batch_size": 0}, "vq_batch_size got 0; expected at least 1"),
 ])  # fmt: skip
-def test_options_out_of_range(toy: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_options_out_of_range(toy: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         AmusedModel(str(toy), **options)
 
 
-def test_the_loss_of_knowing_nothing(model: AmusedModel) -> None:
+def test_chance_loss(model: AmusedModel) -> None:
     name, value = model.chance_loss
     assert name == "ln 64"
     assert value == pytest.approx(4.158883)

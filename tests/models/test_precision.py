@@ -1,4 +1,4 @@
-"""Frozen weights held in autocast's own precision: the same step bit for bit, in half the memory."""
+"""Frozen weights stored in autocast's precision: the same step bit for bit, with half the memory."""
 
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,26 @@ def bytes_of(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("way", [*WAYS, "both", "text alone"])
-def test_a_step_is_the_same_bit_for_bit(toy: Path, batch: dict[str, Any], way: str) -> None:
+def test_step_is_equal_bit_for_bit(toy: Path, batch: dict[str, Any], way: str) -> None:
     options: dict[str, Any] = {
         "both": {"adapters": {"transformer": LORA, "text_encoder": TEXT}},
         "text alone": {"train": ["text_encoder"]},
     }.get(way) or {"adapters": {"transformer": adapter(way)}}
-    plain, held = (AmusedModel(str(toy), **options).train() for _ in range(2))
-    held.hold_frozen(torch.bfloat16)
+    plain, half = (AmusedModel(str(toy), **options).train() for _ in range(2))
+    half.hold_frozen(torch.bfloat16)
     loss, gradients = step(plain, batch)
-    other_loss, other_gradients = step(held, batch)
+    other_loss, other_gradients = step(half, batch)
     assert torch.equal(loss, other_loss)
     assert gradients.keys() == other_gradients.keys()
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
     smaller = {
-        name: bytes_of(held.module(name)) < bytes_of(plain.module(name)) for name in ("transformer", "text_encoder")
+        name: bytes_of(half.module(name)) < bytes_of(plain.module(name)) for name in ("transformer", "text_encoder")
     }
-    uses = way not in ("dora", "oft", "ia3")  # which read the base's weights, or change its inputs
-    assert smaller == {"transformer": uses, "text_encoder": way != "text alone"}
+    halved = way not in ("dora", "oft", "ia3")  # these read the base's weights, or change its inputs
+    assert smaller == {"transformer": halved, "text_encoder": way != "text alone"}
 
 
-def test_what_autocast_casts_is_halved_and_nothing_else(toy: Path, batch: dict[str, Any]) -> None:
+def test_only_weights_that_autocast_casts_are_halved(toy: Path, batch: dict[str, Any]) -> None:
     model = AmusedModel(str(toy), adapters={"transformer": LORA}).train()
     model.hold_frozen(torch.bfloat16)
     transformer = model.exportable["transformer"]
@@ -58,7 +58,7 @@ def test_what_autocast_casts_is_halved_and_nothing_else(toy: Path, batch: dict[s
     assert {value.dtype for value in model.module("vqvae").parameters()} == {torch.float32}
 
 
-def test_full_precision_for_an_export(toy: Path) -> None:
+def test_full_precision_during_an_export(toy: Path) -> None:
     model = AmusedModel(str(toy), adapters={"transformer": LORA}).train()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.hold_frozen(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What a model draws while it trains, and by what."""
+"""Previews: images that a model generates during training."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def same(left: Image.Image, right: Image.Image) -> bool:
     return left.size == right.size and left.tobytes() == right.tobytes()
 
 
-def test_it_is_what_the_pipeline_draws(toy: Path, model: AmusedModel) -> None:
+def test_preview_equals_the_pipeline(toy: Path, model: AmusedModel) -> None:
     (shown,) = model.preview(PreviewRequest(["yoda pokemon"], seed=7, options=OPTIONS))
     pipeline = AmusedPipeline.from_pretrained(toy)
     pipeline.set_progress_bar_config(disable=True)
@@ -31,7 +31,7 @@ def test_it_is_what_the_pipeline_draws(toy: Path, model: AmusedModel) -> None:
     assert same(shown.image, expected)
 
 
-def test_deterministic_image_by_image(model: AmusedModel) -> None:
+def test_image_depends_only_on_its_prompt_and_seed(model: AmusedModel) -> None:
     first = model.preview(PreviewRequest(["a", "b", "c"], seed=3, options=OPTIONS))
     again = model.preview(PreviewRequest(["a", "b", "c"], seed=3, options=OPTIONS))
     alone = model.preview(PreviewRequest(["b"], seed=4, options=OPTIONS))
@@ -40,9 +40,9 @@ def test_deterministic_image_by_image(model: AmusedModel) -> None:
     assert not same(first[0].image, model.preview(PreviewRequest(["a"], seed=5, options=OPTIONS))[0].image)
 
 
-def test_nothing_is_left_behind(toy: Path) -> None:
+def test_preview_changes_no_state(toy: Path) -> None:
     model = AmusedModel(str(toy), train=["transformer", "text_encoder"]).train()
-    model.transformer.down_block.eval()  # a mode of its own, to be put back
+    model.transformer.down_block.eval()  # differs from the rest, and must be restored
     modes = {name: module.training for name, module in model.named_modules()}
     state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     model.preview(PreviewRequest(["a"], options={**OPTIONS, "strip": True}))
@@ -53,7 +53,7 @@ def test_nothing_is_left_behind(toy: Path) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_modes_are_put_back_after_an_error(toy: Path) -> None:
+def test_modes_are_restored_after_an_error(toy: Path) -> None:
     model = AmusedModel(str(toy)).train()
     with pytest.raises(UserError, match="sides divisible by 8"):
         model.preview(PreviewRequest(["a"], resolution=36, options=OPTIONS))
@@ -66,7 +66,7 @@ def test_strip_shows_every_step(model: AmusedModel) -> None:
     grey = [float((np.asarray(image.image) == 128).all(axis=-1).mean()) for image in images[1:]]
     expected = [max(1, int(64 * np.cos(np.pi / 2 * step / 12))) / 64 for step in range(1, 12)]
     for shown, masked in zip(grey, expected):
-        assert shown == pytest.approx(masked, abs=0.03)  # a drawn pixel may happen to be grey
+        assert shown == pytest.approx(masked, abs=0.03)  # a generated pixel may happen to be grey
     assert grey[0] > 0.95
     assert same(images[0].image, images[-1].image)
 
@@ -75,25 +75,25 @@ def test_one_image_is_decoded_at_a_time(model: AmusedModel, monkeypatch: pytest.
     vqvae, sizes = model.module("vqvae"), []
     decode = type(vqvae).decode
 
-    def note(self: Any, h: torch.Tensor, **options: Any) -> Any:
+    def record(self: Any, h: torch.Tensor, **options: Any) -> Any:
         sizes.append(len(h))
         return decode(self, h, **options)
 
-    monkeypatch.setattr(type(vqvae), "decode", note)
+    monkeypatch.setattr(type(vqvae), "decode", record)
     model.preview(PreviewRequest(["a", "b", "c"], options=OPTIONS))
     assert sizes == [1, 1, 1]
 
 
-def test_the_decoder_stays_fp32_in_autocast(model: AmusedModel) -> None:
-    """In fp16 the released decoder makes NaN."""
-    kinds = []
-    handle = model.module("vqvae").decoder.conv_in.register_forward_hook(lambda *call: kinds.append(call[2].dtype))
+def test_decoder_stays_fp32_in_autocast(model: AmusedModel) -> None:
+    """In fp16 the released decoder outputs NaN."""
+    dtypes = []
+    handle = model.module("vqvae").decoder.conv_in.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
     try:
         with torch.autocast("cpu", torch.bfloat16):
             model.preview(PreviewRequest(["a"], options=OPTIONS))
     finally:
         handle.remove()
-    assert kinds == [torch.float32]
+    assert dtypes == [torch.float32]
 
 
 def test_another_resolution(model: AmusedModel) -> None:
@@ -110,19 +110,19 @@ def test_no_prompts_no_images(model: AmusedModel) -> None:
     assert model.preview(PreviewRequest([], options={"strip": True})) == []
 
 
-def test_a_pipeline_over_the_live_modules(model: AmusedModel) -> None:
+def test_pipeline_shares_the_live_modules(model: AmusedModel) -> None:
     pipeline = model.build_pipeline()
     assert pipeline.transformer is model.transformer
     assert pipeline.vqvae is model.module("vqvae")
     assert pipeline.text_encoder is model.module("text_encoder")
 
 
-def test_inpainting_beside_does_not_change_the_preview(model: AmusedModel) -> None:
-    """AmusedInpaintPipeline rewrites the scheduler it is given to linear; ours is nobody else's."""
+def test_inpainting_does_not_change_previews(model: AmusedModel) -> None:
+    """AmusedInpaintPipeline changes the schedule of its scheduler to linear, so each pipeline gets a new scheduler."""
     pipeline = model.build_pipeline()
     before = generate(pipeline, "a", 0, **OPTIONS)
     AmusedInpaintPipeline(**pipeline.components)
-    assert pipeline.scheduler.config.masking_schedule == "linear"  # the trap
+    assert pipeline.scheduler.config.masking_schedule == "linear"  # changed by AmusedInpaintPipeline
     fresh = model.build_pipeline()
     assert fresh.scheduler.config.masking_schedule == "cosine"
     assert model.components.scheduler.config.masking_schedule == "cosine"

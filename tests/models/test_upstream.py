@@ -1,7 +1,6 @@
-"""Traps of diffusers and transformers that the code steps around (facts, section 5).
+"""Problems of diffusers and transformers that diffengine works around.
 
-Each of these asserts that the trap is still there. When one fails, upstream has mended it, and the code that
-steps around it may go.
+Each test asserts that a problem still exists. When it fails, upstream has fixed the problem, and the workaround can go.
 """
 
 from pathlib import Path
@@ -37,7 +36,7 @@ def test_gradient_checkpointing_of_the_unmodified_model_raises(pipeline: Any) ->
         transformer(*given)
 
 
-def test_a_missing_tokenizer_loads_as_an_empty_one(tmp_path: Path) -> None:
+def test_missing_tokenizer_loads_as_an_empty_one(tmp_path: Path) -> None:
     assert len(CLIPTokenizer.from_pretrained(tmp_path)) == 2
 
 
@@ -47,12 +46,12 @@ def test_img2img_at_strength_1_masks_nothing(pipeline: Any) -> None:
     masked = []
     add_noise = image_to_image.scheduler.add_noise
 
-    def note(latents: torch.Tensor, timestep: int, generator: Any = None) -> torch.Tensor:
+    def record(latents: torch.Tensor, timestep: int, generator: Any = None) -> torch.Tensor:
         noised = add_noise(latents, timestep, generator=generator)
         masked.append(float((noised == 79).float().mean()))
         return noised
 
-    image_to_image.scheduler.add_noise = note
+    image_to_image.scheduler.add_noise = record
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     for strength in (0.5, 1.0):
         image_to_image("a", image, strength=strength, num_inference_steps=4, generator=torch.Generator())
@@ -60,13 +59,13 @@ def test_img2img_at_strength_1_masks_nothing(pipeline: Any) -> None:
     assert masked[1] < 0.05
 
 
-def test_inpainting_rewrites_a_shared_scheduler(pipeline: Any) -> None:
+def test_inpainting_changes_a_shared_scheduler(pipeline: Any) -> None:
     AmusedInpaintPipeline(**pipeline.components)
     assert pipeline.scheduler.config.masking_schedule == "linear"
 
 
-def test_half_precision_weights_are_loaded_as_half_by_transformers_only(pipeline: Any, tmp_path: Path) -> None:
-    """So every load of ours names float32."""
+def test_only_transformers_keeps_half_precision_when_loading(pipeline: Any, tmp_path: Path) -> None:
+    """diffengine therefore always passes float32."""
     pipeline.to(dtype=torch.float16).save_pretrained(tmp_path)
     text = CLIPTextModelWithProjection.from_pretrained(tmp_path, subfolder="text_encoder")
     assert text.dtype == torch.float16
@@ -78,8 +77,8 @@ def test_half_precision_weights_are_loaded_as_half_by_transformers_only(pipeline
     assert model.module("vqvae").dtype == torch.float32
 
 
-def test_the_default_end_id_makes_all_captions_equal() -> None:
-    """A small CLIP text model takes position 0 where no id is the end; and 2 stands for the highest id."""
+def test_default_end_id_makes_all_captions_equal() -> None:
+    """CLIP pools at position 0 if no token has the end id. An end id of 2 means the highest id in the row."""
     tokenizer = models.make_tokenizer("toy")
     ids = tokenizer(["a cat", "a dog"], padding="max_length", return_tensors="pt").input_ids
     sizes = {**models.text_config("toy"), "eos_token_id": 49407}

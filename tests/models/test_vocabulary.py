@@ -1,4 +1,4 @@
-"""A vocabulary learnt from captions."""
+"""A vocabulary learned from captions."""
 
 import json
 
@@ -17,7 +17,7 @@ def assets() -> dict[str, str]:
     return learn_vocabulary(CAPTIONS, 600, 20)
 
 
-def test_the_end_has_the_highest_id(assets: dict[str, str]) -> None:
+def test_end_token_has_the_highest_id(assets: dict[str, str]) -> None:
     tokenizer = from_assets(assets)
     vocabulary = tokenizer.get_vocab()
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
@@ -27,19 +27,19 @@ def test_the_end_has_the_highest_id(assets: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("size", [514, 520, 600])
-def test_the_size_is_kept(size: int) -> None:
+def test_vocabulary_is_not_larger_than_asked(size: int) -> None:
     assert len(from_assets(learn_vocabulary(CAPTIONS, size, 20))) <= size
 
 
-def test_merges_are_learnt(assets: dict[str, str]) -> None:
+def test_merges_are_learned(assets: dict[str, str]) -> None:
     assert from_assets(assets).tokenize("background") == ["background</w>"]
 
 
-def test_the_same_captions_give_the_same_files() -> None:
-    """Where all is tied: the library gives ids in the order of a hash that is another each time."""
+def test_same_captions_give_the_same_files() -> None:
+    """All pairs are equally frequent, and the library breaks ties by a hash that differs each time."""
     words = [first + second for first in "abcdefghij" for second in "klmnopqrst"]
-    learnt = [learn_vocabulary(words, 560, 20) for _ in range(4)]
-    assert all(assets == learnt[0] for assets in learnt)
+    learned = [learn_vocabulary(words, 560, 20) for _ in range(4)]
+    assert all(assets == learned[0] for assets in learned)
 
 
 def test_assets_round_trip(assets: dict[str, str]) -> None:
@@ -61,22 +61,22 @@ def test_any_script_is_encoded(assets: dict[str, str], text: str) -> None:
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in ids[:-1]  # which is the unknown token too
-    said = "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
-    assert said == "".join(tokenizer.backend_tokenizer.normalizer.normalize_str(text).split())
+    assert tokenizer.eos_token_id not in ids[:-1]  # the end token is also the unknown token
+    decoded = "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+    assert decoded == "".join(tokenizer.backend_tokenizer.normalizer.normalize_str(text).split())
 
 
-@pytest.mark.parametrize(("sizes", "said"), [
+@pytest.mark.parametrize(("sizes", "message"), [
     ({"vocab_size": 513}, r"model.tokenizer.vocab_size got 513; expected a number of at least 514"),
     ({"vocab_size": "big"}, r"model.tokenizer.vocab_size got 'big'; expected a number"),
     ({"max_length": 2}, r"model.tokenizer.max_length got 2; expected a number of at least 3"),
     ({"length": 2}, r"model.tokenizer: unknown key 'length'; it takes vocab_size and max_length"),
 ])  # fmt: skip
-def test_wrong_sizes(sizes: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_wrong_sizes(sizes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         AmusedModel.learn_assets({"tokenizer": sizes}, lambda: CAPTIONS)
 
 
-def test_a_tokenizer_by_name_learns_nothing() -> None:
+def test_tokenizer_from_a_folder_learns_nothing() -> None:
     assert AmusedModel.learn_assets({"tokenizer": "folder"}, list) == {}
     assert AmusedModel.learn_assets({}, list) == {}

@@ -1,4 +1,4 @@
-"""Training the VQ model: the loss by its formula, and codes that nothing chose."""
+"""Training the VQ model: the loss against its formula, and reseeding of unused codes."""
 
 import math
 from pathlib import Path
@@ -21,8 +21,8 @@ SIZES = {key: value for key, value in models.vq_config("toy").items() if key != 
 
 
 def batches(count: int, size: int = 32) -> list[dict[str, Tensor]]:
-    draw = torch.Generator().manual_seed(0)
-    return [{"image": torch.rand(4, 3, size, size, generator=draw)} for _ in range(count)]
+    rng = torch.Generator().manual_seed(0)
+    return [{"image": torch.rand(4, 3, size, size, generator=rng)} for _ in range(count)]
 
 
 def train(model: VQTokenizerModel, given: list[dict[str, Tensor]], start: int = 0, optimizer: Any = None) -> Any:
@@ -36,7 +36,7 @@ def train(model: VQTokenizerModel, given: list[dict[str, Tensor]], start: int = 
     return optimizer
 
 
-def test_built_from_sizes_as_the_pipeline_needs_it() -> None:
+def test_model_from_sizes_fits_the_pipeline() -> None:
     before = torch.random.get_rng_state()
     one, same, other = (VQTokenizerModel(SIZES, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -46,7 +46,7 @@ def test_built_from_sizes_as_the_pipeline_needs_it() -> None:
     assert not torch.equal(one.vqvae.quant_conv.weight, other.vqvae.quant_conv.weight)
 
 
-def test_loss_and_figures_by_the_formula(toy: Path) -> None:
+def test_loss_and_metrics_match_the_formula(toy: Path) -> None:
     weights = {"l1_weight": 0.7, "mse_weight": 1.3, "codebook_weight": 0.9, "commitment_weight": 0.4}
     model = VQTokenizerModel(str(toy), **weights)
     pixels = batches(1)[0]["image"]
@@ -56,9 +56,9 @@ def test_loss_and_figures_by_the_formula(toy: Path) -> None:
     latents = vqvae.encode(pixels).latents
     codes = vqvae.quantize.embedding.weight
     ids = (latents.movedim(1, -1)[..., None, :] - codes).square().sum(-1).argmin(-1)
-    chosen = codes[ids].movedim(-1, 1)
-    through = latents + (chosen - latents).detach()
-    decoded = vqvae.decoder(vqvae.post_quant_conv(through))
+    quantized = codes[ids].movedim(-1, 1)
+    straight_through = latents + (quantized - latents).detach()
+    decoded = vqvae.decoder(vqvae.post_quant_conv(straight_through))
     expected = torch.zeros(())
     psnr = 0.0
     for row in range(4):
@@ -67,8 +67,8 @@ def test_loss_and_figures_by_the_formula(toy: Path) -> None:
             expected
             + 0.7 * error.abs().mean()
             + 1.3 * error.square().mean()
-            + 0.9 * (chosen[row] - latents[row].detach()).square().mean()
-            + 0.4 * (chosen[row].detach() - latents[row]).square().mean()
+            + 0.9 * (quantized[row] - latents[row].detach()).square().mean()
+            + 0.4 * (quantized[row].detach() - latents[row]).square().mean()
         )
         psnr += 10 * math.log10(1 / float(error.detach().square().mean()))
     expected.backward()
@@ -79,13 +79,13 @@ def test_loss_and_figures_by_the_formula(toy: Path) -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp_min(1e-3), name
     counts = torch.bincount(ids.flatten(), minlength=64).double()
     share = (counts / counts.sum())[counts > 0]
-    gauges = model.extra_metrics()
-    assert gauges["codes_used"] == int((counts > 0).sum())
-    assert gauges["perplexity"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-5)
+    metrics = model.extra_metrics()
+    assert metrics["codes_used"] == int((counts > 0).sum())
+    assert metrics["perplexity"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-5)
 
 
-def test_before_the_codebook_comes_between(toy: Path) -> None:
-    """A plain autoencoder; the codes then start from latents."""
+def test_training_before_quantization(toy: Path) -> None:
+    """The model is a plain autoencoder at first. The codes are then initialised from latents."""
     model = VQTokenizerModel(str(toy), quantize_after=2, l1_weight=0.0)
     pixels = batches(1)[0]["image"]
     model.before_step(0)
@@ -93,7 +93,7 @@ def test_before_the_codebook_comes_between(toy: Path) -> None:
     loss.backward()
     plain = model.vqvae.decoder(model.vqvae.post_quant_conv(model.vqvae.encode(pixels).latents))
     assert float(loss.detach()) == pytest.approx(4 * float((plain - pixels).square().mean().detach()), rel=1e-5)
-    assert not model.vqvae.quantize.embedding.weight.grad.any()  # there, for DDP, but zero
+    assert not model.vqvae.quantize.embedding.weight.grad.any()  # zero, but not None, for DDP
     assert model.extra_metrics() == {}  # no code is in use yet
     model.before_step(2)
     latents = model.vqvae.encode(pixels).latents.detach().movedim(1, -1).flatten(0, 2)
@@ -122,7 +122,7 @@ def test_only_unused_codes_are_reseeded(toy: Path) -> None:
     assert int(model.usage.sum()) == 4 * 64
 
 
-def test_reseeding_is_of_seed_and_step_and_happens_once_a_step(toy: Path) -> None:
+def test_reseeding_depends_on_seed_and_step_and_runs_once_per_step(toy: Path) -> None:
     def codes_after(seed: int) -> Tensor:
         model = VQTokenizerModel(str(toy), reseed_every=1, reseed_until=10, seed=seed)
         given = batches(2)
@@ -150,30 +150,30 @@ def test_reseeding_stops(toy: Path) -> None:
         model.before_step(step)
         model(batch)
         moved.append(not torch.equal(weight, before))
-    assert moved == [False, True, False, False]  # before step 0 nothing has been counted
+    assert moved == [False, True, False, False]  # no use is counted before step 0
 
 
-def test_stopped_and_resumed_is_bit_equal_through_reseedings(toy: Path) -> None:
+def test_resumed_run_with_reseeding_is_equal_bit_for_bit(toy: Path) -> None:
     options: dict[str, Any] = {"quantize_after": 1, "reseed_every": 3, "reseed_until": 20}
     given = batches(12)
-    whole = VQTokenizerModel(str(toy), **options)
-    train(whole, given)
+    uninterrupted = VQTokenizerModel(str(toy), **options)
+    train(uninterrupted, given)
     first = VQTokenizerModel(str(toy), **options)
-    optimizer = train(first, given[:6])  # within a window
+    optimizer = train(first, given[:6])  # between two reseedings
     state = {name: tensor.clone() for name, tensor in first.trained_state().items()}
     assert state["usage"].any()
-    assert state.keys() == whole.state_dict().keys()
+    assert state.keys() == uninterrupted.state_dict().keys()
     second = VQTokenizerModel(str(toy), **options)
     second.load_trained_state(state, "here")
     resumed = torch.optim.AdamW(second.parameters(), lr=1e-3)
     resumed.load_state_dict(optimizer.state_dict())
     train(second, given[6:], 6, resumed)
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    assert whole.extra_metrics() == second.extra_metrics()
+    assert uninterrupted.extra_metrics() == second.extra_metrics()
 
 
-def test_it_learns() -> None:
+def test_training_improves_psnr() -> None:
     model = VQTokenizerModel(SIZES, quantize_after=5, reseed_every=5, reseed_until=40)
     shown = torch.stack([
         torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
@@ -188,13 +188,13 @@ def test_it_learns() -> None:
     assert model.extra_metrics()["codes_used"] > 16
 
 
-# ---------------------------------------------------------------------------------------- showing, saving
+# ---------------------------------------------------------------------------------------- preview, export
 
 
-def test_preview_is_the_round_trip(toy: Path) -> None:
+def test_preview_shows_the_reconstruction(toy: Path) -> None:
     model = VQTokenizerModel(str(toy))
     _, image, caption = photos.captioned_photos(1, 32)[0]
-    with torch.autocast("cpu", torch.bfloat16):  # as the hook draws; the round trip stays fp32
+    with torch.autocast("cpu", torch.bfloat16):  # as in the preview hook; the reconstruction stays fp32
         (shown,) = model.preview(PreviewRequest([caption], [image]))
     assert shown.label == caption
     assert shown.image.size == (64, 32)
@@ -209,7 +209,7 @@ def test_preview_is_the_round_trip(toy: Path) -> None:
     assert model.vqvae.training
 
 
-def test_problems_are_the_users(toy: Path) -> None:
+def test_wrong_options(toy: Path) -> None:
     with pytest.raises(UserError, match="reseed_every got 0; expected at least 1"):
         VQTokenizerModel(SIZES, reseed_every=0)
     with pytest.raises(UserError, match="vqvae has no size 'codes'"):

@@ -1,4 +1,4 @@
-"""Samples that count more than others, and the shapes that the head runs on."""
+"""Sample weights, and the shapes that the head runs on."""
 
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,29 @@ from torch import Tensor, nn
 
 from diffengine.models.amused import AmusedModel
 from diffengine.models.masking import mask_tokens
-from tests.models.test_model import close
+from tests.models.test_model import assert_close
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weighed_loss_is_the_formula(toy: Path, batch: dict[str, Any], smoothing: float) -> None:
+def test_weighted_loss_matches_the_formula(toy: Path, batch: dict[str, Any], smoothing: float) -> None:
     """sum_i w_i sum_j ce_ij over samples i and their masked tokens j."""
     model = AmusedModel(str(toy), label_smoothing=smoothing).train()
     weights = [0.25, 3.0, 1.0]
-    alone = []
+    single = []
     for index in range(3):
         one = {key: value[index : index + 1] for key, value in batch.items()}
         loss, logs = model(model.prepare(one))
-        alone.append((loss, logs["accuracy"]))
-    expected = sum(w * loss for w, (loss, _) in zip(weights, alone))
-    wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+        single.append((loss, logs["accuracy"]))
+    expected = sum(w * loss for w, (loss, _) in zip(weights, single))
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     loss, logs = model(model.prepare({**batch, "weight": weights}))
-    got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    close(loss.detach(), expected.detach())
-    assert logs["accuracy"] == pytest.approx(sum(w * float(right) for w, (_, right) in zip(weights, alone)))
-    for mine, theirs in zip(got, wanted):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            close(mine, theirs, 2e-5)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert_close(loss.detach(), expected.detach())
+    assert logs["accuracy"] == pytest.approx(sum(w * float(correct) for w, (_, correct) in zip(weights, single)))
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert (gradient is None) == (expected_gradient is None)
+        if gradient is not None:
+            assert_close(gradient, expected_gradient, 2e-5)
 
 
 def test_each_masked_token_has_its_samples_weight(model: AmusedModel, batch: dict[str, Any]) -> None:
@@ -45,25 +45,25 @@ def test_each_masked_token_has_its_samples_weight(model: AmusedModel, batch: dic
 
 def test_weights_of_one_change_nothing(model: AmusedModel, batch: dict[str, Any]) -> None:
     plain, logs = model(model.prepare(batch))
-    weighed, also = model(model.prepare({**batch, "weight": [1.0] * 3}))
-    close(weighed, plain, 1e-6)
-    assert also == logs
+    weighted, other_logs = model(model.prepare({**batch, "weight": [1.0] * 3}))
+    assert_close(weighted, plain, 1e-6)
+    assert other_logs == logs
 
 
-def test_few_shapes_for_the_head_and_the_same_logits(model: AmusedModel, batch: dict[str, Any]) -> None:
+def test_head_runs_on_few_shapes_with_the_same_logits(model: AmusedModel, batch: dict[str, Any]) -> None:
     shapes: list[tuple[int, ...]] = []
     logits: list[Tensor] = []
 
-    def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+    def record(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         shapes.append(tuple(arguments[0].shape))
         logits.append(output)
 
-    handle = model.transformer.mlm_layer.register_forward_hook(note)
-    draw = np.random.default_rng(0)
+    handle = model.transformer.mlm_layer.register_forward_hook(record)
+    rng = np.random.default_rng(0)
     try:
         with torch.no_grad():
             for _ in range(30):
-                masked = [draw.permutation(64)[: draw.integers(1, 65)] for _ in range(3)]
+                masked = [rng.permutation(64)[: rng.integers(1, 65)] for _ in range(3)]
                 prepared = model.prepare({**batch, "masked": masked})
                 loss, _ = model(prepared)
                 index = prepared["masked_index"]
@@ -73,9 +73,9 @@ def test_few_shapes_for_the_head_and_the_same_logits(model: AmusedModel, batch: 
                 shapes.pop()
                 logits.pop()
                 rows = full.permute(0, 2, 3, 1).flatten(0, 2)[index]
-                close(logits[-1][0, :, : len(index), 0].T, rows, 1e-6)
+                assert_close(logits[-1][0, :, : len(index), 0].T, rows, 1e-6)
                 targets = prepared["token_ids"].flatten()[index]
-                close(loss, F.cross_entropy(rows, targets, reduction="sum"))
+                assert_close(loss, F.cross_entropy(rows, targets, reduction="sum"))
     finally:
         handle.remove()
     assert {shape[2] for shape in shapes} <= {64, 128, 192}

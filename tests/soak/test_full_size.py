@@ -1,6 +1,6 @@
-"""The released model's size: 512 px, real layout and parameter counts, random weights, on a CPU.
+"""Training at the full size: the layout and parameter counts of amused-512, random weights, on a CPU.
 
-Needs 16 GB of memory, 16 GB of disk and the vocabulary that open-clip-torch ships.
+Needs 16 GB of memory, 16 GB of disk and the vocabulary in open-clip-torch.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ def test_parameter_counts() -> None:
 
 
 def run(command: str, cwd: Path) -> str:
-    """The output of a command line, which must succeed."""
+    """Run a command line, which must succeed. Returns its output."""
     words = shlex.split(command)
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(PROGRAM), *words[1:]], cwd=cwd, capture_output=True, text=True, env=env)
@@ -55,11 +55,11 @@ def run(command: str, cwd: Path) -> str:
 
 
 def test_full_size(tmp_path: Path) -> None:
-    """Prints seconds per step and the peak of memory of all child processes: run with -s."""
+    """Run with -s to see the seconds per step and the peak memory of all child processes."""
     model = models.make_model_folder(tmp_path / "model", "full", resolution=512)
-    said = photos.write_photo_folder(tmp_path / "photos", 4)
+    captions = photos.write_photo_folder(tmp_path / "photos", 4)
     assert (tmp_path / "photos" / "metadata.csv").is_file()
-    assert len(said) == 4
+    assert len(captions) == 4
     options = f"batch_size=1 max_epochs=None max_iters={STEPS} checkpoint_every={STEPS} log_every=1 num_workers=0"
     output = run(
         f"diffengine train amused_512_pokemon_blip --data {tmp_path}/photos --pretrained {model} "
@@ -76,6 +76,6 @@ def test_full_size(tmp_path: Path) -> None:
     program = [sys.executable, "-c", SNIPPET, str(model)]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    print(f"\nfull size, 512 px, batch 1: peak memory {peak:.1f} GB")
+    print(f"\nfull size, 512 px, batch size 1: peak memory {peak:.1f} GB")
     for line in steps:
         print({key: value for key, value in line.items() if key in ("loss", "seconds_per_step", "data_wait")})

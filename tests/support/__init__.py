@@ -1,1 +1,1 @@
-"""What the tests share: model folders with random weights, real photos, a hub without a network."""
+"""Test helpers: model folders with random weights, real photos, and an offline hub cache."""

@@ -1,4 +1,4 @@
-"""A Hugging Face cache made of local things, so that hub names work word for word with no network."""
+"""A Hugging Face cache built from local files, so that hub names work unchanged without a network."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Row = Mapping[str, Any]
 
 
 def _revision(name: str) -> str:
-    """40 hex digits, as a commit has."""
+    """40 hex digits, like a commit hash."""
     return hashlib.sha1(name.encode()).hexdigest()
 
 
 def photo_rows(n: int | None = None, size: int | None = None) -> list[dict[str, Any]]:
-    """Rows of columns image (PIL) and text, the form of the captioned data sets on the hub."""
+    """Rows with columns image (PIL) and text, as in the captioned data sets on the hub."""
     return [{"image": image, "text": caption} for _, image, caption in captioned_photos(n, size)]
 
 
 def _add_model(hub: Path, name: str, folder: Path) -> None:
-    """hub/models--OWNER--NAME/{refs/main, snapshots/REVISION/...}, with links as in a real cache."""
+    """Adds hub/models--OWNER--NAME/{refs/main, snapshots/REVISION/...}, linked as in a real cache."""
     revision = _revision(name)
     model = hub / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder.resolve(), model / "snapshots" / revision, copy_function=os.symlink)
     (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(revision)  # without a newline: it is read as it stands
+    (model / "refs" / "main").write_text(revision)  # no trailing newline: readers do not strip it
 
 
 def _add_dataset(cache: Path, name: str, rows: Iterable[Row]) -> None:
-    """cache/OWNER___NAME/default/0.0.0/REVISION/{dataset_info.json, NAME-train.arrow}, one split."""
+    """Adds cache/OWNER___NAME/default/0.0.0/REVISION/{dataset_info.json, NAME-train.arrow}, with one split."""
     owner, short = name.split("/")
-    short = camelcase_to_snakecase(short)  # as the reader looks for it
+    short = camelcase_to_snakecase(short)  # the name that the reader expects
     folder = cache / f"{owner}___{short}" / "default" / "0.0.0" / _revision(name)
     folder.mkdir(parents=True)
     features = Features({"image": Image(), "text": Value("string")})
@@ -66,13 +66,13 @@ def make_hub_cache(
     models: Mapping[str, str | Path] | None = None,
     datasets: Mapping[str, Iterable[Row]] | None = None,
 ) -> dict[str, str]:
-    """Lays out a cache under root; gives the environment variables with which a process finds it.
+    """Builds a cache under root; returns the environment variables that point a process to it.
 
-    models: hub name -> local model folder, linked to, so it must stay. datasets: hub name -> rows of image
-    (PIL image) and text, its only split being "train". May be called again on one root to add others.
+    models: hub name -> local model folder. The cache links to the folder, so do not delete it. datasets: hub name ->
+    rows of image (PIL) and text, all in the split "train". Call it again with the same root to add more.
 
-    The libraries read these variables once, when first imported: pass them to a *child*
-    (`subprocess.run(..., env={**os.environ, **variables})`). Setting them within a running test does nothing.
+    The libraries read these variables once, at import: pass them to a *child*
+    (`subprocess.run(..., env={**os.environ, **variables})`). Setting them in a running test has no effect.
     """
     root = Path(root).resolve()
     for name, folder in (models or {}).items():

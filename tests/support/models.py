@@ -1,12 +1,12 @@
-"""Whole AmusedPipeline folders with random weights, in the layout of the released models.
+"""Complete AmusedPipeline folders with random weights, in the layout of the released models.
 
 Sizes:
 - "tiny": the topology of the released models (five VQ levels, f = 16) at tiny widths, for 512 or 256 px.
 - "toy": f = 4 for 32 px images: small enough to learn something within a test.
-- "full": the very configs of amused-256 and amused-512. 3.5 GB on disk.
+- "full": the exact configs of amused-256 and amused-512. 3.5 GB on disk.
 
-In tiny and toy every width differs from the others wherever the classes allow it, so that code which takes
-one for another fails on them, though the released model has 768 in six places.
+In tiny and toy the widths differ from each other wherever the classes allow it, so that code which confuses two
+widths fails. In the released models six of them are 768.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Size = Literal["tiny", "toy", "full"]
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# Merges of the small vocabulary, highest rank first: a few, so that merges.txt is not empty and a caption of
-# usual length stays under the maximum. By hand, since training a BPE gives another vocabulary each run.
+# Merges of the small vocabulary, highest rank first. A few are enough: merges.txt is not empty, and captions of usual
+# length stay below the maximum. They are fixed, because training a BPE gives a different vocabulary each run.
 SMALL_MERGES = (
     "t h", "th e</w>", "i n", "in g</w>", "o n</w>", "o f</w>", "a n", "an d</w>", "e r", "r e",
     "p h", "ph o", "o t", "pho t", "phot o</w>", "p o", "k e", "po ke", "m on</w>", "poke mon</w>",
 )  # fmt: skip
 
-# The parameters of the released models by resolution, counted.
+# Parameter counts of the released models by resolution.
 FULL_PARAMETERS: dict[int, dict[str, int]] = {
     256: {"transformer": 603_537_664, "vqvae": 146_244_675, "text_encoder": 123_650_304},
     512: {"transformer": 608_257_792, "vqvae": 146_244_675, "text_encoder": 123_650_304},
@@ -41,7 +41,7 @@ _VQ: dict[Size, dict[str, Any]] = {
     "tiny": {
         "block_out_channels": [8, 8, 16, 16, 24],
         "latent_channels": 12,
-        "layers_per_block": 1,  # 2 doubles the encode, which is most of a 512 px step
+        "layers_per_block": 1,  # 2 doubles the encoding time, which is most of a 512 px step
         "norm_num_groups": 8,
         "num_vq_embeddings": 64,
     },
@@ -123,12 +123,12 @@ _TEXT: dict[Size, dict[str, Any]] = {
     },
 }
 
-# toy is shorter than CLIP's 77, so that a 77 written into the code fails on it.
+# toy is shorter than CLIP's 77, so that a hard-coded 77 fails.
 _TEXT_LENGTH: dict[Size, int] = {"tiny": 77, "toy": 64, "full": 77}
 
 
 def default_resolution(size: Size) -> int:
-    """Pixels of a side when none is asked for."""
+    """The resolution in pixels if none is given."""
     return 32 if size == "toy" else 512
 
 
@@ -152,15 +152,15 @@ def vq_config(size: Size) -> dict[str, Any]:
 
 
 def transformer_config(size: Size, resolution: int | None = None) -> dict[str, Any]:
-    """Arguments of UVit2DModel. sample_size counts tokens: resolution / f.
+    """Arguments of UVit2DModel. sample_size is in tokens: resolution / f.
 
-    As in the released models, 256 px has no resampling and 512 px has; so does toy, for speed.
+    As in the released models, 512 px resamples and 256 px does not. toy resamples too, for speed.
     """
     resolution = resolution or default_resolution(size)
     factor = 4 if size == "toy" else 16
     known = (32, 64) if size == "toy" else (256, 512)
     if resolution not in known:
-        raise ValueError(f"resolution of a {size} model is one of {known}, got {resolution}")
+        raise ValueError(f"got resolution {resolution} for a {size} model; expected one of {known}")
     resample = resolution != 256
     return {
         "use_bias": False,
@@ -178,8 +178,8 @@ def transformer_config(size: Size, resolution: int | None = None) -> dict[str, A
 def text_config(size: Size) -> dict[str, Any]:
     """Arguments of CLIPTextConfig.
 
-    eos_token_id 2 is the released (old) form: the pooled position is that of the highest id in the row, so
-    `<|endoftext|>` must be the highest. toy names the tokenizer's own id instead: both forms are in use.
+    The released models have eos_token_id 2: CLIP then pools at the highest id in the row, so `<|endoftext|>` must have
+    the highest id. toy has the tokenizer's own id instead. Both conventions are in use.
     """
     vocabulary = 49_408 if size == "full" else len(small_vocabulary()[0])
     return {
@@ -195,20 +195,20 @@ def text_config(size: Size) -> dict[str, Any]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in a byte-level BPE, in CLIP's order of ids."""
+    """The 256 printable characters that represent bytes in a byte-level BPE, in the order of CLIP's ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]
 
 
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id in CLIP's order: bytes, bytes that end a word, merges, start, end. The end is highest."""
+    """Token -> id in CLIP's order: bytes, word-final bytes, merges, start, end. The end token has the highest id."""
     alphabet = _byte_alphabet()
     tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [BOS, EOS]
     return {token: index for index, token in enumerate(tokens)}
 
 
 def small_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(token -> id, merges): every byte, so any text can be encoded, and a few merges."""
+    """(token -> id, merges): all bytes, so that any text can be encoded, and a few merges."""
     merges = [(left, right) for left, right in (merge.split() for merge in SMALL_MERGES)]
     return _vocabulary(merges), merges
 
@@ -216,25 +216,25 @@ def small_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def full_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(token -> id, merges) of CLIP: 49,408 tokens, read from the file that open-clip-torch ships.
 
-    The package is only located, never imported: it is installed without what it depends on.
+    The package is only located, never imported, because it is installed without its dependencies.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
         raise RuntimeError("the full tokenizer needs: pip install --no-deps open-clip-torch")
     with gzip.open(Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:48895]  # after the header; the rest of the file is not in use
+        lines = file.read().split("\n")[1:48895]  # after the header; the rest of the file is unused
     merges = [(left, right) for left, right in (line.split() for line in lines)]
     return _vocabulary(merges), merges
 
 
 def make_tokenizer(size: Size = "tiny") -> CLIPTokenizer:
-    """A CLIPTokenizer padded by `<|endoftext|>`, as long as its text encoder has positions."""
+    """A CLIPTokenizer that pads with `<|endoftext|>`. Its maximum length is that of the text encoder."""
     vocabulary, merges = full_vocabulary() if size == "full" else small_vocabulary()
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_TEXT_LENGTH[size])
 
 
 def _smooth_images(generator: torch.Generator, count: int, side: int) -> torch.Tensor:
-    """(count, 3, side, side) in [0, 1]: blurred noise with a little grain, roughly as a photo is."""
+    """(count, 3, side, side) in [0, 1]: blurred noise with a little grain, roughly like photos."""
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
     return (smooth + 0.05 * torch.randn(count, 3, side, side, generator=generator)).clamp(0, 1)
@@ -242,10 +242,10 @@ def _smooth_images(generator: torch.Generator, count: int, side: int) -> torch.T
 
 @torch.no_grad()
 def _calibrate_vq(vqvae: Any, generator: torch.Generator) -> None:
-    """Scales random VQ weights so that images use many codes, and codes make images within [0, 1].
+    """Scales random VQ weights so that images use many codes, and codes decode to pixels within [0, 1].
 
-    Left as the classes draw them, the codebook lies within +-1/V of zero and the encoder far from it, so most
-    images come out as a handful of codes and the decoder draws a nearly plain grey.
+    With the default initialisation, the codebook lies within +-1/V of zero and the encoder's outputs far from it. Most
+    images then use only a handful of codes, and the decoder outputs nearly plain grey.
     """
     factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
     codes = vqvae.config.num_vq_embeddings
@@ -267,10 +267,10 @@ def _calibrate_vq(vqvae: Any, generator: torch.Generator) -> None:
 
 
 def make_pipeline(size: Size = "tiny", *, resolution: int | None = None, seed: int = 0) -> AmusedPipeline:
-    """An AmusedPipeline with random fp32 weights, equal for equal arguments; the global RNG is left alone."""
+    """An AmusedPipeline with random fp32 weights, equal for equal arguments. The global RNG state is kept."""
     transformer = transformer_config(size, resolution)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would re-seed the GPUs too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         vqvae = VQModel(**vq_config(size)).eval()
         _calibrate_vq(vqvae, torch.Generator().manual_seed(seed))
         return AmusedPipeline(
@@ -283,19 +283,19 @@ def make_pipeline(size: Size = "tiny", *, resolution: int | None = None, seed: i
 
 
 def make_model_folder(path: str | Path, size: Size = "tiny", *, resolution: int | None = None, seed: int = 0) -> Path:
-    """Writes a whole pipeline folder to path and gives it back.
+    """Writes a complete pipeline folder to path and returns path.
 
     resolution: 512 (default) or 256 for tiny and full; 32 (default) or 64 for toy.
     """
     path = Path(path)
     make_pipeline(size, resolution=resolution, seed=seed).save_pretrained(path)
-    # transformers 5 writes tokenizer.json only; vocab.json and merges.txt are the older layout, still read.
+    # transformers 5 writes only tokenizer.json. It still reads the older layout: vocab.json and merges.txt.
     make_tokenizer(size).backend_tokenizer.model.save(str(path / "tokenizer"))
     return path
 
 
 def count_parameters(size: Size, resolution: int | None = None) -> dict[str, int]:
-    """Parameters by component, counted on the meta device: no memory, no arithmetic."""
+    """Parameter counts by component, from the meta device: this needs no memory and no arithmetic."""
     with torch.device("meta"):
         modules = {
             "transformer": UVit2DModel(**transformer_config(size, resolution)),

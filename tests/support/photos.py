@@ -1,7 +1,7 @@
-"""Real colour photos with captions, none of them downloaded.
+"""Real colour photos with captions, without downloads.
 
-scikit-image ships them as plain files. They are opened straight from its folder: `skimage.data.NAME()` goes
-by a registry, and to the network for what it does not find.
+scikit-image ships them as plain files. They are opened directly from its folder, because `skimage.data.NAME()`
+downloads what its registry does not find.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from diffengine.datasets import ImageDataset
 
-CaptionForm = Literal["csv", "jsonl", "txt"]
+CaptionFormat = Literal["csv", "jsonl", "txt"]
 
-# name -> (file, caption). The commas, the quotes and the accent are on purpose: captions have them.
+# name -> (file, caption). The commas, the quotes and the accent are deliberate: real captions have them.
 _PHOTOS: dict[str, tuple[str, str]] = {
     "astronaut": ("astronaut.png", "a portrait of an astronaut, smiling in an orange suit"),
     "cat": ("chelsea.png", "a close photo of a cat"),
@@ -36,7 +36,7 @@ _PHOTOS: dict[str, tuple[str, str]] = {
 
 @lru_cache
 def _photo(name: str) -> Image.Image:
-    """The RGB image, decoded once: nobody may change it."""
+    """The RGB image, decoded once. Do not modify it."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise RuntimeError("the photos need: pip install 'scikit-image>=0.26'")
@@ -45,34 +45,34 @@ def _photo(name: str) -> Image.Image:
 
 
 def photos() -> dict[str, Image.Image]:
-    """Name -> RGB image, nine of them, from 451x300 (cat) to 1411x1411 (retina). A fresh copy each call."""
+    """Nine RGB images by name, from 451x300 (cat) to 1411x1411 (retina). Each call returns new copies."""
     return {name: _photo(name).copy() for name in _PHOTOS}
 
 
 def captions() -> dict[str, str]:
-    """Name -> caption of photos(). All differ."""
+    """The captions of photos() by name. All differ."""
     return {name: caption for name, (_, caption) in _PHOTOS.items()}
 
 
 def captioned_photos(n: int | None = None, size: int | None = None) -> list[tuple[str, Image.Image, str]]:
-    """(name, RGB image, caption) n times, all names, images and captions distinct; always the same.
+    """n tuples (name, RGB image, caption). All names, images and captions differ; every call returns the same.
 
-    The first nine are the whole photos, those after them crops at drawn places ("..., detail 1"). n: nine if
-    None. size: pixels of a square side, the middle of each; None keeps sizes, which all differ.
+    The first nine are the whole photos, the others random crops of them ("..., detail 1"). n: nine if None. size: side
+    in pixels of a square from the centre of each; None keeps the sizes, which all differ.
     """
-    names, said = list(_PHOTOS), captions()
-    draw = random.Random(0)
+    names, texts = list(_PHOTOS), captions()
+    rng = random.Random(0)
     rows = []
     for k in range(len(names) if n is None else n):
-        turn, index = divmod(k, len(names))
+        detail, index = divmod(k, len(names))
         name = names[index]
-        image, caption = _photo(name).copy(), said[name]
-        if turn:
+        image, caption = _photo(name).copy(), texts[name]
+        if detail:
             width, height = image.size
-            side = int(min(width, height) * draw.uniform(0.4, 0.8))
-            left, top = draw.randint(0, width - side), draw.randint(0, height - side)
+            side = int(min(width, height) * rng.uniform(0.4, 0.8))
+            left, top = rng.randint(0, width - side), rng.randint(0, height - side)
             image = image.crop((left, top, left + side, top + side))
-            name, caption = f"{name}_{turn}", f"{caption}, detail {turn}"
+            name, caption = f"{name}_{detail}", f"{caption}, detail {detail}"
         if size is not None:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -83,33 +83,33 @@ def captioned_photos(n: int | None = None, size: int | None = None) -> list[tupl
 
 
 def write_photo_folder(
-    path: str | Path, n: int | None = None, size: int | None = None, captions: CaptionForm = "csv"
+    path: str | Path, n: int | None = None, size: int | None = None, captions: CaptionFormat = "csv"
 ) -> dict[str, str]:
-    """Writes captioned_photos(n, size), JPG and PNG in turn; gives file name -> caption, in order.
+    """Writes captioned_photos(n, size), alternately as JPG and PNG; returns file name -> caption, in order.
 
-    captions: "csv" or "jsonl" for metadata.csv or metadata.jsonl with columns file_name and text, as the
-    image folders of `datasets` have them; "txt" for NAME.txt beside NAME.jpg.
+    captions: "csv" or "jsonl" for metadata.csv or metadata.jsonl with columns file_name and text, as in the image
+    folders of `datasets`; "txt" for NAME.txt next to NAME.jpg.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    said = {}
+    texts = {}
     for k, (name, image, caption) in enumerate(captioned_photos(n, size)):
         file = f"{name}.png" if k % 2 else f"{name}.jpg"
-        image.save(path / file, quality=95)  # PNG knows no quality and ignores it
-        said[file] = caption
+        image.save(path / file, quality=95)  # ignored for PNG
+        texts[file] = caption
     if captions == "csv":
         with open(path / "metadata.csv", "w", newline="", encoding="utf-8") as table:
-            csv.writer(table).writerows([("file_name", "text"), *said.items()])
+            csv.writer(table).writerows([("file_name", "text"), *texts.items()])
     elif captions == "jsonl":
-        rows = [{"file_name": file, "text": text} for file, text in said.items()]
+        rows = [{"file_name": file, "text": text} for file, text in texts.items()]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (path / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     elif captions == "txt":
-        for file, text in said.items():
+        for file, text in texts.items():
             (path / file).with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     else:
-        raise ValueError(f'captions is "csv", "jsonl" or "txt", got {captions!r}')
-    return said
+        raise ValueError(f'captions got {captions!r}; expected "csv", "jsonl" or "txt"')
+    return texts
 
 
 def all_captions(dataset: ImageDataset) -> list[str]:
