@@ -29,7 +29,7 @@ FREE = {
     "default_hooks", "custom_hooks", "vis_backends", "token_cache",
 }  # fmt: skip
 
-# The entries that a resume reads, and their types.
+# The entries of every checkpoint but "format" and "folder", and their types.
 TYPES = {
     "name": str, "config": str, "model": dict, "assets": dict, "optimizer": dict, "param_scheduler": dict,
     "scaler": dict, "counters": dict, "num_samples": int,
@@ -62,15 +62,43 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
     return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
 
 
-def read_for_resume(path: Path, config: Plain) -> dict[str, Any]:
-    """The checkpoint to continue from: whole, with all that a resume needs, and of a run with the same config."""
+def read_whole(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; verify its checksums and the names and types of its entries.
+
+    Raises:
+        UserError: as of `checkpoint.read`, or an entry is missing or of another type.
+    """
     state = checkpoint.read(path)
     checkpoint.verify(path)
-    wrong = [name for name, expected in TYPES.items() if type(state.get(name)) is not expected]
-    problems = [f"'{name}' is {describe(state.get(name))}; expected {TYPES[name].__name__}" for name in wrong]
-    if not problems and not all(type(text) is str for text in state["assets"].values()):
+    _refuse(_entry_problems(state), path)
+    return state
+
+
+def _entry_problems(state: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the names and types of a checkpoint's entries."""
+    wrong = {name: expected.__name__ for name, expected in TYPES.items() if type(state.get(name)) is not expected}
+    if wrong:
+        got = {name: describe(state[name]) if name in state else "missing" for name in wrong}
+        return [f"'{name}' is {got[name]}; expected {expected}" for name, expected in wrong.items()]
+    problems = []
+    if not all(type(text) is str for text in state["assets"].values()):
         problems.append("'assets' holds more than texts")
-    _refuse(problems, path)
+    try:
+        config = json.loads(state["config"])
+    except ValueError:
+        config = None
+    model = config.get("model") if isinstance(config, dict) else None
+    if not (isinstance(model, dict) and "type" in model and "seed" in config):
+        problems.append("'config' is not the JSON of a config with a model and a seed")
+    average = state.get("ema", {"weights": {}})
+    if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
+        problems.append("'ema' holds no weights by name")
+    return problems
+
+
+def read_for_resume(path: Path, config: Plain) -> dict[str, Any]:
+    """The checkpoint to continue from, which must be of a run with the same config."""
+    state = read_whole(path)
     check_same_run(state, config, path)
     return state
 
@@ -164,7 +192,7 @@ def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None
 
 def _refuse(problems: list[str], path: Path) -> None:
     found = "; ".join(problems[:5])
-    require(not problems, f"cannot resume '{path}', which is damaged or was changed: {found}; {checkpoint.MOVE}")
+    require(not problems, f"checkpoint '{path}' is damaged or was changed: {found}; {checkpoint.MOVE}")
 
 
 def _count_problems(name: str, count: Any, most: int, why: str) -> list[str]:
@@ -236,7 +264,7 @@ def _in_both(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[dic
 
 
 def load_model(path: Path, given: Plain | None = None, average: bool = False) -> TrainableModel:
-    """The model of a checkpoint, with its weights, on the host. All of the checkpoint is verified.
+    """The model of a checkpoint, with its weights, on the host. The whole checkpoint is verified first.
 
     Args:
         given: the user's config, whose classes are trusted; None if there is none.
@@ -245,8 +273,7 @@ def load_model(path: Path, given: Plain | None = None, average: bool = False) ->
     Raises:
         UserError: the checkpoint is damaged, names a class that is not trusted, keeps no average, or does not fit.
     """
-    state, source = checkpoint.read(path), f"checkpoint '{path}'"
-    checkpoint.verify(path)
+    state, source = read_whole(path), f"checkpoint '{path}'"
     if average:
         advice = "train with EMAHook among custom_hooks, or leave out --ema"
         require("ema" in state, f"--ema: {source} keeps no average; {advice}")

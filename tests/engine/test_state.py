@@ -1,5 +1,6 @@
 """A damaged or changed checkpoint is refused before anything is loaded or written."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from diffengine import cli
 from diffengine.engine import checkpoint
-from diffengine.engine.state import differences, state_after_a_step
+from diffengine.engine.state import TYPES, differences, state_after_a_step
 from tests.engine.conftest import REFERENCE
 from tests.engine.runs import Toy, train
 
@@ -43,7 +45,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "epoch too high": (lambda s: s["counters"].update(epoch=99), "counters.epoch is 99; expected 0 to 1 after 4 steps"),
     "step count of the schedule": (lambda s: s["param_scheduler"].update(last_epoch=3), "last_epoch is 3; expected 4"),
     "missing rate of the schedule": (lambda s: s["param_scheduler"].update(base_lrs=[1.0]), "expected 2 entries"),
-    "no optimizer": (lambda s: s.pop("optimizer"), "'optimizer' is NoneType; expected dict"),
+    "no optimizer": (lambda s: s.pop("optimizer"), "'optimizer' is missing; expected dict"),
     "num_samples is a list": (lambda s: s.update(num_samples=[10]), "'num_samples' is list; expected int"),
     "assets hold a number": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
     "average without weights": (lambda s: s.update(ema={"updates": 1, "weights": {}}), "ema.weights has []; expected"),
@@ -83,6 +85,54 @@ def test_a_changed_checkpoint_is_refused(
     assert printed.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["iter_4.pth"]
     assert (tmp_path / "iter_4.pth").read_bytes() == before
+
+
+def without_section(state: dict[str, Any], name: str) -> str:
+    """The checkpoint's config without one of its entries."""
+    return json.dumps({key: value for key, value in json.loads(state["config"]).items() if key != name})
+
+
+ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    **{f"no {name}": (lambda s, name=name: s.pop(name), f"'{name}' is missing; expected ") for name in TYPES},
+    **{f"{name} is None": (lambda s, name=name: s.update({name: None}), f"'{name}' is NoneType") for name in TYPES},
+    "model is a tensor": (lambda s: s.update(model=torch.ones(2)), "'model' is (2,) float32; expected dict"),
+    "config is no JSON": (lambda s: s.update(config="{"), "'config' is not the JSON of a config"),
+    "config is a list": (lambda s: s.update(config="[]"), "'config' is not the JSON of a config"),
+    "config has no model": (lambda s: s.update(config=without_section(s, "model")), "with a model and a seed"),
+    "config has no seed": (lambda s: s.update(config=without_section(s, "seed")), "with a model and a seed"),
+    "assets hold a number": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
+    "average is a number": (lambda s: s.update(ema=1), "'ema' holds no weights by name"),
+    "average has no weights": (lambda s: s.update(ema={"updates": 1}), "'ema' holds no weights by name"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_checkpoint_without_its_entries_is_refused_by_every_command(
+    toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    change, expected = ENTRIES[name]
+    state = checkpoint.read(reference / "iter_12.pth")
+    change(state)
+    path = tmp_path / "iter_12.pth"
+    checkpoint.write(path, state)
+    config = toy.config("reference", **REFERENCE)
+    resume = ["--work-dir", str(tmp_path / "new"), "--resume", str(path)]
+    commands = [
+        ["convert", config, str(path), str(tmp_path / "out")],
+        ["convert", config, str(path), str(tmp_path / "out"), "--ema"],
+        ["convert", str(tmp_path)],
+        ["sample", str(path), "a cat"],
+        ["sample", str(tmp_path), "a cat"],
+        ["train", config, *resume],
+    ]
+    for command in commands:
+        assert cli.main(command) == 2
+        printed = capsys.readouterr().err
+        counters = "counters" in name and "got counters None; expected 'iter' of at least 0" in printed
+        assert expected in printed or counters
+        assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_an_unchanged_checkpoint_is_accepted(toy: Toy, reference: Path, tmp_path: Path) -> None:
