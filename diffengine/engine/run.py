@@ -55,11 +55,13 @@ def build_run(
 ) -> "Run":
     """Build a run that is ready to train, or to continue from the checkpoint `resume`.
 
-    Nothing is written, and no old run deleted, before all of it is built. `dataset` and `assets` replace the config's
-    and what is learnt from it.
+    Before data, model and optimizer are built, no file of an old run is deleted, and only class images and the token
+    cache are written. `dataset` and `assets` replace the config's data set and what is learnt from it.
     """
     with distributed.all_ranks():
-        saved = state.read_for_resume(resume, job.config) if resume else None
+        saved = state.read_whole(resume) if resume else None
+        if saved and resume:
+            state.check_same_run(saved, job.config, resume)
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
     training = build_training(job, start, dataset, saved["assets"] if saved else assets)
@@ -79,7 +81,7 @@ def build_run(
 def build_training(
     job: Job, start: int = 0, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None
 ) -> Training:
-    """Build what takes the steps from step `start` on, and attach the token cache. Missing class images are generated.
+    """Build model, loop, optimizer, schedule and cache, starting at step `start`; generate missing class images.
 
     `dataset` and `assets` are as of `build_run`.
     """

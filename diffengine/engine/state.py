@@ -63,11 +63,7 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; verify its checksums and the names and types of its entries.
-
-    Raises:
-        UserError: as of `checkpoint.read`, or an entry is missing or of another type.
-    """
+    """Read a checkpoint; a UserError unless its checksums and the names and types of its entries are right."""
     state = checkpoint.read(path)
     checkpoint.verify(path)
     _refuse(_entry_problems(state), path)
@@ -94,13 +90,6 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
     if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
         problems.append("'ema' holds no weights by name")
     return problems
-
-
-def read_for_resume(path: Path, config: Plain) -> dict[str, Any]:
-    """The checkpoint to continue from, which must be of a run with the same config."""
-    state = read_whole(path)
-    check_same_run(state, config, path)
-    return state
 
 
 def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
