@@ -16,7 +16,7 @@ from diffengine.errors import require
 class CachedDataset(ImageDataset):
     """Every variation of every image after the image transforms, from the table's row `index * variations + variation`.
 
-    As a data set it has the captions alone: all that training needs of it if the images are elsewhere.
+    Indexing returns only the caption, which is enough if the images are not on this machine.
     """
 
     def __init__(self, table: Table, variations: int) -> None:
@@ -46,7 +46,7 @@ class CachedDataset(ImageDataset):
 
 
 def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, np.ndarray | list[list[str]]]:
-    """The columns of samples with the template's keys and perhaps `weight`; its values fill the rows of None."""
+    """Samples as columns: `readable`, `weight` and the template's keys. Rows of None are filled from the template."""
     filled = [template if sample is None else sample for sample in samples]
     columns: dict[str, np.ndarray | list[list[str]]] = {
         "readable": np.array([sample is not None for sample in samples], dtype=np.uint8),

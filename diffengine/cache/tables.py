@@ -131,7 +131,7 @@ class TableBuilder:
         return table
 
     def sweep(self) -> None:
-        """Delete the chunks that a build killed in its last moment left next to a complete table."""
+        """Delete the chunks left by a build that was killed after it finished its table."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _chunk(self, rows: Rows) -> Path:

@@ -25,11 +25,11 @@ from diffengine.models.base import Encoder
 from diffengine.text import format_bytes, format_duration
 
 Choice = bool | Literal["auto"]
-CHECKED = 8  # images encoded again at each start
-TOLERATED = 0.01  # of their tokens may differ: another device rounds differently, and a tie may fall the other way
+NUM_SPOT_CHECKS = 8  # images encoded again at each start
+MAX_MISMATCH = 0.01  # share of their tokens that may differ, since another device rounds and breaks ties differently
 MAX_EMBEDDINGS = 4e9  # bytes on disk that text_embeddings="auto" may take
 CAPTION_BATCH = 32
-PATHS = ("path", "data", "class_data")  # options that locate a data set and do not change what it returns
+LOCATION_OPTIONS = ("path", "data", "class_data")  # options that locate a data set and do not change what it returns
 LOCK = ".lock"  # the first file in a cache's folder
 NOTES = "files.json"  # digests of the images' files
 
@@ -57,7 +57,7 @@ def cached_dataset(section: Mapping[str, Any]) -> CachedDataset | None:
 class TokenCache:
     """The `token_cache` section: what the frozen encoders make of images and captions, computed once.
 
-    Training learns the same: ids equal those computed at each step, id for id, on the same device.
+    Training learns the same: on the same device, the token ids equal those computed at each step.
 
     Args:
         use: "auto" uses a cache if the run takes each variation of an image more than once (a variation: one draw of
@@ -65,7 +65,7 @@ class TokenCache:
             or says why it cannot be. False encodes at each step.
         path: its folder. None: `cache/` next to the work dir, in a subfolder named by a digest of what is encoded. A
             cache that was built elsewhere is used without the images.
-        text_embeddings: also store the frozen text encoder's outputs, in fp32; "auto" up to 4 GB of them.
+        text_embeddings: store the frozen text encoder's outputs in fp32, not the captions' ids; "auto" up to 4 GB.
         stream, encoder, data, work_dir, precision, autocast: given by the run: its samples, the model's encoder, the
             resolved `train_dataloader` section, the work dir, and the autocast around the text encoder.
 
@@ -88,18 +88,18 @@ class TokenCache:
         self.seconds: dict[str, float] = {}
         self._without_images = isinstance(self.stream.dataset, CachedDataset)
 
-    def obstacle(self, positions: int) -> str | None:
-        """Why a run that takes so many samples in all has no cache; None if it has one.
+    def why_unusable(self, positions: int) -> str | None:
+        """Return why a run of `positions` samples cannot use a cache, or None.
 
         Raises:
-            UserError: the cache is asked for, and there is an obstacle.
+            UserError: the config asks for a cache that cannot be used.
         """
-        reason = self._obstacle(positions)
+        reason = self._why_unusable(positions)
         asked = self.use is True or self._without_images
         require(reason is None or not asked, f"the cache cannot be used: {reason}")
         return reason
 
-    def _obstacle(self, positions: int) -> str | None:
+    def _why_unusable(self, positions: int) -> str | None:
         if not self.use:
             return "as configured"
         if self.encoder is None:
@@ -126,7 +126,7 @@ class TokenCache:
         Raises:
             UserError: the cache is asked for and cannot be used, or cannot be built.
         """
-        if reason := self.obstacle(positions):
+        if reason := self.why_unusable(positions):
             if self.use and self.encoder is not None:
                 distributed.print_once(f"token cache: none, since {reason}")
             return False
@@ -167,7 +167,7 @@ class TokenCache:
     @cached_property
     def _key(self) -> dict[str, Any]:
         """The fingerprint of the table of images, apart from the images and captions themselves."""
-        dataset = {name: value for name, value in self.data["dataset"].items() if name not in PATHS}
+        dataset = {name: value for name, value in self.data["dataset"].items() if name not in LOCATION_OPTIONS}
         return distributed.on_rank_0(
             lambda: {  # the names are those of version 0.1.0: the default folder's name depends on them
                 "data set": dataset,
@@ -256,7 +256,7 @@ class TokenCache:
 
     def _check_images(self, table: Table) -> str | None:
         """Encode a few images again; what differs from the table by more than rounding."""
-        rows = np.unique(np.linspace(0, len(table) - 1, CHECKED).round().astype(int)).tolist()
+        rows = np.unique(np.linspace(0, len(table) - 1, NUM_SPOT_CHECKS).round().astype(int)).tolist()
         size = self._encoder.batch_size
         batches = [self.stream.read_variations(rows[start : start + size]) for start in range(0, len(rows), size)]
         encoded = [self._encode(batch) for batch in batches]
@@ -273,7 +273,7 @@ class TokenCache:
                     total += value[0].size
                 elif not np.array_equal(stored[name], value[0], equal_nan=name == "weight"):
                     return f"{name} of image {row // self.variations} has changed"
-        return None if same >= (1 - TOLERATED) * total else f"{total - same} of {total} tokens have changed"
+        return None if same >= (1 - MAX_MISMATCH) * total else f"{total - same} of {total} tokens have changed"
 
     def _build_captions(self) -> Table:
         """The table of all distinct captions, built again if anything changed."""

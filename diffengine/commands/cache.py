@@ -10,4 +10,4 @@ arguments = launch.arguments
 def run(options: argparse.Namespace) -> int:
     from diffengine.engine.run import build_cache
 
-    return launch.run(options, build_cache)
+    return launch.run_job(options, build_cache)

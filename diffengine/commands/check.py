@@ -15,7 +15,7 @@ arguments = launch.arguments
 
 
 def run(options: argparse.Namespace) -> int:
-    return launch.run(options, check)
+    return launch.run_job(options, check)
 
 
 def check(job: "Job") -> None:

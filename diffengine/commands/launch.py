@@ -29,23 +29,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--launcher", choices=("none", "pytorch", "slurm"), default="none")
 
 
-def run(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
+def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
     """Do `work` over the config that the options name, in every process; return the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     if LAUNCHED not in os.environ:
-        return _run(options, work)
+        return _run_job(options, work)
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
         with disk_errors():
-            return _run(options, work)
+            return _run_job(options, work)
     except UserError as error:
         get_error_handler().record_exception(UserError(str(error)))  # `launch` prints it, also a PeerError
         return 2
 
 
-def _run(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
-    """`run` in this process, or in those that `launch` starts; a UserError is raised."""
+def _run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
+    """Run the job in this process, or in the processes that `launch` starts; raises UserError."""
     from diffengine import distributed
     from diffengine.engine.build import load_config, make_job
     from diffengine.models.loading import quiet_libraries

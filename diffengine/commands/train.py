@@ -16,4 +16,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from diffengine.engine import run as runs
 
-    return launch.run(options, lambda job: runs.train(job, options.resume, options.overwrite))
+    return launch.run_job(options, lambda job: runs.train(job, options.resume, options.overwrite))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from diffengine import config as configs
 from diffengine import distributed
 from diffengine.cache import TokenCache
-from diffengine.cache.token_cache import PATHS, cached_dataset
+from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
 from diffengine.datasets import ImageDataset, PositionSampler, Stream, as_dataset, make_loader
 from diffengine.engine.loop import StepLoop
@@ -52,9 +52,9 @@ def make_job(name: str, config: Plain, resolved: Plain, device: torch.device) ->
 
 
 def build_dataset(job: Job) -> ImageDataset:
-    """The data set; if its images are not on this machine, what the cache at a named path holds of it."""
+    """Build the data set; if its images are not on this machine, use the cache at `cache_path`."""
     options, section = job.resolved["train_dataloader"]["dataset"], job.resolved.get("token_cache", {})
-    paths = [Path(options[name]).expanduser() for name in PATHS if isinstance(options.get(name), str)]
+    paths = [Path(options[name]).expanduser() for name in LOCATION_OPTIONS if isinstance(options.get(name), str)]
     _check_outside(paths, job.work_dir, "work dir", "--work-dir")
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
@@ -152,7 +152,7 @@ def build_token_cache(job: Job, stream: Stream, model: TrainableModel, optim: St
     )  # fmt: skip
 
 
-# What builds each section that names no class, from its options; keyword-only parameters are given by the run.
+# The builder of each section without a `type`; the run passes its keyword-only parameters.
 BUILDERS: dict[str, Callable] = {
     "train_dataloader": build_dataloader,
     "optim_wrapper": build_optim_wrapper,

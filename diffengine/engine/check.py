@@ -175,7 +175,7 @@ def _report(job: Job, run: Run, clock: Clock, stream: Stream, missing: int, seco
 def _describe_cache(cache: TokenCache, dry_run: Run) -> dict[str, Any] | str:
     """The cache that the whole run would have, by that of the dry run; or why it has none."""
     clock, built = dry_run.clock, dry_run.cache
-    if reason := cache.obstacle(clock.max_iters * clock.batch_size):
+    if reason := cache.why_unusable(clock.max_iters * clock.batch_size):
         return reason
     counts = {"images": len(cache.stream.dataset) * cache.variations, "captions": len(distinct_captions(cache.stream))}
     folder, exists, seconds, size = cache.folder, distributed.on_rank_0(cache.exists), 0.0, 0

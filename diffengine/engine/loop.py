@@ -79,13 +79,13 @@ class StepLoop(BaseLoop):
         self.clock = Clock(max_epochs, max_iters, len(self.stream.dataset), self.batch_size)
         self.micro = MicroBatches(self.batch_size, micro_batch_size)
         self.compile: Compile = compile
-        self.iter = 0  # mmengine's: as clock.done, but in `after_train_iter` it still names the step just taken
+        self.iter = 0  # for mmengine: clock.done; in `after_train_iter` and `_epoch`, the index of the step just taken
         self.max_epochs, self.max_iters = self.clock.max_epochs, self.clock.max_iters  # mmengine's
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     @property
     def epoch(self) -> int:
-        """mmengine's: epochs completed, but in `after_train_epoch` it still names the epoch just completed."""
+        """For mmengine: epochs completed; in `after_train_epoch`, the index of the epoch just completed."""
         return self.clock.epochs_at(self.iter)
 
     def start_at(self, done: int) -> None:
@@ -135,9 +135,9 @@ class StepLoop(BaseLoop):
             run.trainable.before_step(self.iter)
             for index, micro_batch in enumerate(split(batch, self.micro.count)):
                 seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
-                last = exchange and index == self.micro.count - 1  # with it, gradients are averaged over ranks
-                apart = isinstance(run.model, DistributedDataParallel) and not last
-                with run.model.no_sync() if apart else nullcontext():
+                last = exchange and index == self.micro.count - 1  # DDP averages gradients in this micro-batch
+                skip_sync = isinstance(run.model, DistributedDataParallel) and not last
+                with run.model.no_sync() if skip_sync else nullcontext():
                     logs = self._forward_backward(run, micro_batch, scale)
                 for name, value in logs.items():
                     sums[name] = sums[name] + value if name in sums else value
@@ -167,7 +167,7 @@ class StepLoop(BaseLoop):
         return {"loss": loss_sum.detach(), **logs}
 
     def _snapshot(self, run: "Run") -> Callable[[], None]:
-        """What undoes an attempt at a step: no gradients, and buffers as they are now."""
+        """Return a function that clears the gradients and restores the buffers to their present values."""
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
 
         def undo() -> None:
@@ -224,7 +224,7 @@ def micro_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """torch.manual_seed for the host and this device alone: the whole takes 1 ms for devices that are absent."""
+    """Like torch.manual_seed, but only for the CPU and this device; the original spends 1 ms on absent devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

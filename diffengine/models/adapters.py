@@ -25,7 +25,7 @@ CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_config.json", "adapter_model.safet
 NAME = "default"  # peft's own
 
 # Options that train or change weights outside the adapter, which diffusers' loader does not know.
-LOST = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+UNSAVED_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
 # Methods that need their own calls during training.
 UNSUPPORTED = ("ADALORA", "ADAMSS", "XLORA", "POLY")
 
@@ -45,7 +45,7 @@ def read_config(section: Any, name: str) -> PeftConfig:
     require(not unsupported, message)
     targets = getattr(config, "target_modules", True)
     require(bool(targets), f"adapters.{name} needs target_modules: which modules of the {name} get one")
-    for option in LOST:
+    for option in UNSAVED_OPTIONS:
         message = f"adapters.{name}: {option} trains what is no adapter; use target_modules, or train it in full"
         require(not getattr(config, option, None), message)
     bias = getattr(config, "bias", "none")
@@ -75,7 +75,7 @@ def inject(module: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
 
 
 def _check_targets(module: nn.Module, config: PeftConfig, name: str) -> None:
-    """Refuse a target that no module is called; peft does so only if all targets are missing."""
+    """Raise a UserError if any target matches no module; peft raises only if none match."""
     layers = {key: layer for key, layer in module.named_modules() if key}
     targets = getattr(config, "target_modules", None)
     for target in sorted(targets) if isinstance(targets, list | set | tuple) else []:  # a string is a pattern
@@ -146,7 +146,7 @@ def load_with_diffusers(base: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about what `inject` refuses, and about a name that peft 0.21 asks transformers 5 for."""
+    """Suppress warnings about unmatched keys, which `inject` reports itself, and about a deprecated attribute."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .* keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -50,7 +50,7 @@ class Frozen(Generic[ModuleT]):
         return {name: _device_of(child) for name, child in self._children().items()}
 
     def move_back(self, devices: Mapping[str, torch.device | None]) -> None:
-        """Move each child to its device in `devices`; to the host, if `devices` lacks it."""
+        """Move each child to `devices[name]`, or to the CPU if it is absent."""
         for name, child in self._children().items():
             child.to(devices.get(name) or "cpu")
 

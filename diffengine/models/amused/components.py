@@ -78,9 +78,9 @@ class Components:
         """Of the text encoder; the tokenizer completes its sizes."""
         if not self.from_sizes("text_encoder"):
             return self._read("text_encoder", CLIPTextConfig.from_pretrained)
-        sizes, ids = self.origins["text_encoder"], self.tokenizer
-        special = {key: getattr(ids, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        follows = {"vocab_size": len(ids), "max_position_embeddings": ids.model_max_length, **special}
+        sizes, tokenizer = self.origins["text_encoder"], self.tokenizer
+        special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        follows = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **special}
         return CLIPTextConfig(**{"projection_dim": sizes.get("hidden_size", 512), **follows, **sizes})
 
     @cached_property

@@ -38,9 +38,9 @@ class AmusedEncoder(Encoder):
         return {"token_ids": smallest_integers(ids, codes)}
 
     def caption_key(self, embeddings: bool) -> dict[str, str]:
-        ids = self.preprocessor.tokenizer
-        rules = {"file": ids.backend_tokenizer.to_str(), "length": ids.model_max_length, "pad": ids.pad_token_id}
-        key = {"tokenizer": digest(None, rules)}
+        tokenizer = self.preprocessor.tokenizer
+        rules = {"file": tokenizer.backend_tokenizer.to_str(), "length": tokenizer.model_max_length}
+        key = {"tokenizer": digest(None, {**rules, "pad": tokenizer.pad_token_id})}
         if embeddings:
             assert self.text_encoder is not None
             key["text encoder"] = digest(self.text_encoder.on(self.device), self.text_config.to_dict())
