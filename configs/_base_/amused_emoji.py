@@ -57,7 +57,7 @@ model = dict(
 )  # fmt: skip
 train_dataloader = dict(
     image_transforms=[dict(type=ToTensor)],
-    # The model appends models/masking.py: RandomMask, which draws the mask of each sample.
+    # The run appends the model's transform, RandomMask (models/masking.py), which draws the mask of each sample.
     transforms=[dict(type=DropCaption, p="${caption_dropout}")],
     batch_size="${batch_size}",
     num_workers="${num_workers}",

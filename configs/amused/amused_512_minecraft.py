@@ -16,7 +16,4 @@ prompts = [
     "minecraft village by the sea",
     "minecraft dragon",
 ]
-batch_size = 8
-max_iters = 1000
 preview_every = 250
-learning_rate = 8e-5

@@ -61,7 +61,7 @@ model = dict(
         sample_size=8,
     ),
 )
-# The model appends models/masking.py: RandomMask, which draws the mask of each sample.
+# The run appends the model's transform, RandomMask (models/masking.py), which draws the mask of each sample.
 train_dataloader = dict(transforms=[dict(type=DropCaption, p="${caption_dropout}")])
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
