@@ -1,7 +1,9 @@
 """CONTRIBUTING.md, followed: its files are written to a folder outside the package, and its commands run there."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from diffengine import cli
 from diffengine.engine import checkpoint
 from tests.engine.runs import Toy, metrics
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, flags=re.DOTALL))
 
 
@@ -52,7 +55,8 @@ def test_a_hook(folder: Path) -> None:
     work_dir = folder / "work_dirs/watch_loss"
     losses = [line["loss"] for line in metrics(work_dir)]
     lowest = checkpoint.read(work_dir / "iter_10.pth")["lowest_loss"]
-    assert lowest == pytest.approx(min(losses[4], losses[9]), rel=1e-6)
+    assert len(losses) == 10
+    assert lowest == pytest.approx(min(losses), rel=1e-6)
     assert f"lowest loss {lowest:.3f}" in (work_dir / "log.txt").read_text()
     whole = checkpoint.read(work_dir / "iter_10.pth")
     (work_dir / "iter_10.pth").unlink()
@@ -63,6 +67,28 @@ def test_a_hook(folder: Path) -> None:
     assert cli.main([*train, "max_iters=10", "custom_hooks=[]"]) == 0
     without = checkpoint.read(work_dir / "iter_10.pth")["model"]
     assert all(torch.equal(without[name], tensor) for name, tensor in whole["model"].items())
+
+
+def test_a_hook_that_is_added_on_a_resume(folder: Path) -> None:
+    few = ["log_every=1", "batch_size=4", "num_workers=0", "preview_every=None"]
+    train = ["train", "watch_loss.py", "--cfg-options", *few]
+    assert cli.main([*train, "max_iters=2", "custom_hooks=[]"]) == 0
+    assert cli.main([*train, "max_iters=4", "--resume"]) == 0
+    work_dir = folder / "work_dirs/watch_loss"
+    losses = [line["loss"] for line in metrics(work_dir)]
+    lowest = checkpoint.read(work_dir / "iter_4.pth")["lowest_loss"]
+    assert lowest == pytest.approx(min(losses[2:]), rel=1e-6)
+
+
+def test_a_hook_adds_up_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["log_every=1", "batch_size=4", "num_workers=0", "preview_every=None", "max_iters=2"]
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    command = [sys.executable, "-m", "diffengine", "train", "watch_loss.py", "--cfg-options", *few]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    work_dir = folder / "work_dirs/watch_loss"
+    losses = [line["loss"] for line in metrics(work_dir)]
+    lowest = checkpoint.read(work_dir / "iter_2.pth")["lowest_loss"]
+    assert lowest == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_a_model(folder: Path) -> None:
