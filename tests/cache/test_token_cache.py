@@ -77,6 +77,17 @@ def test_loss_and_gradients_from_the_cache(toy, tmp_path, train_text):
             assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
 
 
+@pytest.mark.parametrize(
+    ("choice", "limit", "stored"),
+    [(True, 0, True), ("auto", 10**9, True), ("auto", 0, False), (False, 10**9, False)],
+)
+def test_captions_are_stored_as_embeddings_or_as_ids(toy, tmp_path, monkeypatch, choice, limit, stored):
+    monkeypatch.setattr(token_cache, "MAX_EMBEDDINGS", limit)
+    build_cached(toy, tmp_path / "run", f"token_cache.text_embeddings={choice}", cache=True)
+    row = token_cache.caption_table(next((tmp_path / "cache").iterdir()))[0]
+    assert row.keys() == ({"hidden_states", "pooled_text_emb", "text"} if stored else {"text_ids", "text"})
+
+
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(toy, tmp_path):
     path = toy.config("whole", **{**CACHED, "max_iters": 6, "checkpoint_every": 2})
     assert train(path, tmp_path / "whole", "--cfg-options", "cache=True") == 0

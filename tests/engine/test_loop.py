@@ -156,3 +156,17 @@ def test_problems_of_mmengines_loop_and_hooks_are_avoided(toy: Toy, tmp_path: Pa
         assert not any(parameter.requires_grad for parameter in module.parameters())
     assert all(child.training for child in runner.trainable.modules())
     assert not runner.message_hub.log_scalars
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_an_option(toy: Toy, tmp_path: Path, tf32: bool) -> None:
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = not tf32
+        runs.build(toy.config("tf32"), tmp_path, f"train_cfg.tf32={tf32}")
+        assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
