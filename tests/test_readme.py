@@ -1,10 +1,11 @@
 """What the documents say is there: commands, configs, targets, files, versions."""
 
 import ast
+import inspect
 import re
 import shlex
 import tomllib
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 import diffengine
 from diffengine import cli, config
-from diffengine.engine.build import load_config
+from diffengine.engine.build import BUILDERS, load_config
+from diffengine.registry import resolve
 from tests.engine.runs import Toy
 
 ROOT = Path(__file__).parents[1]
@@ -85,10 +87,24 @@ def test_the_config_of_docs_resolves(tmp_path: Path) -> None:
     _, resolved = load_config(str(tmp_path / "watched.py"))
     assert resolved["custom_hooks"] == [{"type": "diffengine.engine.hooks.EMAHook", "decay": 0.999}]
     assert resolved["model"]["adapters"]["transformer"]["r"] == 16
-    assert (resolved["seed"], resolved["train_dataloader"]["num_workers"]) == (1, 2)
+    assert (resolved["seed"], resolved["model"]["mask_schedule"]) == (1, "linear")
     assert [backend["type"].rpartition(".")[2] for backend in resolved["vis_backends"]] == [
         "TensorboardBackend", "WandbBackend",
     ]  # fmt: skip
+
+
+def test_the_options_of_docs_exist_with_their_defaults() -> None:
+    """The rows of docs/configs.md: an option's path and its default."""
+    text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_]+\.[\w.]+)` \| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for path, default in rows:
+        _, resolved = load_config("amused_512_own", [f"{path}={default}"])
+        *sections, name = path.split(".")
+        section = reduce(dict.__getitem__, sections, resolved)
+        target = BUILDERS.get(path.partition(".")[0]) if len(sections) == 1 else None
+        options = inspect.signature(target or resolve(section["type"])).parameters
+        assert options[name].default == ast.literal_eval(default)
 
 
 def test_the_adapter_of_docs_resolves(tmp_path: Path) -> None:
