@@ -13,7 +13,7 @@ from diffengine.errors import UserError
 # Diffusers and peft import bitsandbytes if it is installed, and it logs what it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["UserError", "build_cache", "check", "convert", "sample", "train"]
 
 

@@ -1,12 +1,10 @@
 """What the commands do, from Python: errors are raised as UserError, not printed."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AmusedPipeline
 from PIL import Image
 
 from diffengine import config, distributed
@@ -18,12 +16,11 @@ from diffengine.engine.check import Report
 from diffengine.engine.run import Run
 from diffengine.engine.state import load_model
 from diffengine.errors import UserError, require
-from diffengine.export import Exported, export
-from diffengine.models.adapters import load_with_peft, read_folder
+from diffengine.export import DTYPES, Exported, export
 from diffengine.models.base import MaskedImageModel
-from diffengine.models.generation import generate
-from diffengine.models.loading import load_component, load_module, quiet_libraries
-from diffengine.text import one_line
+from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, Order
+from diffengine.models.loading import quiet_libraries
+from diffengine.models.pipelines import open_pipeline
 
 
 def _job(name: str, settings: Mapping[str, Any]) -> Job:
@@ -87,77 +84,47 @@ def convert(
 
 def sample(
     source: str | Path, prompts: Sequence[str], *, base: str | None = None, seed: int = 0,
-    resolution: int | None = None, guidance: float = 10.0, steps: int = 12,
+    resolution: int | None = None, size: tuple[int, int] | None = None, guidance: float | None = None, steps: int = 12,
+    negative: str = "", image: Image.Image | None = None, mask: Image.Image | None = None,
+    strength: float | None = None, order: Order = "confidence", dtype: str = "auto",
 ) -> list[Image.Image]:  # fmt: skip
     """Generate an image per prompt; image i uses `seed + i`.
 
     Args:
         source: a pipeline folder, a hub name, a run's work dir or checkpoint, or a folder that `convert` wrote.
         base: the pipeline to put what `convert` wrote on; an adapter names its own.
-        resolution: side in pixels; None: the model's own.
+        resolution, size: side, or (width, height), in pixels; None: that of `image`, else the model's own.
+        guidance: guidance scale; None: what suits the model.
+        steps: forward passes of the transformer.
+        negative: what guidance leads away from.
+        image, mask, strength, order: see `ImageRequest` and `GenerationOptions`.
+        dtype: "fp32", "fp16", "bf16", or "auto": bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        UserError: the source cannot be opened, or a setting that the model cannot generate with.
     """
+    sampler = load_sampler(source, base, dtype)
+    requests = [
+        ImageRequest(prompt, seed + index, negative, image, mask, strength) for index, prompt in enumerate(prompts)
+    ]
+    options = GenerationOptions(guidance, steps, order=order)
+    return list(sampler.generate(requests, options, size or (resolution and (resolution, resolution)) or None))
+
+
+def load_sampler(source: str | Path, base: str | None = None, dtype: str = "auto") -> ImageSampler:
+    """What generates images with a source, on the GPU if there is one; arguments as of `sample`."""
     quiet_libraries()
-    pipeline = load_pipeline(str(source), base)
-    options = {"guidance_scale": guidance, "num_inference_steps": steps}
-    return [generate(pipeline, prompt, seed + index, resolution, **options) for index, prompt in enumerate(prompts)]
-
-
-def load_pipeline(source: str, base: str | None = None) -> Any:
-    """An AmusedPipeline on the GPU, if there is one, without a progress bar; arguments as of `sample`."""
-    pipeline = _load_pipeline(source, base).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _load_pipeline(source: str, base: str | None) -> Any:
-    """The pipeline of a folder, hub name or checkpoint, or what convert wrote, put on its base."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    require(dtype in DTYPES, f"dtype got '{dtype}'; expected auto or one of {', '.join(DTYPES)}")
     folder = Path(source)
     newest = checkpoints.newest(folder) if folder.is_dir() else folder if folder.suffix == ".pth" else None
-    if newest is not None and not base:  # newer than a pipeline that convert wrote into the same folder
-        model = load_model(newest)
+    if newest is None or base:
+        sampler = open_pipeline(str(source), base)
+    else:  # newer than a pipeline that convert wrote into the same folder
+        model = load_model(newest).eval()
         if not isinstance(model, MaskedImageModel):
             raise UserError(f"checkpoint '{newest}' is of {type(model).__name__}, which generates nothing from text")
-        return model.build_pipeline()
-    if not folder.is_dir() or (folder / "model_index.json").exists():
-        require(not base, f"--base got '{base}', but '{source}' is a whole pipeline; leave it out")
-        return load_component(source, "", AmusedPipeline.from_pretrained)
-    settings = [read_folder(item) for item in [folder, *sorted(folder.iterdir())]]
-    base = base or next(filter(None, (item.get("base_model_name_or_path") for item in settings if item)), None)
-    if base is None:
-        known = "a pipeline folder (model_index.json), nor a work dir (checkpoints), nor an adapter that names its base"
-        raise UserError(f"'{folder}' is neither {known}; for what convert wrote, name it with --base")
-    return _put_on(load_component(base, "", AmusedPipeline.from_pretrained), folder)
-
-
-def _put_on(pipeline: Any, folder: Path) -> Any:
-    """The pipeline with the adapter, or the exported components, of a folder on it."""
-    alone, found = _class_of(folder), False
-    for name in ("transformer", "text_encoder", "vqvae"):
-        module = getattr(pipeline, name)
-        component = folder if alone == type(module).__name__ else folder / name
-        if read_folder(component):
-            try:
-                load_with_peft(module, component)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise UserError(f"adapter '{component}' does not fit {name} of the base: {one_line(error)}") from error
-        elif (component / "config.json").is_file():
-            pipeline.register_modules(**{name: load_module(str(component), name, type(module))})
-        else:
-            continue
-        found = True
-    require(found, f"'{folder}' holds no adapter or component that convert wrote")
-    return pipeline
-
-
-def _class_of(folder: Path) -> str | None:
-    """The class of the component that a folder is, or is an adapter of; None for another folder."""
-    adapter, path = read_folder(folder), folder / "config.json"
-    if adapter is not None:
-        return (adapter.get("auto_mapping") or {}).get("base_model_class")
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return settings.get("_class_name") or settings["architectures"][0]  # diffusers', transformers'
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"'{path}' holds no config of a component: {error!r}") from error
+        sampler = model.sampler()
+    return sampler.to(device, DTYPES[dtype])

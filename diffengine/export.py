@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from diffengine.errors import UserError, require
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel, describe
 from diffengine.models.loading import load_module
+from diffengine.models.pipelines import GUIDANCE
 
 MARK = "_diffengine_version"  # in the index of a pipeline that we wrote; diffusers ignores it
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -115,8 +117,8 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     if not isinstance(model, MaskedImageModel):
         trained = ", ".join(model.exportable)
         raise UserError(f"{type(model).__name__} has no pipeline; leave --pipeline out to export {trained}")
-    pipeline = model.build_pipeline()
-    check_targets(model, [out / name for name in pipeline.components])
+    components = model.pipeline_components
+    check_targets(model, [out / name for name in components])
     index = out / "model_index.json"
     ours = not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace")
     message = f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another folder"
@@ -124,22 +126,44 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     with _writing(out) as temporary:
         folder = temporary / "pipeline"
         whole = {key: _whole(model, key, temporary) for key in model.exportable}
-        pipeline.register_modules(**whole)
         with _as_written(*whole.values(), dtype=dtype):
-            pipeline.save_pretrained(folder, safe_serialization=True)
+            for name, component in {**components, **whole}.items():
+                component.save_pretrained(folder / name)
         for key in whole:
             _open_as_fp32(folder / key)
         differences = [_check_whole(model, key, whole[key], folder / key, dtype) for key in whole]
-        for name, component in pipeline.components.items():
+        for name, component in components.items():
             if name not in whole:
                 back = type(component).from_pretrained(folder / name, local_files_only=True)
                 _check_equal(component, back, folder)
-        settings = json.loads((folder / index.name).read_text(encoding="utf-8"))
-        text = json.dumps({**settings, MARK: __version__}, indent=2, sort_keys=True)
-        (folder / index.name).write_text(text + "\n", encoding="utf-8")
+        settings = _pipeline_index(model, {**components, **whole})
+        (folder / index.name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for item in sorted(folder.iterdir()):
             _publish(item, out / item.name)
-    return Exported(out, *max(differences), (f"{type(pipeline).__name__}.from_pretrained({str(out)!r})",))
+    return Exported(
+        out, *max(differences), (f"{model.pipeline_class}.from_pretrained({str(out)!r})", *_unchecked(model))
+    )
+
+
+def _pipeline_index(model: MaskedImageModel, components: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of `model_index.json`, as diffusers writes it, and what `diffengine sample` reads of it."""
+    classes = {
+        name: [type(item).__module__.partition(".")[0], type(item).__name__] for name, item in components.items()
+    }
+    own = {MARK: __version__, **({} if model.guidance_scale is None else {GUIDANCE: model.guidance_scale})}
+    return {"_class_name": model.pipeline_class, "_diffusers_version": diffusers.__version__, **own, **classes}
+
+
+def _unchecked(model: MaskedImageModel) -> list[str]:
+    """A line if the pipeline's class cannot be asked whether it takes these components."""
+    try:
+        pipeline = model.build_pipeline()
+    except UserError as error:
+        return [f"# every component was loaded back, but not the pipeline: {error}"]
+    require(
+        set(pipeline.components) == set(model.pipeline_components), f"{model.pipeline_class} takes other components"
+    )
+    return []
 
 
 def check_targets(model: TrainableModel, targets: Iterable[Path]) -> None:

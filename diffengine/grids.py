@@ -46,10 +46,14 @@ def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = Non
     if any(new != old for (new, _), (old, _) in zip(numbered, images)):
         lines = [f"[{number}] {caption}\n" for number, (caption, _) in enumerate(images, 1)]
         (path.parent / "captions.txt").write_text("".join(lines), encoding="utf-8")
-    sheet = grid(numbered, columns)
+    return save_image(grid(numbered, columns), path)
+
+
+def save_image(image: Image.Image, path: Path) -> Image.Image:
+    """Write an image as PNG, and return it."""
     with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return sheet
+        image.save(temporary, format="PNG")
+    return image
 
 
 def stack(images: Sequence[Captioned]) -> Image.Image:

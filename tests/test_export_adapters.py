@@ -245,10 +245,10 @@ def test_convert_and_sample(
         f"merged/transformer --base {toy}",
     ):  # fmt: skip
         path, *flags = source.split()
-        assert cli.main(["sample", path, "a cat", "--steps", "2", "--seed", "3", *flags]) == 0
+        assert cli.main(["sample", path, "a cat", "--steps", "2", "--seed", "3", "--overwrite", *flags]) == 0
         images.append(Path("sample.png").read_bytes())
     assert all(image == images[0] for image in images)
-    assert cli.main(["sample", str(toy), "a cat", "--steps", "2", "--seed", "3"]) == 0
+    assert cli.main(["sample", str(toy), "a cat", "--steps", "2", "--seed", "3", "--overwrite"]) == 0
     assert Path("sample.png").read_bytes() != images[0]
     capsys.readouterr()
     assert cli.main(["sample", "pipeline", "a", "--base", str(toy)]) == 2

@@ -17,7 +17,6 @@ from diffengine import cli, config
 from diffengine.engine import checkpoint
 from diffengine.engine.state import model_of
 from diffengine.models.base import MaskedImageModel
-from diffengine.models.generation import generate
 from tests.engine.runs import assert_equal_checkpoints, in_child, signal_at
 from tests.support import models, photos
 
@@ -131,8 +130,8 @@ def test_way_from_training_to_generation(toy: Path, way: str, tmp_path: Path) ->
     loaded = AmusedPipeline.from_pretrained(out)
     assert_same_weights(live, loaded)
     options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
-    image = np.asarray(generate(loaded, "a cat", seed=1, **options))
-    expected = np.asarray(generate(live.build_pipeline(), "a cat", seed=1, **options))
+    image = np.asarray(models.pipeline_image(loaded, "a cat", seed=1, **options))
+    expected = np.asarray(models.pipeline_image(live.build_pipeline(), "a cat", seed=1, **options))
     assert np.abs(image.astype(int) - expected).max() <= 1  # merging an adapter rounds
     base = AmusedPipeline.from_pretrained(toy / "model")
     trained = {"transformer", "text_encoder"} & set(live.exportable)

@@ -11,7 +11,7 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from diffengine import config  # before diffusers: it silences the libraries that diffusers imports
+from diffengine import api, config  # before diffusers: it silences the libraries that diffusers imports
 
 # isort: split
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from diffengine.datasets import EmojiDataset
 from diffengine.grids import enlarge, grid, stack
-from diffengine.models.generation import generate_steps
+from diffengine.models.generation import GenerationOptions, ImageRequest
 from diffengine.models.loading import quiet_libraries
 
 
@@ -113,7 +113,8 @@ def save_images(
               pair(originals[index], generated[index], bool(held_out[index]))) for index in chosen]  # fmt: skip
     grid(cells, columns=8).save(options.out / "grid.png")
     index = int(np.flatnonzero(held_out)[0])
-    step_images = generate_steps(pipeline, captions[index], options.seed, guidance_scale=options.guidance)
+    request = ImageRequest(captions[index], options.seed)
+    step_images = api.load_sampler(options.pipeline).generate_steps(request, GenerationOptions(options.guidance))
     steps = grid([(f"step {step + 1}", image) for step, image in enumerate(step_images)], columns=12, smallest=64)
     stack([(captions[index], steps)]).save(options.out / "strip.png")
     inpaint(pipeline, captions[index], originals[index], options).save(options.out / "inpaint.png")

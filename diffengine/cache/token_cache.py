@@ -3,7 +3,7 @@
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from diffengine.datasets import Sample, Stream, collate, variation_batches
 from diffengine.errors import UserError, require
 from diffengine.files import locked
 from diffengine.models.base import Encoder
-from diffengine.text import format_bytes, format_duration
+from diffengine.text import Progress, format_bytes
 
 Choice = bool | Literal["auto"]
 NUM_SPOT_CHECKS = 8  # images encoded again at each start
@@ -227,11 +227,15 @@ class TokenCache:
         def write(chunks: list[Rows]) -> None:
             batches = [list(range(row, min(row + size, chunk[1]))) for chunk in chunks for row in range(*chunk, size)]
             read = variation_batches(self.stream, batches, self.data.get("num_workers", 0))
-            encoded = _progress((self._encode(batch) for batch in read), sum(map(len, batches)))
+            encoded = (self._encode(batch) for batch in read)
+            progress = Progress(sum(map(len, batches)), "encoded", "image variations")
             for first, end in chunks:
                 samples: list[Sample | None] = []
                 while len(samples) < end - first:
-                    samples += next(encoded)
+                    batch = next(encoded)
+                    samples += batch
+                    if distributed.rank() == 0:
+                        progress.advance(len(batch))
                 builder.write((first, end), columns_of(samples, template))
 
         return self._build(builder, write, "images")
@@ -373,17 +377,3 @@ def _locked_on_rank_0(folder: Path) -> Iterator[None]:
     with held:
         distributed.on_rank_0(lock)
         yield
-
-
-def _progress(batches: Iterable[list[Sample | None]], total: int) -> Iterator[list[Sample | None]]:
-    """Pass batches on, and print every ten seconds how much is done, how fast, and how long to go."""
-    done, began = 0, time.perf_counter()
-    printed = began
-    for batch in batches:
-        done += len(batch)
-        now = time.perf_counter()
-        if now - printed >= 10:
-            printed, rate = now, done / (now - began)
-            left = format_duration((total - done) / rate)
-            distributed.print_once(f"encoded {done:,}/{total:,} image variations, {rate:.3g}/s, {left} left")
-        yield batch

@@ -21,7 +21,7 @@ from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
 from diffengine.errors import UserError, require
 from diffengine.files import is_inside
-from diffengine.models.base import TrainableModel
+from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.registry import build, resolve
 
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
@@ -87,7 +87,16 @@ def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: in
     model = build(resolved["model"], assets=assets, seed=seed)
     message = f"model got {type(model).__name__}; expected a subclass of diffengine.models.base.TrainableModel"
     require(isinstance(model, TrainableModel), message)
+    choose_guidance(model, resolved)
     return model
+
+
+def choose_guidance(model: TrainableModel, resolved: Mapping[str, Any]) -> None:
+    """No guidance if all samples are trained with their caption: the model never learns to generate without one."""
+    transforms = resolved.get("train_dataloader", {}).get("transforms") or []
+    dropped = any(str(item["type"]).endswith("DropCaption") and item.get("p") != 0 for item in transforms)
+    if isinstance(model, MaskedImageModel) and not dropped:
+        model.guidance_scale = 1.0
 
 
 def build_dataloader(

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffengine.config import PLAIN, REFERENCE, SECTIONS, Plain, resolve, substitute
 from diffengine.engine import checkpoint
-from diffengine.engine.build import BUILDERS, Training
+from diffengine.engine.build import BUILDERS, Training, choose_guidance
 from diffengine.engine.optim import StepOptimWrapper, build_optimizer, trained_parameters
 from diffengine.errors import UserError, require
 from diffengine.models import trusted_classes
@@ -303,5 +303,6 @@ def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> Trainabl
             raise
         start = f"was trained in '{folder}', where relative paths in its config start"
         raise UserError(f"{error}; {source} {start}: go there, and try again") from error
+    choose_guidance(model, resolved)
     model.load_trained_state(state["model"], source)
     return model.eval()

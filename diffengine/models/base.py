@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from diffengine.errors import UserError, require
+from diffengine.models.generation import ImageSampler
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
@@ -149,7 +151,15 @@ class TrainableModel(nn.Module, ABC):
 
 
 class MaskedImageModel(TrainableModel):
-    """A model of masked image tokens from which diffusers' AmusedPipeline can generate."""
+    """A model that generates images from captions, token by token.
+
+    Attributes:
+        guidance_scale: what suits how it was trained; None for what suits its size.
+        pipeline_class: the diffusers pipeline that opens an export.
+    """
+
+    guidance_scale: float | None = None
+    pipeline_class = "AmusedPipeline"
 
     @property
     @abstractmethod
@@ -157,8 +167,29 @@ class MaskedImageModel(TrainableModel):
         """The model before training, by a name that is valid anywhere: a hub name or a folder's absolute path."""
 
     @abstractmethod
+    def sampler(self) -> ImageSampler:
+        """What generates images with the live modules, which are not copied."""
+
+    @property
+    @abstractmethod
+    def pipeline_components(self) -> dict[str, Any]:
+        """What `pipeline_class` is made of, by its names: the live modules, a tokenizer, a scheduler."""
+
+    @final
     def build_pipeline(self) -> Any:
-        """A diffusers pipeline over the live modules, which are not copied."""
+        """A diffusers pipeline over the live modules, which are not copied.
+
+        Raises:
+            UserError: the installed diffusers no longer has it.
+        """
+        try:
+            cls = getattr(diffusers, self.pipeline_class)
+        except (ImportError, RuntimeError, AttributeError) as error:
+            advice = "generate with `diffengine sample`"
+            raise UserError(f"diffusers {diffusers.__version__} has no {self.pipeline_class}; {advice}") from error
+        pipeline = cls(**self.pipeline_components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
 
 class Encoder(ABC):
@@ -194,10 +225,6 @@ class Encoder(ABC):
     @abstractmethod
     def use_captions(self, lookup: Callable[[str], Mapping[str, np.ndarray] | None]) -> None:
         """From now on use what `lookup` has for a caption: the arrays of `encode_captions`, or None."""
-
-
-class NotFinite(UserError):
-    """A model's outputs are infinite or NaN, so it generates nothing."""
 
 
 @dataclass

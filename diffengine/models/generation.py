@@ -1,77 +1,153 @@
-"""Generating with an AmusedPipeline, one image at a time, each with its own random generator; h w: token grid."""
+"""What is asked of a model that generates images from captions: requests, options, and the sampler that serves them."""
 
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from diffusers import AmusedPipeline
-from PIL.Image import Image
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from diffengine.models.base import NotFinite
-from diffengine.models.masking import TokenGrid
+from diffengine.errors import UserError, require
+
+Order = Literal["confidence", "halton"]
+Unmasking = Literal["cosine", "linear", "arccos"]
+Guidance = Literal["constant", "linear"]
 
 
-def generate(pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any) -> Image:
-    """One image for a prompt, as `pipeline(prompt, ...)` generates it.
+class NotFinite(UserError):
+    """A model's outputs are infinite or NaN, so it generates nothing."""
 
-    Noise comes from a CPU generator with this seed; the global random state is left alone. The VQ decoder runs in fp32
-    whatever the autocast, since its fp16 makes NaN.
 
-    Args:
-        resolution: side in pixels; None for the model's own.
-        options: AmusedPipeline's.
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to generate.
 
-    Raises:
-        UserError: the model cannot generate this resolution; or `NotFinite`.
+    Attributes:
+        prompt: the caption.
+        seed: of the image's noise; the image does not depend on what else is generated with it.
+        negative_prompt: what guidance leads away from.
+        image: an RGB image to start from.
+        mask: white where `image` is generated again, black where it is kept; of any size and mode.
+        strength: in (0, 1], the share of the steps that are taken: 1 keeps nothing of `image`, except where `mask`
+            does. None: 0.5, or 1 with a mask.
     """
-    return _decode(pipeline, _tokens(pipeline, prompt, seed, resolution, options))
+
+    prompt: str
+    seed: int = 0
+    negative_prompt: str = ""
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    strength: float | None = None
 
 
-def generate_steps(
-    pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None = None, **options: Any
-) -> list[Image]:
-    """The image of `generate` after each of its steps; tokens that are still masked are grey."""
-    steps: list[Tensor] = []
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How images are generated.
 
-    def keep(step: int, timestep: int, token_ids: Tensor) -> None:
-        steps.append(token_ids.clone())
+    Attributes:
+        guidance_scale: logits are `uncond + scale * (cond - uncond)`; at most 1: no guidance, half the time. None: the
+            model's own.
+        num_inference_steps: forward passes of the transformer.
+        temperature: of the noise on confidences, at the first and the last step; one number t stands for (t, 0.01).
+        guidance_schedule: "constant", or "linear": the scale rises from 1 at the first step to its value at the last,
+            as in Muse (arXiv 2301.00704).
+        guidance_interval: the steps that are guided, as shares of all: (0.0, 0.5) is the first half. Guidance in an
+            interval: arXiv 2404.07724.
+        masking_schedule: share of tokens that are masked after a share r of the steps: "cosine" cos(pi r / 2),
+            "linear" 1 - r, "arccos" arccos(r) / (pi / 2) (MaskGIT, arXiv 2202.04200). None: the model's own, and linear
+            if there is a mask.
+        order: "confidence" keeps the tokens with the highest probability, with noise; "halton" keeps a fixed order of
+            positions that spreads evenly over the image (arXiv 2503.17076).
+        exact: take the noise from the CPU, so a GPU generates the CPU's images to rounding; slower on a GPU.
+    """
 
-    _tokens(pipeline, prompt, seed, resolution, {**options, "callback": keep})
-    return [_decode(pipeline, token_ids) for token_ids in steps]
+    guidance_scale: float | None = None
+    num_inference_steps: int = 12
+    temperature: float | tuple[float, float] = (2.0, 0.0)
+    guidance_schedule: Guidance = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    masking_schedule: Unmasking | None = None
+    order: Order = "confidence"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        steps, scale, interval = self.num_inference_steps, self.guidance_scale, tuple(self.guidance_interval)
+        require(isinstance(steps, int) and steps >= 1, f"num_inference_steps got {steps}; expected at least 1")
+        fine = scale is None or (math.isfinite(scale) and scale >= 0)
+        require(fine, f"guidance_scale got {scale}; expected a number from 0; 1 is without guidance")
+        temperatures = self.temperatures.tolist()
+        fine = all(math.isfinite(value) and value >= 0 for value in temperatures)
+        require(fine, f"temperature got {self.temperature}; expected a number from 0, or two")
+        fine = len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
+        require(fine, f"guidance_interval got {interval}; expected two rising numbers in [0, 1]")
+        for name, known in (("order", Order), ("guidance_schedule", Guidance), ("masking_schedule", Unmasking)):
+            value, choices = getattr(self, name), known.__args__  # type: ignore[attr-defined]
+            fine = value in choices or (value is None and name == "masking_schedule")
+            require(fine, f"{name} got {value!r}; expected one of {', '.join(choices)}")
+
+    @property
+    def temperatures(self) -> Tensor:
+        """The temperature of each step, (steps,) fp32, computed as AmusedScheduler computes it."""
+        ends = (self.temperature, 0.01) if isinstance(self.temperature, int | float) else self.temperature
+        return torch.linspace(*ends, self.num_inference_steps)
+
+    def guidance_at(self, step: int) -> float:
+        """The guidance scale of a step; 1.0 for a step without guidance."""
+        assert self.guidance_scale is not None
+        steps, (first, last) = self.num_inference_steps, self.guidance_interval
+        if self.guidance_scale <= 1 or not first <= step / steps < last:
+            return 1.0
+        share = step / (steps - 1) if self.guidance_schedule == "linear" and steps > 1 else 1.0
+        return 1.0 + (self.guidance_scale - 1.0) * share if share < 1 else float(self.guidance_scale)
 
 
-def token_grid(vqvae_config: Any, transformer_config: Any) -> TokenGrid:
-    """The token grid of a model, from the configs of its VQ model and transformer."""
-    factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
-    return TokenGrid(factor, 2 if transformer_config["downsample"] else 1)
+class ImageSampler(ABC):
+    """Generates images. It holds a model's modules, which are not copied."""
 
+    guidance_scale: float  # what suits the model
 
-def _tokens(pipeline: AmusedPipeline, prompt: str, seed: int, resolution: int | None, options: dict) -> Tensor:
-    """Token ids (1,h,w) int64 after the last step: none is masked."""
-    if resolution is not None:
-        token_grid(pipeline.vqvae.config, pipeline.transformer.config).sides(resolution, resolution)
+    @abstractmethod
+    def generate(
+        self,
+        requests: Sequence[ImageRequest],
+        options: GenerationOptions | None = None,
+        size: tuple[int, int] | None = None,
+        batch_size: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[Image.Image]:
+        """Yield an RGB image per request, in order, a batch at a time.
 
-    def refuse_broken(module: nn.Module, arguments: Any, logits: Tensor) -> None:
-        if not torch.isfinite(logits).all():  # torch's own error is unclear, and on a GPU it ends the process
-            advice = "train with a lower learning rate, or generate in bf16 or fp32"
-            raise NotFinite(f"the model's outputs are not finite, so it generates nothing; {advice}")
+        Args:
+            options: None for the defaults.
+            size: (width, height) in pixels; None for the size of a request's image, else the model's own.
+            batch_size: images generated at once; None for one that suits the device. Images do not depend on it.
+            on_step: called after each step, with the number of images that took it.
 
-    options = {**options, "height": resolution, "width": resolution, "output_type": "latent"}
-    handle = pipeline.transformer.register_forward_hook(refuse_broken)
-    try:
-        return pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **options).images
-    finally:
-        handle.remove()
+        Raises:
+            UserError: a size or an option that the model cannot generate with; or `NotFinite`.
+        """
 
+    @abstractmethod
+    def generate_steps(
+        self, request: ImageRequest, options: GenerationOptions | None = None, size: tuple[int, int] | None = None
+    ) -> list[Image.Image]:
+        """The image of a request after each step; tokens that are still masked are grey."""
 
-@torch.no_grad()
-def _decode(pipeline: AmusedPipeline, token_ids: Tensor) -> Image:
-    """Token ids (1,h,w), some of them perhaps masked, as an image."""
-    masked = token_ids == pipeline.scheduler.config.mask_token_id
-    shape = (*token_ids.shape, pipeline.vqvae.config.latent_channels)
-    with torch.autocast(token_ids.device.type, enabled=False):
-        pixels = pipeline.vqvae.decode(token_ids.masked_fill(masked, 0), force_not_quantize=True, shape=shape).sample
-    size = [side * pipeline.vae_scale_factor for side in token_ids.shape[1:]]
-    hidden = torch.nn.functional.interpolate(masked[:, None].float(), size=size)
-    pixels = pixels.clamp(0, 1) * (1 - hidden) + 0.5 * hidden
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+    @abstractmethod
+    def reconstruct(self, images: Sequence[Image.Image]) -> Iterator[Image.Image]:
+        """Yield each image after its round trip through the tokens: the best that can be generated."""
+
+    @abstractmethod
+    def cut(self, prompt: str) -> str:
+        """What a model does not read of a prompt that is too long, "" for nothing."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "ImageSampler":
+        """Move the modules to a device; in `dtype`, all but the VQ model."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """Compile the blocks with torch.compile: faster for many images, after some minutes at the start."""

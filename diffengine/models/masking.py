@@ -34,6 +34,12 @@ class TokenGrid:
     factor: int  # pixels per token and side, f
     multiple: int = 1  # divides the grid's sides: 2 for a transformer that downsamples
 
+    @classmethod
+    def of(cls, vqvae_config: Any, transformer_config: Any) -> "TokenGrid":
+        """The grid of a model, from the configs of its VQ model and transformer."""
+        factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
+        return cls(factor, 2 if transformer_config["downsample"] else 1)
+
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
             self.sides(*sample["image"].shape[-2:])

@@ -9,10 +9,11 @@ from diffusers import UVit2DModel
 
 import diffengine
 from diffengine.engine.run import Run
-from diffengine.models.generation import generate
 from tests.engine.runs import Toy, metrics
+from tests.support import models
 
 PROMPTS = ["a cat", "a dog"]
+SAMPLED = {"seed": 7, "resolution": 32, "guidance": 10.0, "steps": 2}
 STEPS = {"max_iters": 2, "checkpoint_every": 1, "batch_size": 2}
 
 
@@ -30,11 +31,14 @@ def images(run: Run) -> list[bytes]:
 
 def generated(pipeline: Any) -> list[bytes]:
     options = {"guidance_scale": 10.0, "num_inference_steps": 2}
-    return [generate(pipeline, prompt, 7 + index, 32, **options).tobytes() for index, prompt in enumerate(PROMPTS)]
+    return [
+        models.pipeline_image(pipeline, prompt, 7 + index, 32, **options).tobytes()
+        for index, prompt in enumerate(PROMPTS)
+    ]
 
 
 def sampled(source: Path, **options: Any) -> list[bytes]:
-    return [image.tobytes() for image in diffengine.sample(source, PROMPTS, seed=7, resolution=32, steps=2, **options)]
+    return [image.tobytes() for image in diffengine.sample(source, PROMPTS, **SAMPLED, **options)]
 
 
 def test_a_finished_run(toy: Toy, run: Run) -> None:

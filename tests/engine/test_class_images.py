@@ -14,9 +14,9 @@ from PIL import Image
 from diffengine import distributed
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
-from diffengine.models.generation import generate
 from tests.engine import runs
 from tests.engine.runs import Toy, in_child, train
+from tests.support import models
 
 PROMPT = "a photo of a cat"
 
@@ -73,7 +73,7 @@ def test_missing_images_are_generated_once(toy: Toy, tmp_path: Path, capsys: pyt
 
     pipeline = runs.build(toy.config("base"), tmp_path / "base").trainable.build_pipeline()
     for number in (0, 2, 3, 4):  # by the weights before training
-        expected = generate(pipeline, PROMPT, number, num_inference_steps=2, guidance_scale=2.0)
+        expected = models.pipeline_image(pipeline, PROMPT, number, num_inference_steps=2, guidance_scale=2.0)
         with Image.open(folder / f"{number:06}.png") as image:
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     assert train(path, tmp_path / "run", "--overwrite") == 0

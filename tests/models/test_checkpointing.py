@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffengine.models.amused import AmusedModel
-from diffengine.models.amused.model import blocks_of
+from diffengine.models.amused.transformer import blocks_of
 from diffengine.models.base import PreviewRequest
 from tests.models.test_adapters import LORA, TEXT
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
-from diffengine.models.amused.model import head_on
+from diffengine.models.amused.transformer import head, trunk
 from diffengine.models.base import describe
 from tests.models.conftest import CAPTIONS
 
@@ -103,13 +103,14 @@ def test_training_and_pipeline_give_the_transformer_the_same_inputs(model: Amuse
 
 def head_gradients(transformer: UVit2DModel, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
-    given = (torch.randint(64, (2, 8, 8)), torch.randn(2, 64, 48), torch.randn(2, 40), torch.rand(2, 5))
+    ids, hidden, pooled, conditions = (
+        torch.randint(64, (2, 8, 8)), torch.randn(2, 64, 48), torch.randn(2, 40), torch.rand(2, 5)
+    )  # fmt: skip
     transformer.zero_grad()
     if index is None:
-        logits = transformer(*given).permute(0, 2, 3, 1).flatten(0, 2)
+        logits = transformer(ids, hidden, pooled, conditions).permute(0, 2, 3, 1).flatten(0, 2)
     else:
-        with head_on(transformer, index):
-            logits = transformer(*given)[0, :, : len(index), 0].T
+        logits = head(transformer, trunk(transformer, ids, conditions, hidden, pooled), index)
     picked = logits if index is not None else logits[torch.tensor([3, 64, 127])]
     picked.square().sum().backward()
     return picked.detach(), {
@@ -129,12 +130,14 @@ def test_masked_head_equals_full_head(toy: Path) -> None:
 
 def test_head_is_restored_after_use_and_after_an_error(toy: Path) -> None:
     transformer = UVit2DModel.from_pretrained(toy / "transformer")
-    with head_on(transformer, torch.tensor([1])):
-        assert len(transformer.mlm_layer._forward_pre_hooks) == 1
-    assert not transformer.mlm_layer._forward_pre_hooks
-    with pytest.raises(RuntimeError, match="stop"), head_on(transformer, torch.tensor([1])):
-        raise RuntimeError("stop")
-    assert not transformer.mlm_layer._forward_pre_hooks
+    own, names = transformer.mlm_layer, list(dict(transformer.named_children()))
+    ids, hidden, pooled, conditions = (torch.zeros(shape) for shape in ((1, 8, 8), (1, 64, 48), (1, 40), (1, 5)))
+    trunk(transformer, ids.long(), conditions, hidden, pooled)
+    assert transformer.mlm_layer is own
+    with pytest.raises(IndexError):
+        trunk(transformer, ids.long() + 10**6, conditions, hidden, pooled)
+    assert transformer.mlm_layer is own
+    assert list(dict(transformer.named_children())) == names
 
 
 # ---------------------------------------------------------------------------------------------- frozen

@@ -12,7 +12,7 @@ from PIL import Image
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from diffengine.models.base import PreviewRequest
-from diffengine.models.generation import generate
+from tests.support.models import pipeline_image
 
 OPTIONS = {"num_inference_steps": 4, "guidance_scale": 3.0}
 
@@ -120,10 +120,10 @@ def test_pipeline_shares_the_live_modules(model: AmusedModel) -> None:
 def test_inpainting_does_not_change_previews(model: AmusedModel) -> None:
     """AmusedInpaintPipeline changes the schedule of its scheduler to linear, so each pipeline gets a new scheduler."""
     pipeline = model.build_pipeline()
-    before = generate(pipeline, "a", 0, **OPTIONS)
+    before = pipeline_image(pipeline, "a", 0, **OPTIONS)
     AmusedInpaintPipeline(**pipeline.components)
     assert pipeline.scheduler.config.masking_schedule == "linear"  # changed by AmusedInpaintPipeline
     fresh = model.build_pipeline()
     assert fresh.scheduler.config.masking_schedule == "cosine"
     assert model.components.scheduler.config.masking_schedule == "cosine"
-    assert same(generate(fresh, "a", 0, **OPTIONS), before)
+    assert same(pipeline_image(fresh, "a", 0, **OPTIONS), before)

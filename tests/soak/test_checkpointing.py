@@ -10,7 +10,7 @@ import torch
 from diffusers import UVit2DModel
 from torch import Tensor
 
-from diffengine.models.amused.model import blocks_of, head_on
+from diffengine.models.amused.transformer import blocks_of, head, trunk
 from diffengine.models.blocks import wrap_blocks
 from tests.models.test_checkpointing import saved_bytes
 from tests.support import models
@@ -27,9 +27,8 @@ def test_full_size() -> None:
     text, pooled, conditions = torch.randn(2, 77, 768), torch.randn(2, 768), torch.full((2, 5), 512.0)
 
     def run() -> Tensor:
-        with head_on(transformer, index):
-            logits = transformer(ids.flatten().index_fill(0, index, 8255).view_as(ids), text, pooled, conditions)
-        return logits[0, :, : len(index), 0].square().mean()
+        masked = ids.flatten().index_fill(0, index, 8255).view_as(ids)
+        return head(transformer, trunk(transformer, masked, conditions, text, pooled), index).square().mean()
 
     expected: dict[str, Tensor] = {}
     results = []

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
+from PIL.Image import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 Size = Literal["tiny", "toy", "full"]
@@ -303,3 +304,10 @@ def count_parameters(size: Size, resolution: int | None = None) -> dict[str, int
             "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**text_config(size))),
         }
     return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+
+
+def pipeline_image(pipeline: AmusedPipeline, prompt: str, seed: int, size: int | None = None, **options: Any) -> Image:
+    """The image that AmusedPipeline generates for a prompt, with noise from a CPU generator of this seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    options |= {"height": size, "width": size, "generator": torch.Generator().manual_seed(seed)}
+    return pipeline(prompt, **options).images[0]

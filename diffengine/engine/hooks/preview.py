@@ -13,7 +13,8 @@ from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.errors import require
 from diffengine.grids import save_grid, stack
-from diffengine.models.base import NotFinite, PreviewRequest
+from diffengine.models.base import PreviewRequest
+from diffengine.models.generation import NotFinite
 
 GOLDEN_RATIO = 0.6180339887498949
 

@@ -4,15 +4,14 @@ Legend: B batch, h w token grid, T text length, D text width, V codebook size, M
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
-from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
+from diffusers import AmusedScheduler, VQModel
 from torch import Tensor, nn
 
 from diffengine.errors import UserError, require
@@ -20,16 +19,18 @@ from diffengine.models import adapters as peft_adapters
 from diffengine.models.amused.components import Components
 from diffengine.models.amused.encoder import AmusedEncoder
 from diffengine.models.amused.preprocessor import AmusedPreprocessor
+from diffengine.models.amused.sampler import AmusedSampler
+from diffengine.models.amused.transformer import blocks_of, head, trunk
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import Batch, LabelledImage, MaskedImageModel, PreviewRequest
 from diffengine.models.blocks import wrap_blocks
 from diffengine.models.frozen import Frozen, evaluating, hold_in, restored
-from diffengine.models.generation import generate, generate_steps, token_grid
+from diffengine.models.generation import GenerationOptions, ImageRequest
 from diffengine.models.loading import component_folder
-from diffengine.models.masking import RandomMask, Schedule, mask_tokens
+from diffengine.models.masking import RandomMask, Schedule, TokenGrid, mask_tokens
 
 TRAINABLE = ("transformer", "text_encoder")
-HEAD_ROWS = 64  # the head runs on a multiple of so many positions
+PREVIEW_OPTIONS = ("guidance_scale", "num_inference_steps", "temperature", "strip")
 
 
 @final
@@ -146,7 +147,7 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def sample_transform(self) -> RandomMask:
-        grid = token_grid(self.components.vqvae_config, self.components.transformer_config)
+        grid = TokenGrid.of(self.components.vqvae_config, self.components.transformer_config)
         return RandomMask(grid, self.mask_schedule)
 
     @property
@@ -175,10 +176,8 @@ class AmusedModel(MaskedImageModel):
             hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
         masked = mask_tokens(batch["token_ids"], index, self.mask_id)
-        text = {"encoder_hidden_states": hidden_BTD, "pooled_text_emb": pooled_BD}
-        with head_on(transformer, index):
-            logits = transformer(input_ids=masked, micro_conds=batch["micro_conds"], **text)
-        logits_MV = logits[0, :, : len(index), 0].T.float()
+        logits_MV = head(transformer, trunk(transformer, masked, batch["micro_conds"], hidden_BTD, pooled_BD), index)
+        logits_MV = logits_MV.float()
         targets_M = batch["token_ids"].flatten().index_select(0, index)
         correct_M = (logits_MV.argmax(dim=1) == targets_M).float()
         weights_M = batch.get("target_weights")
@@ -246,57 +245,32 @@ class AmusedModel(MaskedImageModel):
             pooled = torch.randn(1, sizes.cond_embed_dim, generator=rng)
             return module(masked, hidden, pooled, torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]]))
 
-    def build_pipeline(self) -> AmusedPipeline:
+    @property
+    def pipeline_components(self) -> dict[str, Any]:
         """The scheduler is a copy, since AmusedInpaintPipeline changes one that it shares to "linear"."""
-        scheduler = AmusedScheduler.from_config(self.components.scheduler.config)
         modules = {name: self.module(name) for name in ("vqvae", *TRAINABLE)}
-        pipeline = AmusedPipeline(**modules, tokenizer=self.components.tokenizer, scheduler=scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        scheduler = AmusedScheduler.from_config(self.components.scheduler.config)
+        return {**modules, "tokenizer": self.components.tokenizer, "scheduler": scheduler}
+
+    def sampler(self) -> AmusedSampler:
+        modules = {name: self.module(name) for name in ("vqvae", *TRAINABLE)}
+        scheduler = self.components.scheduler
+        return AmusedSampler(**modules, tokenizer=self.components.tokenizer, scheduler=scheduler,
+                             guidance_scale=self.guidance_scale)  # fmt: skip
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
         """Generate from the prompts; with the option `strip`, also show the first prompt after each generation step."""
-        known = ["guidance_scale", "num_inference_steps", "temperature", "strip"]
         for name in request.options:
-            require(name in known, f"preview option '{name}' is unknown; expected one of {', '.join(known)}")
-        options = dict(request.options)
-        strip = options.pop("strip", False)
-        seed, size = request.seed, request.resolution
+            known = name in PREVIEW_OPTIONS
+            require(known, f"preview option '{name}' is unknown; expected one of {', '.join(PREVIEW_OPTIONS)}")
+        options = GenerationOptions(**{name: value for name, value in request.options.items() if name != "strip"})
+        size = None if request.resolution is None else (request.resolution, request.resolution)
+        requests = [ImageRequest(prompt, request.seed + index) for index, prompt in enumerate(request.prompts)]
         with restored(self._frozen.values()), evaluating(self):
-            pipeline = self.build_pipeline()
-            images = [
-                LabelledImage(prompt, generate(pipeline, prompt, seed + index, size, **options))
-                for index, prompt in enumerate(request.prompts)
-            ]
-            if strip and request.prompts:
-                steps = generate_steps(pipeline, request.prompts[0], seed, size, **options)
+            sampler = self.sampler()
+            generated = sampler.generate(requests, options, size)
+            images = [LabelledImage(prompt, image) for prompt, image in zip(request.prompts, generated)]
+            if requests and request.options.get("strip"):
+                steps = sampler.generate_steps(requests[0], options, size)
                 images += [LabelledImage(f"step {index + 1}", image) for index, image in enumerate(steps)]
         return images
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer or text encoder, which hold nearly all of its activations."""
-    if not isinstance(module, UVit2DModel):
-        return list(module.text_model.encoder.layers)
-    ends = [block for end in (module.down_block, module.up_block) for block in (*end.res_blocks, *end.attention_blocks)]
-    return [*ends, *module.transformer_layers]
-
-
-@contextmanager
-def head_on(transformer: UVit2DModel, index: Tensor) -> Iterator[None]:
-    """Run the token head only at the flat positions `index` (M,); the transformer's logits are (1,V,>=M,1).
-
-    Exact, since the head treats positions independently: 1x1 convolutions and a norm over channels. M is padded to a
-    multiple of `HEAD_ROWS` since it changes every step, and torch keeps CPU memory for each shape of a convolution.
-    """
-
-    def gather(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        rows_MC = arguments[0].permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index)
-        rows_MC = F.pad(rows_MC, (0, 0, 0, -len(index) % HEAD_ROWS))
-        return (rows_MC.T[None, :, :, None],)
-
-    handle = transformer.mlm_layer.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
