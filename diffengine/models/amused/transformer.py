@@ -33,8 +33,9 @@ def head(transformer: UVit2DModel, trunk_BChw: Tensor, index: Tensor) -> Tensor:
     """Logits (M,V) in the trunk's dtype, at the flat positions `index` (M,) of a batch.
 
     Exact, since the head treats positions independently: 1x1 convolutions and a norm over channels. M is padded to a
-    multiple of `HEAD_ROWS` since it changes every step, and torch keeps CPU memory for each shape of a convolution.
+    multiple of `HEAD_ROWS` since it changes every step, and torch keeps CPU memory for each shape of a convolution; a
+    convolution takes at least one row.
     """
     rows_MC = trunk_BChw.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index)
-    rows_MC = F.pad(rows_MC, (0, 0, 0, -len(index) % HEAD_ROWS))
+    rows_MC = F.pad(rows_MC, (0, 0, 0, -len(index) % HEAD_ROWS if len(index) else HEAD_ROWS))
     return transformer.mlm_layer(rows_MC.T[None, :, :, None])[0, :, : len(index), 0].T
