@@ -78,8 +78,8 @@ class GenerationOptions:
         require(isinstance(steps, int) and steps >= 1, f"num_inference_steps got {steps}; expected at least 1")
         fine = scale is None or (math.isfinite(scale) and scale >= 0)
         require(fine, f"guidance_scale got {scale}; expected a number from 0; 1 is without guidance")
-        temperatures = self.temperatures.tolist()
-        fine = all(math.isfinite(value) and value >= 0 for value in temperatures)
+        ends = self._temperature_ends
+        fine = len(ends) == 2 and all(isinstance(end, int | float) and math.isfinite(end) and end >= 0 for end in ends)
         require(fine, f"temperature got {self.temperature}; expected a number from 0, or two")
         fine = len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
         require(fine, f"guidance_interval got {interval}; expected two rising numbers in [0, 1]")
@@ -91,8 +91,11 @@ class GenerationOptions:
     @property
     def temperatures(self) -> Tensor:
         """The temperature of each step, (steps,) fp32, computed as AmusedScheduler computes it."""
-        ends = (self.temperature, 0.01) if isinstance(self.temperature, int | float) else self.temperature
-        return torch.linspace(*ends, self.num_inference_steps)
+        return torch.linspace(*self._temperature_ends, self.num_inference_steps)
+
+    @property
+    def _temperature_ends(self) -> tuple[float, ...]:
+        return tuple(self.temperature) if isinstance(self.temperature, tuple | list) else (self.temperature, 0.01)
 
     def guidance_at(self, step: int) -> float:
         """The guidance scale of a step; 1.0 for a step without guidance."""
