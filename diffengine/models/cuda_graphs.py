@@ -31,6 +31,10 @@ class CudaGraphs:
         graph.replay()
         return output
 
+    def clear(self) -> None:
+        """Forget what was recorded, after weights have moved."""
+        self._graphs.clear()
+
     def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
         static = tuple(tensor.clone() for tensor in inputs)
         stream = torch.cuda.Stream()

@@ -72,6 +72,9 @@ class AmusedSampler(ImageSampler):
         self.vqvae.to(device)
         for module in (self.text_encoder, self.transformer):
             module.to(device, dtype)
+        self._texts.clear()
+        if isinstance(self._trunk, CudaGraphs):
+            self._trunk.clear()
         return self
 
     def compile(self) -> None:
@@ -345,22 +348,25 @@ def halton_rank(h: int, w: int) -> Tensor:
     """(L,) int64: when each position of a grid is first hit by the Halton sequence of bases 2 and 3."""
     count = 4 * h * w
     while True:
-        rows, columns = (radical_inverse(np.arange(1, count + 1), base) for base in (2, 3))
-        hits = (rows * h).astype(np.int64) * w + (columns * w).astype(np.int64)
+        hits = halton_cells(count, 2, h) * w + halton_cells(count, 3, w)
         positions, first = np.unique(hits, return_index=True)
         if len(positions) == h * w:
             return torch.from_numpy(first.argsort().argsort())
         count *= 2
 
 
-def radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
-    """The digits of whole numbers in a base, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375."""
-    value, share, numbers = np.zeros(len(numbers)), 1.0, numbers.copy()
+def halton_cells(count: int, base: int, side: int) -> np.ndarray:
+    """The cells, of `side`, in which the first `count` numbers of the Halton sequence of a base lie.
+
+    Its number 6 = 110 in base 2 is 0.011 = 0.375: the digits mirrored at the point. In whole numbers, since rounding
+    would move those on a border to the next cell.
+    """
+    numbers = np.arange(1, count + 1)
+    mirrored, scale = np.zeros_like(numbers), 1
     while numbers.any():
-        share /= base
-        value += share * (numbers % base)
+        mirrored, scale = mirrored * base + numbers % base, scale * base
         numbers //= base
-    return value
+    return mirrored * side // scale
 
 
 def usual_guidance(side: int) -> float:
