@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from dataclasses import asdict, replace
 from itertools import product
@@ -143,10 +144,10 @@ def _output(options: argparse.Namespace) -> Path:
     require(is_png or is_folder, f"--output got '{path}'; expected a file name that ends in .png, or a folder")
     kept = path.exists() and (is_png or any(path.glob("*.png"))) and not options.overwrite
     require(not kept, f"'{path}' {'exists' if is_png else 'holds images'}; give another --output, or --overwrite")
-    try:
-        (path.parent if is_png else path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error}") from error
+    folder = path.parent if is_png else path
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    fine = nearest.is_dir() and os.access(nearest, os.W_OK)
+    require(fine, f"cannot write '{path}': '{nearest}' is no folder that can be written to")
     return path
 
 
@@ -179,6 +180,7 @@ def _write_grid(
     for number, request in enumerate(requests):
         cells = [(_label(setting), results[number, setting]) for setting in settings]
         sheets.append((name(request), grid(cells, columns=len(options.steps))))
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_image(stack(sheets), path)
 
 
@@ -210,5 +212,6 @@ def _save(image: "Image.Image", path: Path, texts: dict[str, str]) -> None:
     info = PngInfo()
     for name, value in texts.items():
         info.add_itxt(name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
