@@ -57,20 +57,29 @@ def transformer_sizes(size: str, resolution: int) -> dict[str, Any]:
     return models.transformer_config(size, resolution)  # type: ignore[arg-type]
 
 
+def make_pipeline(size: str, resolution: int) -> AmusedPipeline:
+    """A pipeline with random weights for 256 or 512 px, in eval mode; size is one of SIZES."""
+    if size != "mid":
+        return models.make_pipeline(size, resolution=resolution)  # type: ignore[arg-type]
+    transformer = transformer_sizes(size, resolution)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AmusedPipeline(
+            vqvae=VQModel(**{**models.vq_config("full"), **MID_VQ}).eval(),
+            tokenizer=models.make_tokenizer("tiny"),
+            text_encoder=CLIPTextModelWithProjection(
+                CLIPTextConfig(**{**models.text_config("tiny"), **MID_TEXT})
+            ).eval(),
+            transformer=UVit2DModel(**transformer).eval(),
+            scheduler=AmusedScheduler(mask_token_id=transformer["vocab_size"] - 1, masking_schedule="cosine"),
+        )
+
+
 def make_model(path: Path, size: str, resolution: int) -> Path:
     """Write a pipeline folder for 256 or 512 px; size is one of SIZES: 4 MB, 90 MB or 3.5 GB on disk."""
     if size != "mid":
         return models.make_model_folder(path, size, resolution=resolution)  # type: ignore[arg-type]
-    transformer = transformer_sizes(size, resolution)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AmusedPipeline(
-            vqvae=VQModel(**{**models.vq_config("full"), **MID_VQ}),
-            tokenizer=models.make_tokenizer("tiny"),
-            text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**{**models.text_config("tiny"), **MID_TEXT})),
-            transformer=UVit2DModel(**transformer),
-            scheduler=AmusedScheduler(mask_token_id=transformer["vocab_size"] - 1, masking_schedule="cosine"),
-        ).save_pretrained(path)
+    make_pipeline(size, resolution).save_pretrained(path)
     return path
 
 

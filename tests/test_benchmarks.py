@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import breakdown, cache, common, counted, equal, memory, overhead, resume, throughput
+from benchmarks import breakdown, cache, common, counted, equal, memory, overhead, resume, sampling, throughput
 from diffengine.engine import checkpoint
 from diffengine.engine.build import build_model, load_config
 from diffengine.engine.memory import memory_of
@@ -75,6 +75,27 @@ def test_breakdown(table) -> None:
         assert sum(seconds) == pytest.approx(*numbers(row, "total"), rel=0.02)  # cells have three digits
     assert min(numbers(online, *breakdown.PHASES)) > 0
     assert [phase for phase in breakdown.PHASES if cached[phase] == "0"] == ["VQ", "text"]
+
+
+def test_sampling(table) -> None:
+    rows = table(sampling, "--size", "emoji", "--batch", "1", "3", "--guidance", "2", "--steps", "2", "--repeats", "2")
+    assert [(row["batch"], row["mode"]) for row in rows] == [
+        (batch, mode) for batch in ("1", "3") for mode in ("AmusedPipeline", "ours")
+    ]
+    for row in rows:
+        assert [row[name] for name in ("size", "px", "guidance", "steps")] == ["emoji", "32", "2", "2"]
+        assert min(numbers(row, "s/image", "speedup", "peak GB")) > 0
+    for theirs, ours in zip(rows[::2], rows[1::2]):
+        assert theirs["speedup"] == "1.00"
+        ratio = numbers(theirs, "s/image")[0] / numbers(ours, "s/image")[0]
+        assert numbers(ours, "speedup")[0] == pytest.approx(ratio, rel=0.02)  # cells have three digits
+
+
+def test_the_emoji_pipeline_has_the_sizes_of_the_configs() -> None:
+    pipeline = sampling.make_emoji_pipeline()
+    sizes = pipeline.transformer.config
+    assert (sizes.sample_size, sizes.hidden_size, sizes.codebook_size, pipeline.vae_scale_factor) == (8, 128, 256, 4)
+    assert not any(module.training for module in (pipeline.vqvae, pipeline.text_encoder, pipeline.transformer))
 
 
 def test_cache(table) -> None:
