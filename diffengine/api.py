@@ -1,6 +1,7 @@
 """What the commands do, from Python: errors are raised as UserError, not printed."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffengine import config, distributed
+from diffengine.datasets import ImageDataset, ImageTextDataset, as_dataset, as_list
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
@@ -16,11 +18,15 @@ from diffengine.engine.check import Report
 from diffengine.engine.run import Run
 from diffengine.engine.state import load_model
 from diffengine.errors import UserError, require
+from diffengine.evaluation import EvalData, Evaluation, Source
+from diffengine.evaluation import evaluate as run_evaluation
+from diffengine.evaluation.scores import CLIP, available
 from diffengine.export import DTYPES, Exported, export
 from diffengine.models.base import MaskedImageModel
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, Order
 from diffengine.models.loading import quiet_libraries
 from diffengine.models.pipelines import open_pipeline
+from diffengine.registry import build
 
 
 def _job(name: str, settings: Mapping[str, Any]) -> Job:
@@ -109,6 +115,93 @@ def sample(
     ]
     options = GenerationOptions(guidance, steps, order=order)
     return list(sampler.generate(requests, options, size or (resolution and (resolution, resolution)) or None))
+
+
+def evaluate(
+    sources: Sequence[str | Path], *, data: str | Path | None = None, split: str | None = None,
+    prompts: Sequence[str] | None = None, out: str | Path | None = None, base: str | None = None,
+    guidance: Sequence[float | None] = (None,), steps: Sequence[int] = (12,), order: Sequence[Order] = ("confidence",),
+    per_caption: int = 1, max_images: int = 1024, seed: int = 0, resolution: int | None = None, dtype: str = "auto",
+    compile: bool = False, clip: str = CLIP,
+) -> Evaluation:  # fmt: skip
+    """Generate from captions with every source and setting, and measure what comes out.
+
+    Args:
+        sources: as of `sample`.
+        data: a config, or images as a config's `data`; None: what the first source, a run, was trained on.
+        split: instead of the split that the config trains on; captions that it trains are told apart from others.
+        prompts: captions without images, in place of data.
+        out: the folder to write to; None: `eval` in the run's work dir, or `eval/NAME`.
+        guidance, steps, order: each combination is a setting. A guidance of None is what suits the model.
+        per_caption: images per caption.
+        max_images: at most so many captions, spread over the data.
+        seed: image i uses `seed + i`.
+        resolution: side in pixels; None: each model's own.
+        clip: the CLIP model that scores: a hub name in the local cache, or a folder.
+
+    Raises:
+        UserError: a source or the data cannot be opened, or a setting that a model cannot generate with.
+    """
+    quiet_libraries()
+    settings = [GenerationOptions(scale, count, order=kind) for scale, count, kind in product(guidance, steps, order)]
+    found = [_source(source, base, dtype, compile) for source in sources]
+    if prompts is not None:
+        require(data is None and split is None, "got prompts and data; leave one out")
+        captions = EvalData(prompts)
+    else:
+        captions = eval_data(_config_of(sources[0]) if data is None else str(data), split, max_images)
+    folder = Path(sources[0])
+    folder = folder.parent if folder.suffix == ".pth" else folder
+    default = folder / "eval" if (folder / "config.py").exists() else Path("eval") / folder.name
+    scores, missing = available(clip, torch.device("cuda") if torch.cuda.is_available() else None)
+    return run_evaluation(
+        found, captions, settings, Path(out or default), per_caption=per_caption, seed=seed, side=resolution,
+        scores=scores, notes=missing,
+    )  # fmt: skip
+
+
+def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
+    """Captions and images of a config's data set, or of images as a config's `data`."""
+    trained: set[str] | None = None
+    dataset: ImageDataset
+    if data.endswith(".py") or data in config.shipped():
+        section = load_config(data)[1]["train_dataloader"]["dataset"]
+        if split is not None:
+            trained = {text for texts in as_dataset(build(section)).all_captions() for text in texts}
+            section = {**section, "split": split}
+        dataset = as_dataset(build(section))
+    else:
+        dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
+    require(max_images >= 1, f"--max-images got {max_images}; expected at least 1")
+    count = min(max_images, len(dataset))
+    samples = [dataset[index * len(dataset) // count] for index in range(count)]
+    captions = [as_list(sample["text"])[0] for sample in samples]
+    known = None if trained is None else [caption in trained for caption in captions]
+    return EvalData(captions, [sample["image"] for sample in samples], known)
+
+
+def _source(source: str | Path, base: str | None, dtype: str, compile: bool) -> Source:
+    """A source to evaluate; its fingerprint is made of the names, sizes and times of its files."""
+    path = Path(source)
+    newest = checkpoints.newest(path) if path.is_dir() else None
+    files = [newest] if newest else sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+
+    def load() -> ImageSampler:
+        sampler = load_sampler(source, base, dtype)
+        if compile:
+            sampler.compile()
+        return sampler
+
+    return Source(str(source), load, f"{path.absolute()} on {base} in {dtype}: {known}")
+
+
+def _config_of(source: str | Path) -> str:
+    """The config that a run's work dir keeps."""
+    path = Path(source)
+    file = (path.parent if path.suffix == ".pth" else path) / "config.py"
+    require(file.exists(), f"'{source}' is no run, so its data is not known; name it with --data, or give --prompts")
+    return str(file)
 
 
 def load_sampler(source: str | Path, base: str | None = None, dtype: str = "auto") -> ImageSampler:

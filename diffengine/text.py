@@ -45,7 +45,12 @@ class Progress:
         self._count, self._began = 0, time.perf_counter()
         self._printed = self._began
 
+    def skip(self, count: int) -> None:
+        """Leave out what was done before."""
+        self.total -= round(count / self.steps)
+
     def advance(self, count: int) -> None:
+        """Count what was done since the last call, and print if it is time."""
         self._count += count
         now = time.perf_counter()
         if now - self._printed >= 10:

@@ -82,13 +82,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> list["GenerationOptions"]:
-    """Every combination of guidance and steps."""
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse values of --guidance and --steps that no model can generate with."""
     for scale in options.guidance or []:
         fine = math.isfinite(scale) and scale >= 0
         require(fine, f"--guidance got {scale:g}; expected a number from 0; 1 is without guidance")
     for steps in options.steps:
         require(steps >= 1, f"--steps got {steps}; expected at least 1")
+
+
+def read_prompts(file: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts '{file}' cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    require(bool(prompts), f"--prompts '{file}' holds no prompt; expected one per line")
+    return prompts
+
+
+def _settings(options: argparse.Namespace) -> list["GenerationOptions"]:
+    """Every combination of guidance and steps."""
+    check_settings(options)
 
     from diffengine.models.generation import GenerationOptions
 
@@ -105,11 +121,7 @@ def _requests(options: argparse.Namespace) -> list["ImageRequest"]:
     """`--n` images for each prompt."""
     prompts = list(options.prompt)
     if options.prompts:
-        try:
-            lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts '{options.prompts}' cannot be read: {error}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_prompts(options.prompts)
     require(bool(prompts), "got no prompt; give some after the source, or a file with --prompts")
     require(options.n >= 1, f"--n got {options.n}; expected at least 1")
     last = options.seed + len(prompts) * options.n

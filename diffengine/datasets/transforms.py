@@ -107,6 +107,12 @@ class Crop(Transform):
         return {"original_size": image.size, **sample, "image": square, **records}
 
 
+def center_square(image: Image.Image, side: int) -> Image.Image:
+    """The centre of an image, as Resize and Crop make it without chance."""
+    rng = np.random.default_rng(0)
+    return Crop(side, random=False)(Resize(side)({"image": image}, rng), rng)["image"]
+
+
 class Flip(Transform):
     """Mirrors the image left to right with probability `p`, default 0.5.
 

@@ -111,6 +111,7 @@ class ImageSampler(ABC):
     """Generates images. It holds a model's modules, which are not copied."""
 
     guidance_scale: float  # what suits the model
+    side: int  # of the model's own images, in pixels
 
     @abstractmethod
     def generate(

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from diffengine import distributed
-from diffengine.datasets import Crop, ImageDataset, Resize, UnreadableImage, generator
+from diffengine.datasets import ImageDataset, UnreadableImage, center_square
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
@@ -84,7 +84,11 @@ class PreviewHook(Hook):
         elif not self.request.prompts:
             samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
             self.request.prompts = [caption for caption, _ in samples]
-            self.request.images = [self._square(image) for _, image in samples if image is not None]
+            self.request.images = [
+                center_square(image, self.request.resolution or min(image.size))
+                for _, image in samples
+                if image is not None
+            ]
         try:
             with run.averaged_weights(), run.optim_wrapper.autocast():
                 images = run.trainable.preview(self.request)
@@ -94,13 +98,6 @@ class PreviewHook(Hook):
         grid = save_grid([(item.label, item.image) for item in images], path)
         run.visualizer.add_image("preview", np.asarray(grid), step=run.clock.done)
         run.logger.info(f"preview {path}")
-
-    def _square(self, image: Image.Image) -> Image.Image:
-        """The centre of an image, as training sees it."""
-        size = self.request.resolution or min(image.size)
-        rng = generator(0, 0, 0)
-        resized = Resize(size)({"image": image, "text": ""}, rng)
-        return Crop(size, random=False)(resized, rng)["image"]
 
 
 def _path(run: Run, step: int) -> Path:

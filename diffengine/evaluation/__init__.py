@@ -1,0 +1,5 @@
+"""Measuring what a model generates: retrieval by pixels, and scores by networks that others trained."""
+
+from diffengine.evaluation.evaluate import EvalData, Evaluation, Source, evaluate
+
+__all__ = ["EvalData", "Evaluation", "Source", "evaluate"]

@@ -1,0 +1,233 @@
+"""Generate an image per caption with each source and setting, and put what they are worth into one table."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffengine.datasets import center_square
+from diffengine.evaluation.retrieval import ranks, rate
+from diffengine.evaluation.scores import Score
+from diffengine.files import atomic_write, write_text
+from diffengine.grids import grid, save_image
+from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
+from diffengine.text import Progress
+
+IN_GRID = 8  # captions
+SHOWN = ("guidance_scale", "num_inference_steps", "order")  # of the settings, in the table
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Captions to generate from.
+
+    Attributes:
+        captions: N of them.
+        images: the data's image of each, at any size; None for prompts without images.
+        trained: whether each was trained; None if that is unknown.
+    """
+
+    captions: Sequence[str]
+    images: Sequence[Image.Image] | None = None
+    trained: Sequence[bool] | None = None
+
+    def groups(self) -> dict[str, list[int]]:
+        """Indices by group: "trained" and "unseen" if there are both, else "all"."""
+        everything = list(range(len(self.captions)))
+        trained = self.trained or [True] * len(everything)
+        groups = {
+            "trained": [index for index in everything if trained[index]],
+            "unseen": [index for index in everything if not trained[index]],
+        }
+        return groups if all(groups.values()) else {"all": everything}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to evaluate: its name in the table, how to open it, and what changes when its weights do."""
+
+    name: str
+    open: Callable[[], ImageSampler]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found: a row per source, setting and group; and lines about all of them."""
+
+    folder: Path
+    rows: list[Row]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """The notes and a table, in Markdown."""
+        columns = list(dict.fromkeys(name for row in self.rows for name in row if not name.endswith("_error")))
+        lines = [f"| {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(_cell(row, name) for name in columns)} |" for row in self.rows]
+        return "\n".join([*self.notes, "", *lines, ""])
+
+
+def evaluate(
+    sources: Sequence[Source], data: EvalData, settings: Sequence[GenerationOptions], folder: Path, *,
+    per_caption: int = 1, seed: int = 0, side: int | None = None, scores: Sequence[Score] = (),
+    notes: Sequence[str] = (),
+) -> Evaluation:  # fmt: skip
+    """Evaluate every source with every setting; write `eval.md`, `eval.json`, `eval.png` and all images into a folder.
+
+    Started again, it goes on with the images that are missing: each is a file.
+
+    Args:
+        per_caption: images per caption; image i uses `seed + i`.
+        side: of the images in pixels; None for each model's own.
+        scores: to compute besides retrieval.
+        notes: lines to begin with.
+    """
+    requests = [ImageRequest(caption) for caption in data.captions for _ in range(per_caption)]
+    requests = [replace(request, seed=seed + index) for index, request in enumerate(requests)]
+    steps = sum(setting.num_inference_steps for setting in settings) / len(settings)
+    progress = Progress(len(sources) * len(settings) * len(requests), "generated", "images", steps)
+    found, columns = Evaluation(folder, [], [*notes]), dict[str, Sequence[Image.Image]]()
+    if data.images is not None:
+        found.notes.append(f"chance {1 / len(data.captions):.4f}")
+    for source in sources:
+        sampler, kept = source.open(), partial(_kept, folder / "images", source)
+        originals = None
+        if data.images is not None:
+            originals = [center_square(image, side or sampler.side) for image in data.images]
+            fingerprint = {"data": _digest(image.tobytes() for image in originals)}
+            round_trips, _ = kept("round-trip", fingerprint, len(originals), partial(_reconstruct, sampler, originals))
+            found.notes.append(_ceiling(source, round_trips, originals, data))
+            columns |= {"data": originals, f"{source.name}: VQ round trip": round_trips}
+        for setting in settings:
+            if setting.guidance_scale is None:
+                setting = replace(setting, guidance_scale=sampler.guidance_scale)
+            asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
+            generate = partial(_generate, sampler, requests, setting, side, progress)
+            images, seconds = kept(_name(setting), asked, len(requests), generate)
+            columns[f"{source.name}: {_name(setting)}"] = images[::per_caption]
+            head = {"source": source.name, **{name: asdict(setting)[name] for name in SHOWN}}
+            for row in _rows(images, originals, data, per_caption, scores):
+                found.rows.append({**head, **row, "seconds_per_image": seconds})
+    write_text(folder / "eval.json", json.dumps({"notes": found.notes, "rows": found.rows}, indent=2) + "\n")
+    write_text(folder / "eval.md", found.markdown())
+    _write_grid(folder / "eval.png", data, columns)
+    return found
+
+
+def _reconstruct(sampler: ImageSampler, images: Sequence[Image.Image], missing: Sequence[int]) -> Iterator[Image.Image]:
+    return sampler.reconstruct([images[index] for index in missing])
+
+
+def _generate(
+    sampler: ImageSampler, requests: Sequence[ImageRequest], setting: GenerationOptions,
+    side: int | None, progress: Progress, missing: Sequence[int],
+) -> Iterator[Image.Image]:  # fmt: skip
+    progress.skip((len(requests) - len(missing)) * setting.num_inference_steps)
+    size = None if side is None else (side, side)
+    return sampler.generate([requests[index] for index in missing], setting, size, on_step=progress.advance)
+
+
+def _kept(
+    folder: Path, source: Source, name: str, asked: Mapping[str, Any], count: int,
+    make: Callable[[Sequence[int]], Iterator[Image.Image]],
+) -> tuple[list[Image.Image], float]:  # fmt: skip
+    """`count` images, made where their file is missing; and the seconds that one took.
+
+    What they were made from is written next to them; if that has changed, all are made again.
+    """
+    folder = folder / _slug(f"{source.name}-{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"weights": source.fingerprint, **asked}, indent=2) + "\n"
+    settings = folder / "settings.json"
+    if not settings.exists() or settings.read_text(encoding="utf-8") != text:
+        for file in folder.glob("*.png"):
+            file.unlink()
+        write_text(settings, text)
+    files = [folder / f"{index:06}.png" for index in range(count)]
+    missing = [index for index, file in enumerate(files) if not file.exists()]
+    began = time.perf_counter()
+    for index, image in zip(missing, make(missing)):
+        now = time.perf_counter()
+        info = PngInfo()
+        info.add_text("seconds", repr(now - began))
+        with atomic_write(files[index]) as temporary:
+            image.save(temporary, "PNG", pnginfo=info)
+        began = now
+    images, seconds = [], 0.0
+    for file in files:
+        with Image.open(file) as image:
+            seconds += float(image.info.get("seconds", 0))
+            images.append(image.convert("RGB"))
+    return images, seconds / count
+
+
+def _rows(
+    images: Sequence[Image.Image], originals: Sequence[Image.Image] | None, data: EvalData, per_caption: int,
+    scores: Sequence[Score],
+) -> Iterator[Row]:  # fmt: skip
+    """A row for each group of captions."""
+    for group, indices in data.groups().items():
+        generated = [images[index * per_caption + count] for index in indices for count in range(per_caption)]
+        captions = [data.captions[index] for index in indices for _ in range(per_caption)]
+        row: Row = {"group": group, "images": len(generated)}
+        if originals is not None:
+            found = ranks(generated, captions, originals, data.captions)
+            for k in (1, 5):
+                row[f"retrieval@{k}"], row[f"retrieval@{k}_error"] = rate(found, k)
+        for score in scores:
+            row |= score.compute(generated, captions, originals and [originals[index] for index in indices])
+        yield row
+
+
+def _ceiling(
+    source: Source, round_trips: Sequence[Image.Image], originals: Sequence[Image.Image], data: EvalData
+) -> str:
+    """Retrieval of the originals' round trips: the most that generated images can reach."""
+    found = ranks(round_trips, data.captions, originals, data.captions)
+    shares = [f"{rate(found[indices], 1)[0]:.3f} {group}" for group, indices in data.groups().items()]
+    return f"VQ ceiling of {source.name} {', '.join(shares)}"
+
+
+def _name(setting: GenerationOptions) -> str:
+    return f"guidance {setting.guidance_scale:g}, {setting.num_inference_steps} steps, {setting.order}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def _digest(values: Iterable[str | bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(hashlib.blake2b(value.encode() if isinstance(value, str) else value).digest())
+    return digest.hexdigest()
+
+
+def _cell(row: Row, name: str) -> str:
+    value = row.get(name, "")
+    if not isinstance(value, float):
+        return str(value)
+    error = row.get(f"{name}_error")
+    return f"{value:.4g}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _write_grid(path: Path, data: EvalData, columns: Mapping[str, Sequence[Image.Image]]) -> None:
+    """Some captions from top to bottom; the data's image, its round trip and each setting from left to right."""
+    count = len(data.captions)
+    chosen = sorted({index * count // IN_GRID for index in range(IN_GRID)})
+    first = next(iter(columns))
+    cells = [
+        (f"{data.captions[index]} ({name})" if name == first else name, images[index])
+        for index in chosen
+        for name, images in columns.items()
+    ]
+    save_image(grid(cells, columns=len(columns)), path)
