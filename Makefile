@@ -33,7 +33,7 @@ demo: install
 	$(BIN)/diffengine train vq_32_emoji --overwrite
 	$(BIN)/diffengine train amused_32_emoji --overwrite
 	$(BIN)/diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth $(DEMO)/pipeline --pipeline
-	$(BIN)/python tools/emoji_demo.py $(DEMO)/pipeline $(DEMO)
+	$(BIN)/diffengine eval $(DEMO)/pipeline --data amused_32_emoji --split all --guidance 1 -o $(DEMO)
 
 $(DEMO)/pipeline:
 	$(MAKE) demo
@@ -41,7 +41,7 @@ $(DEMO)/pipeline:
 demo-finetune: install | $(DEMO)/pipeline
 	$(BIN)/diffengine train amused_32_emoji_lora --overwrite
 	$(BIN)/diffengine convert work_dirs/amused_32_emoji_lora --pipeline
-	$(BIN)/python tools/emoji_finetune.py score amused_32_emoji_lora --image $(DEMO)/finetune.png
+	$(BIN)/python tools/emoji_finetune.py score amused_32_emoji_lora
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

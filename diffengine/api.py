@@ -129,7 +129,7 @@ def evaluate(
     Args:
         sources: as of `sample`.
         data: a config, or images as a config's `data`; None: what the first source, a run, was trained on.
-        split: instead of the split that the config trains on; captions that it trains are told apart from others.
+        split: instead of the split that the config trains on; captions that it trains and others get a row each.
         prompts: captions without images, in place of data.
         out: the folder to write to; None: `eval` in the run's work dir, or `eval/NAME`.
         guidance, steps, order: each combination is a setting. A guidance of None is what suits the model.
@@ -143,7 +143,8 @@ def evaluate(
         UserError: a source or the data cannot be opened, or a setting that a model cannot generate with.
     """
     quiet_libraries()
-    settings = [GenerationOptions(scale, count, order=kind) for scale, count, kind in product(guidance, steps, order)]
+    require(per_caption >= 1, f"--n got {per_caption}; expected at least 1")
+    settings = [GenerationOptions(scale, count, order=each) for scale, count, each in product(guidance, steps, order)]
     found = [_source(source, base, dtype, compile) for source in sources]
     if prompts is not None:
         require(data is None and split is None, "got prompts and data; leave one out")
@@ -176,8 +177,11 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
     count = min(max_images, len(dataset))
     samples = [dataset[index * len(dataset) // count] for index in range(count)]
     captions = [as_list(sample["text"])[0] for sample in samples]
-    known = None if trained is None else [caption in trained for caption in captions]
-    return EvalData(captions, [sample["image"] for sample in samples], known)
+    groups: dict[str, list[int]] = {}
+    if trained is not None:
+        groups["trained"] = [index for index, caption in enumerate(captions) if caption in trained]
+        groups["unseen"] = [index for index, caption in enumerate(captions) if caption not in trained]
+    return EvalData(captions, [sample["image"] for sample in samples], groups)
 
 
 def _source(source: str | Path, base: str | None, dtype: str, compile: bool) -> Source:

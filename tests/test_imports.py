@@ -120,6 +120,6 @@ def test_tools_import_diffengine_first(file: Path) -> None:
              if isinstance(node, ast.Import | ast.ImportFrom)]  # fmt: skip
     modules = [getattr(node, "module", None) or node.names[0].name for node in names]
     packages = [module.partition(".")[0] for module in modules]
-    others = {"diffusers", "peft", "transformers", "torch", "emoji_demo"} & {*packages}
+    others = {"diffusers", "peft", "transformers", "torch"} & {*packages}
     assert all(packages.index("diffengine") < packages.index(name) for name in others)
     assert logging.getLogger("bitsandbytes").level == logging.ERROR

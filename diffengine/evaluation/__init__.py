@@ -1,5 +1,6 @@
 """Measuring what a model generates: retrieval by pixels, and scores by networks that others trained."""
 
 from diffengine.evaluation.evaluate import EvalData, Evaluation, Source, evaluate
+from diffengine.evaluation.retrieval import Gallery
 
-__all__ = ["EvalData", "Evaluation", "Source", "evaluate"]
+__all__ = ["EvalData", "Evaluation", "Gallery", "Source", "evaluate"]

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffengine.datasets import center_square
-from diffengine.evaluation.retrieval import ranks, rate
+from diffengine.evaluation.retrieval import Gallery, rate
 from diffengine.evaluation.scores import Score
 from diffengine.files import atomic_write, write_text
 from diffengine.grids import grid, save_image
@@ -31,24 +31,21 @@ class EvalData:
     """Captions to generate from.
 
     Attributes:
-        captions: N of them.
+        captions: N of them; one may occur several times.
         images: the data's image of each, at any size; None for prompts without images.
-        trained: whether each was trained; None if that is unknown.
+        groups: indices of captions by the name of a row in the table: {"unseen": [3, 7]}. None: one group, "all".
+        others: further images, by caption, that a generated image must not be nearer to.
     """
 
     captions: Sequence[str]
     images: Sequence[Image.Image] | None = None
-    trained: Sequence[bool] | None = None
+    groups: Mapping[str, Sequence[int]] | None = None
+    others: Mapping[str, Image.Image] = field(default_factory=dict)
 
-    def groups(self) -> dict[str, list[int]]:
-        """Indices by group: "trained" and "unseen" if there are both, else "all"."""
-        everything = list(range(len(self.captions)))
-        trained = self.trained or [True] * len(everything)
-        groups = {
-            "trained": [index for index in everything if trained[index]],
-            "unseen": [index for index in everything if not trained[index]],
-        }
-        return groups if all(groups.values()) else {"all": everything}
+    def indices(self) -> Mapping[str, Sequence[int]]:
+        """The indices of each group that has some."""
+        groups = {name: indices for name, indices in (self.groups or {}).items() if indices}
+        return groups or {"all": range(len(self.captions))}
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ class Evaluation:
     folder: Path
     rows: list[Row]
     notes: list[str]
+    images: dict[str, Sequence[Image.Image]]  # one per caption, by what made them
 
     def markdown(self) -> str:
         """The notes and a table, in Markdown."""
@@ -95,32 +93,40 @@ def evaluate(
     requests = [replace(request, seed=seed + index) for index, request in enumerate(requests)]
     steps = sum(setting.num_inference_steps for setting in settings) / len(settings)
     progress = Progress(len(sources) * len(settings) * len(requests), "generated", "images", steps)
-    found, columns = Evaluation(folder, [], [*notes]), dict[str, Sequence[Image.Image]]()
+    found = Evaluation(folder, [], [*notes], {})
     if data.images is not None:
-        found.notes.append(f"chance {1 / len(data.captions):.4f}")
+        found.notes.append(f"chance {1 / len({*data.captions, *data.others}):.4f}")
     for source in sources:
         sampler, kept = source.open(), partial(_kept, folder / "images", source)
-        originals = None
-        if data.images is not None:
-            originals = [center_square(image, side or sampler.side) for image in data.images]
-            fingerprint = {"data": _digest(image.tobytes() for image in originals)}
-            round_trips, _ = kept("round-trip", fingerprint, len(originals), partial(_reconstruct, sampler, originals))
-            found.notes.append(_ceiling(source, round_trips, originals, data))
-            columns |= {"data": originals, f"{source.name}: VQ round trip": round_trips}
+        gallery = _gallery(data, side or sampler.side)
+        if gallery is not None:
+            originals = gallery.images[: len(data.captions)]
+            shown = {"data": _digest(image.tobytes() for image in originals)}
+            round_trips, _ = kept("round trip", shown, len(originals), partial(_reconstruct, sampler, originals))
+            found.notes.append(_ceiling(source, round_trips, gallery, data))
+            found.images.update({"data": originals, f"{source.name}: VQ round trip": round_trips})
         for setting in settings:
             if setting.guidance_scale is None:
                 setting = replace(setting, guidance_scale=sampler.guidance_scale)
             asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
             generate = partial(_generate, sampler, requests, setting, side, progress)
             images, seconds = kept(_name(setting), asked, len(requests), generate)
-            columns[f"{source.name}: {_name(setting)}"] = images[::per_caption]
+            found.images[f"{source.name}: {_name(setting)}"] = images[::per_caption]
             head = {"source": source.name, **{name: asdict(setting)[name] for name in SHOWN}}
-            for row in _rows(images, originals, data, per_caption, scores):
+            for row in _rows(images, gallery, data, per_caption, scores):
                 found.rows.append({**head, **row, "seconds_per_image": seconds})
     write_text(folder / "eval.json", json.dumps({"notes": found.notes, "rows": found.rows}, indent=2) + "\n")
     write_text(folder / "eval.md", found.markdown())
-    _write_grid(folder / "eval.png", data, columns)
+    _write_grid(folder / "eval.png", data, found.images)
     return found
+
+
+def _gallery(data: EvalData, side: int) -> Gallery | None:
+    """The data's images as training sees them, then the others."""
+    if data.images is None:
+        return None
+    images = [*data.images, *data.others.values()]
+    return Gallery([*data.captions, *data.others], [center_square(image, side) for image in images])
 
 
 def _reconstruct(sampler: ImageSampler, images: Sequence[Image.Image], missing: Sequence[int]) -> Iterator[Image.Image]:
@@ -171,29 +177,28 @@ def _kept(
 
 
 def _rows(
-    images: Sequence[Image.Image], originals: Sequence[Image.Image] | None, data: EvalData, per_caption: int,
+    images: Sequence[Image.Image], gallery: Gallery | None, data: EvalData, per_caption: int,
     scores: Sequence[Score],
 ) -> Iterator[Row]:  # fmt: skip
     """A row for each group of captions."""
-    for group, indices in data.groups().items():
+    for group, indices in data.indices().items():
         generated = [images[index * per_caption + count] for index in indices for count in range(per_caption)]
         captions = [data.captions[index] for index in indices for _ in range(per_caption)]
         row: Row = {"group": group, "images": len(generated)}
-        if originals is not None:
-            found = ranks(generated, captions, originals, data.captions)
+        if gallery is not None:
+            found = gallery.ranks(generated, captions)
             for k in (1, 5):
                 row[f"retrieval@{k}"], row[f"retrieval@{k}_error"] = rate(found, k)
         for score in scores:
-            row |= score.compute(generated, captions, originals and [originals[index] for index in indices])
+            originals = None if gallery is None else [gallery.images[index] for index in indices]
+            row |= score.compute(generated, captions, originals)
         yield row
 
 
-def _ceiling(
-    source: Source, round_trips: Sequence[Image.Image], originals: Sequence[Image.Image], data: EvalData
-) -> str:
-    """Retrieval of the originals' round trips: the most that generated images can reach."""
-    found = ranks(round_trips, data.captions, originals, data.captions)
-    shares = [f"{rate(found[indices], 1)[0]:.3f} {group}" for group, indices in data.groups().items()]
+def _ceiling(source: Source, round_trips: Sequence[Image.Image], gallery: Gallery, data: EvalData) -> str:
+    """Retrieval of the data's images after their round trip: the most that generated images can reach."""
+    found = gallery.ranks(round_trips, data.captions)
+    shares = [f"{rate(found[list(indices)], 1)[0]:.3f} {group}" for group, indices in data.indices().items()]
     return f"VQ ceiling of {source.name} {', '.join(shares)}"
 
 

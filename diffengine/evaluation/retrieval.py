@@ -1,6 +1,8 @@
 """Whether a generated image is nearer to the image of its caption than to the others, by pixels."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,16 +12,26 @@ from torch import Tensor
 MAX_SIDE = 64  # larger images are reduced to it before they are compared
 
 
-def ranks(images: Sequence[Image.Image], captions: Sequence[str], gallery: Sequence[Image.Image],
-          gallery_captions: Sequence[str]) -> np.ndarray:  # fmt: skip
-    """(N,) int: for each image, how many of the gallery's images with another caption are nearer than its own.
+@dataclass(frozen=True)
+class Gallery:
+    """Images that generated ones are compared with, each with its caption."""
 
-    Distances are L2 over pixels. Rank 0 counts for retrieval@1, ranks 0 to 4 for retrieval@5.
-    """
-    distances = torch.cdist(_pixels(images), _pixels(gallery)).numpy()
-    right = np.asarray(captions)[:, None] == np.asarray(gallery_captions)[None, :]
-    own = np.where(right, distances, np.inf).min(axis=1, keepdims=True)
-    return ((distances < own) & ~right).sum(axis=1)
+    captions: Sequence[str]
+    images: Sequence[Image.Image]
+
+    def ranks(self, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+        """(N,) int: for each image, how many of the gallery's with another caption are nearer than its own.
+
+        Distances are L2 over pixels. Rank 0 counts for retrieval@1, ranks 0 to 4 for retrieval@5.
+        """
+        distances = torch.cdist(_pixels(images), self._pixels).numpy()
+        right = np.asarray(captions)[:, None] == np.asarray(self.captions)[None, :]
+        own = np.where(right, distances, np.inf).min(axis=1, keepdims=True)
+        return ((distances < own) & ~right).sum(axis=1)
+
+    @cached_property
+    def _pixels(self) -> Tensor:
+        return _pixels(self.images)
 
 
 def rate(ranks_N: np.ndarray, k: int) -> tuple[float, float]:

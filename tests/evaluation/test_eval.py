@@ -1,0 +1,140 @@
+"""`diffengine eval`: one table for every source, setting and group; killed and started again, it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import diffengine
+from diffengine.cli import main
+from diffengine.engine.run import Run
+from diffengine.evaluation import EvalData
+from diffengine.models.amused.sampler import AmusedSampler
+from tests.engine.runs import Toy
+
+STEPS = {"max_iters": 2, "checkpoint_every": 1, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def run(toy: Toy) -> Run:
+    return diffengine.train(toy.config("eval"), work_dir=toy.root / "eval-run", **STEPS)
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that were generated from."""
+    found: list[str] = []
+    tokens = AmusedSampler.tokens
+
+    def record(self, requests, *arguments):
+        found.extend(request.prompt for request in requests)
+        return tokens(self, requests, *arguments)
+
+    monkeypatch.setattr(AmusedSampler, "tokens", record)
+    return found
+
+
+def rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "eval.json").read_text())["rows"]
+
+
+def test_a_run_on_its_own_data(run: Run, generated: list[str], capsys: pytest.CaptureFixture) -> None:
+    arguments = [str(run.work_dir), "--guidance", "1", "3", "--steps", "1", "2", "--order", "confidence", "halton"]
+    assert main(["eval", *arguments]) == 0
+    folder = run.work_dir / "eval"
+    table = rows(folder)
+    assert len(table) == 8
+    assert len({(row["guidance_scale"], row["num_inference_steps"], row["order"]) for row in table}) == 8
+    assert len(generated) == 8 * 10
+    assert all(row["images"] == 10 and 0 <= row["retrieval@1"] <= row["retrieval@5"] <= 1 for row in table)
+    printed = capsys.readouterr().out
+    assert (folder / "eval.md").read_text() in printed
+    assert "chance 0.1000" in printed
+    assert "VQ ceiling of" in printed
+    assert "no CLIP score" in printed
+    assert len(list(folder.glob("images/*/*.png"))) == 8 * 10 + 10
+    with Image.open(folder / "eval.png") as grid:
+        assert grid.width > 10 * 128
+    generated.clear()
+    assert main(["eval", *arguments]) == 0  # nothing is left to do
+    assert generated == []
+    assert rows(folder) == table
+    next(iter(sorted(folder.glob("images/*steps*/000003.png")))).unlink()
+    assert main(["eval", *arguments]) == 0
+    assert len(generated) == 1
+    without_times = [{**row, "seconds_per_image": 0} for row in table]
+    assert [{**row, "seconds_per_image": 0} for row in rows(folder)] == without_times
+
+
+def test_an_image_is_the_one_that_sample_generates(run: Run, tmp_path: Path) -> None:
+    assert main(["eval", str(run.work_dir), "--seed", "5", "--steps", "2", "--guidance", "2", "-o", str(tmp_path)]) == 0
+    data = diffengine.api.eval_data(str(run.work_dir / "config.py"), None, 100)
+    (image,) = diffengine.sample(run.work_dir, [data.captions[3]], seed=8, guidance=2.0, steps=2)
+    (file,) = tmp_path.glob("images/*steps*/000003.png")
+    with Image.open(file) as stored:
+        assert stored.convert("RGB").tobytes() == image.tobytes()
+
+
+def test_changed_settings_generate_again(run: Run, tmp_path: Path, generated: list[str]) -> None:
+    arguments = ["eval", str(run.checkpoints[0]), "--steps", "1", "--max-images", "4", "-o", str(tmp_path)]
+    assert main([*arguments, "--seed", "1"]) == 0
+    before = rows(tmp_path)
+    assert len(generated) == before[0]["images"] == 4
+    assert main([*arguments, "--seed", "2"]) == 0
+    assert len(generated) == 8
+
+
+def test_several_images_per_caption(run: Run, tmp_path: Path) -> None:
+    arguments = [str(run.work_dir), "--n", "3", "--steps", "1", "--max-images", "2", "-o", str(tmp_path)]
+    assert main(["eval", *arguments]) == 0
+    assert rows(tmp_path)[0]["images"] == 6
+    files = [file.read_bytes() for file in tmp_path.glob("images/*steps*/*.png")]
+    assert len(files) == len(set(files)) == 6
+
+
+def test_a_pipeline_of_anyones_on_a_folder_and_on_prompts(toy: Toy, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", str(toy.model), "--data", str(toy.data), "--steps", "1"]) == 0
+    (row,) = rows(Path("eval/model"))
+    assert (row["images"], row["guidance_scale"], row["group"]) == (10, 2.0, "all")
+    Path("prompts.txt").write_text("a cat\n\na dog\n")
+    assert main(["eval", str(toy.model), "--prompts", "prompts.txt", "--steps", "1", "-o", "out"]) == 0
+    (row,) = rows(Path("out"))
+    assert row["images"] == 2
+    assert "retrieval@1" not in row
+    capsys.readouterr()
+    assert main(["eval", str(toy.model)]) == 2
+    assert "is no run, so its data is not known; name it with --data, or give --prompts" in capsys.readouterr().err
+
+
+def test_a_split_tells_trained_captions_from_unseen_ones() -> None:
+    data = diffengine.api.eval_data("amused_32_emoji", "all", 512)
+    groups = data.indices()
+    assert {name: len(indices) for name, indices in groups.items()} == {"trained": 384, "unseen": 128}
+    assert sorted([*groups["trained"], *groups["unseen"]]) == list(range(512))
+    own = set(diffengine.api.eval_data("amused_32_emoji", None, 512).captions)
+    assert {data.captions[index] for index in groups["trained"]} == own
+
+
+def test_groups() -> None:
+    assert EvalData(["a", "b"]).indices() == {"all": range(2)}
+    assert EvalData(["a", "b"], groups={"trained": [], "unseen": [0, 1]}).indices() == {"unseen": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--guidance", "-1"], "--guidance got -1; expected a number from 0"),
+        (["--steps", "0"], "--steps got 0; expected at least 1"),
+        (["--steps", "65"], "got 65 steps for 8x8 tokens; expected at most one step per token"),
+        (["--n", "0"], "--n got 0; expected at least 1"),
+        (["--max-images", "0"], "--max-images got 0; expected at least 1"),
+        (["--data", "no/folder"], "there is no folder no/folder"),
+        (["--prompts", "none.txt"], "--prompts 'none.txt' cannot be read"),
+    ],
+)
+def test_mistakes(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], answer: str) -> None:
+    assert main(["eval", str(run.work_dir), "-o", str(tmp_path / "out"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert answer in line
