@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffengine import config, distributed
-from diffengine.datasets import ImageDataset, ImageTextDataset, as_dataset, as_list
+from diffengine.datasets import ImageDataset, ImageTextDataset, as_dataset, as_list, spread
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
@@ -174,8 +174,7 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
     else:
         dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
     require(max_images >= 1, f"--max-images got {max_images}; expected at least 1")
-    count = min(max_images, len(dataset))
-    samples = [dataset[index * len(dataset) // count] for index in range(count)]
+    samples = [dataset[index] for index in spread(len(dataset), max_images)]
     captions = [as_list(sample["text"])[0] for sample in samples]
     groups: dict[str, list[int]] = {}
     if trained is not None:

@@ -64,7 +64,7 @@ def score(name: str, pipelines: dict[str, str]) -> None:
     found = evaluate(sources, data, [GenerationOptions(1.0)], Path("work_dirs") / name / "eval")
     print(found.markdown())
     for label, images in found.images.items() if style else ():
-        for group in ("new seen", "new unseen") if label.endswith("confidence") else ():
+        for group in ("new seen", "new unseen") if "guidance" in label else ():
             pairs = [(captions[index], images[index]) for index in groups[group]]
             share = sum(nearer(image, known[text], base[text.removesuffix(f" {style}")]) for text, image in pairs)
             print(f"{label}: {group} style {share / len(pairs):.3f}")

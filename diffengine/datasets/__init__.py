@@ -11,13 +11,38 @@ from diffengine.datasets.loader import Batch, PositionSampler, batches_of, colla
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.stream import Stream, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
-from diffengine.datasets.survey import survey, survey_captions
+from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
 from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform, center_square
 
 __all__ = [
-    "Batch", "Crop", "DropCaption", "EmojiDataset", "Flip", "ImageDataset", "ImageTextDataset", "MissingImages",
-    "PositionSampler", "Resize", "Sample", "Stream", "SubjectDataset", "ToTensor", "Transform", "UnreadableImage",
-    "WrappedDataset", "as_dataset", "as_list", "batches_of", "center_square", "collate",
-    "generator", "make_loader", "steps_for_epochs",
-    "survey", "survey_captions", "variation_batches",
+    "GOLDEN_RATIO",
+    "Batch",
+    "Crop",
+    "DropCaption",
+    "EmojiDataset",
+    "Flip",
+    "ImageDataset",
+    "ImageTextDataset",
+    "MissingImages",
+    "PositionSampler",
+    "Resize",
+    "Sample",
+    "Stream",
+    "SubjectDataset",
+    "ToTensor",
+    "Transform",
+    "UnreadableImage",
+    "WrappedDataset",
+    "as_dataset",
+    "as_list",
+    "batches_of",
+    "center_square",
+    "collate",
+    "generator",
+    "make_loader",
+    "spread",
+    "steps_for_epochs",
+    "survey",
+    "survey_captions",
+    "variation_batches",
 ]  # fmt: skip

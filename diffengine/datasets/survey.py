@@ -8,6 +8,8 @@ import numpy as np
 from diffengine.datasets.base import ImageDataset, Size, UnreadableImage
 from diffengine.errors import require
 
+GOLDEN_RATIO = 0.6180339887498949
+
 
 def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | None:
     """One line: how many images, what share of their area the square crop cuts off, how many are enlarged.
@@ -65,3 +67,8 @@ def _spread(count: int, limit: int) -> list[int]:
 
 def _sampled(indices: Sequence[int], count: int, what: str) -> str:
     return f"{count} {what}" + (f", {len(indices)} of them sampled" if len(indices) < count else "")
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` indices, rising, spread by the golden ratio: equal steps would coincide with groups."""
+    return sorted(sorted(range(total), key=lambda index: index * GOLDEN_RATIO % 1)[:count])

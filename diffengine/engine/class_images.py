@@ -1,5 +1,6 @@
 """Generating the images that a data set lacks, with the model before it is trained."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from diffengine import distributed
@@ -8,6 +9,8 @@ from diffengine.engine.optim import StepOptimWrapper
 from diffengine.errors import UserError
 from diffengine.files import atomic_write
 from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
+
+BATCH = 8  # images generated at once
 
 
 def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOptimWrapper) -> None:
@@ -24,8 +27,8 @@ def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOp
 
     missing = distributed.on_rank_0(claim)
     if missing:
-        for number in missing.numbers:  # so no rank waits longer than one image takes
-            distributed.on_rank_0(partial(_generate, missing, number, model, optim))
+        for numbers in _runs(missing.numbers):  # so no rank waits longer than one batch takes
+            distributed.on_rank_0(partial(_generate, missing, numbers, model, optim))
 
 
 def check_can_generate(missing: MissingImages, model: TrainableModel) -> bool:
@@ -42,18 +45,30 @@ def _lack(missing: MissingImages) -> str:
     return f"'{missing.folder}' lacks {len(missing.numbers)} class images"
 
 
-def _generate(missing: MissingImages, number: int, model: TrainableModel, optim: StepOptimWrapper) -> None:
-    """Write `NNNNNN.png`, unless it has appeared meanwhile."""
-    path = missing.folder / f"{number:06}.png"
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers that follow one another, in batches."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < BATCH:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def _generate(missing: MissingImages, numbers: list[int], model: TrainableModel, optim: StepOptimWrapper) -> None:
+    """Write `NNNNNN.png` for each number, which is its seed too, unless it has appeared meanwhile."""
+    prompts = [missing.prompt] * len(numbers)
     with optim.autocast():
-        (image,) = model.preview(PreviewRequest([missing.prompt], seed=number, options=missing.options))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with atomic_write(path) as temporary:
-                image.image.save(temporary, "PNG")
-    except OSError as error:
-        raise UserError(f"cannot write class image '{path}': {error}") from error
-    done = missing.numbers.index(number) + 1
-    if done % 10 == 0 or done == len(missing.numbers):
-        print(f"generated {done}/{len(missing.numbers)} class images", flush=True)
+        images = model.preview(PreviewRequest(prompts, seed=numbers[0], options=missing.options))
+    for number, image in zip(numbers, images):
+        path = missing.folder / f"{number:06}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                with atomic_write(path) as temporary:
+                    image.image.save(temporary, "PNG")
+        except OSError as error:
+            raise UserError(f"cannot write class image '{path}': {error}") from error
+    done = missing.numbers.index(numbers[-1]) + 1
+    print(f"generated {done}/{len(missing.numbers)} class images", flush=True)

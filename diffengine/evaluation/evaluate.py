@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffengine.datasets import center_square
+from diffengine.datasets import center_square, spread
 from diffengine.evaluation.retrieval import Gallery, rate
 from diffengine.evaluation.scores import Score
 from diffengine.files import atomic_write, write_text
@@ -21,7 +21,7 @@ from diffengine.grids import grid, save_image
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
 from diffengine.text import Progress
 
-IN_GRID = 8  # captions
+IN_GRID, CELLS = 12, 8  # captions in the grid; images in one of its rows
 SHOWN = ("guidance_scale", "num_inference_steps", "order")  # of the settings, in the table
 Row = dict[str, Any]
 
@@ -98,20 +98,21 @@ def evaluate(
         found.notes.append(f"chance {1 / len({*data.captions, *data.others}):.4f}")
     for source in sources:
         sampler, kept = source.open(), partial(_kept, folder / "images", source)
+        label = f"{source.name}: " if len(sources) > 1 else ""
         gallery = _gallery(data, side or sampler.side)
         if gallery is not None:
             originals = gallery.images[: len(data.captions)]
             shown = {"data": _digest(image.tobytes() for image in originals)}
             round_trips, _ = kept("round trip", shown, len(originals), partial(_reconstruct, sampler, originals))
             found.notes.append(_ceiling(source, round_trips, gallery, data))
-            found.images.update({"data": originals, f"{source.name}: VQ round trip": round_trips})
+            found.images.update({"data": originals, f"{label}VQ round trip": round_trips})
         for setting in settings:
             if setting.guidance_scale is None:
                 setting = replace(setting, guidance_scale=sampler.guidance_scale)
             asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
             generate = partial(_generate, sampler, requests, setting, side, progress)
             images, seconds = kept(_name(setting), asked, len(requests), generate)
-            found.images[f"{source.name}: {_name(setting)}"] = images[::per_caption]
+            found.images[f"{label}{_name(setting)}"] = images[::per_caption]
             head = {"source": source.name, **{name: asdict(setting)[name] for name in SHOWN}}
             for row in _rows(images, gallery, data, per_caption, scores):
                 found.rows.append({**head, **row, "seconds_per_image": seconds})
@@ -226,13 +227,11 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _write_grid(path: Path, data: EvalData, columns: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Some captions from top to bottom; the data's image, its round trip and each setting from left to right."""
-    count = len(data.captions)
-    chosen = sorted({index * count // IN_GRID for index in range(IN_GRID)})
-    first = next(iter(columns))
-    cells = [
-        (f"{data.captions[index]} ({name})" if name == first else name, images[index])
-        for index in chosen
-        for name, images in columns.items()
-    ]
-    save_image(grid(cells, columns=len(columns)), path)
+    """Some captions; of each the data's image, its round trip and the image of each setting, side by side."""
+    group_of = {index: group for group, indices in data.indices().items() if group != "all" for index in indices}
+    cells = []
+    for index in spread(len(data.captions), IN_GRID):
+        group = f" ({group_of[index]})" if index in group_of else ""
+        labels = [f"{data.captions[index]}{group}", *list(columns)[1:]]
+        cells += [(label, images[index]) for label, images in zip(labels, columns.values())]
+    save_image(grid(cells, columns=len(columns) * max(1, CELLS // len(columns))), path)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffengine import distributed
+from diffengine.engine import class_images
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from tests.engine import runs
@@ -31,7 +32,8 @@ def class_config(toy: Toy, name: str, folder: Path, count: int, **settings: Any)
 
 
 def _train_and_die(number: int, path: str, work_dir: Path) -> int:
-    """Start a run that dies after image `number` is generated and before it is written."""
+    """Start a run, with batches of two, that dies when the batch from `number` on is generated but not written."""
+    class_images.BATCH = 2
     preview = AmusedModel.preview
 
     def preview_and_die(model: AmusedModel, request: Any) -> Any:
@@ -51,20 +53,19 @@ def test_missing_images_are_generated_once(toy: Toy, tmp_path: Path, capsys: pyt
     Image.new("RGB", (50, 40), "red").save(folder / "mine.jpg")
     kept = {name: (folder / name).read_bytes() for name in ("000001.png", "mine.jpg")}
     path = class_config(toy, "generated", folder, 6)
-    assert in_child(_train_and_die, 3, path, tmp_path / "run") == -signal.SIGKILL
-    assert {file.name for file in folder.iterdir()} == {*kept, "000000.png", "000002.png", "drawn.json"}
+    assert in_child(_train_and_die, 4, path, tmp_path / "run") == -signal.SIGKILL
+    assert {file.name for file in folder.iterdir()} == {*kept, "000000.png", "000002.png", "000003.png", "drawn.json"}
     assert not list((tmp_path / "run").iterdir())  # the run itself has written nothing yet
-    (folder / ".000003.png.tmp").write_bytes(b"left by a kill during a write")
-    generated = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000002.png")}
+    (folder / ".000004.png.tmp").write_bytes(b"left by a kill during a write")
+    generated = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000002.png", "000003.png")}
 
     assert train(path, tmp_path / "run") == 0
     output = capsys.readouterr().out
-    assert f"lacks 2 class images: generating '{PROMPT}' before training" in output
-    assert "generated 2/2 class images" in output
+    assert f"lacks 1 class images: generating '{PROMPT}' before training" in output
+    assert "generated 1/1 class images" in output
     assert {file.name for file in folder.iterdir()} == {
         *kept,
         *generated,
-        "000003.png",
         "000004.png",
         "drawn.json",
     }
@@ -146,7 +147,7 @@ def _generate_on_rank(toy: Toy, folder: Path, work_dir: Path) -> None:
     preview = AmusedModel.preview
     AmusedModel.preview = lambda model, request: numbers.append(request.seed) or preview(model, request)  # type: ignore
     runs.build(class_config(toy, f"two{distributed.rank()}", folder, 2, batch_size=4), work_dir).train()
-    assert numbers == ([0, 1] if distributed.rank() == 0 else [])
+    assert numbers == ([0] if distributed.rank() == 0 else [])  # one batch
 
 
 def test_one_rank_generates_and_the_other_waits(toy: Toy, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import diffengine
+from diffengine.api import eval_data
 from diffengine.cli import main
 from diffengine.engine.run import Run
 from diffengine.evaluation import EvalData
@@ -69,7 +70,7 @@ def test_a_run_on_its_own_data(run: Run, generated: list[str], capsys: pytest.Ca
 
 def test_an_image_is_the_one_that_sample_generates(run: Run, tmp_path: Path) -> None:
     assert main(["eval", str(run.work_dir), "--seed", "5", "--steps", "2", "--guidance", "2", "-o", str(tmp_path)]) == 0
-    data = diffengine.api.eval_data(str(run.work_dir / "config.py"), None, 100)
+    data = eval_data(str(run.work_dir / "config.py"), None, 100)
     (image,) = diffengine.sample(run.work_dir, [data.captions[3]], seed=8, guidance=2.0, steps=2)
     (file,) = tmp_path.glob("images/*steps*/000003.png")
     with Image.open(file) as stored:
@@ -109,11 +110,11 @@ def test_a_pipeline_of_anyones_on_a_folder_and_on_prompts(toy: Toy, tmp_path: Pa
 
 
 def test_a_split_tells_trained_captions_from_unseen_ones() -> None:
-    data = diffengine.api.eval_data("amused_32_emoji", "all", 512)
+    data = eval_data("amused_32_emoji", "all", 512)
     groups = data.indices()
     assert {name: len(indices) for name, indices in groups.items()} == {"trained": 384, "unseen": 128}
     assert sorted([*groups["trained"], *groups["unseen"]]) == list(range(512))
-    own = set(diffengine.api.eval_data("amused_32_emoji", None, 512).captions)
+    own = set(eval_data("amused_32_emoji", None, 512).captions)
     assert {data.captions[index] for index in groups["trained"]} == own
 
 

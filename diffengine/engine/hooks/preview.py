@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from diffengine import distributed
-from diffengine.datasets import ImageDataset, UnreadableImage, center_square
+from diffengine.datasets import GOLDEN_RATIO, ImageDataset, UnreadableImage, center_square
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
@@ -15,8 +15,6 @@ from diffengine.errors import require
 from diffengine.grids import save_grid, stack
 from diffengine.models.base import PreviewRequest
 from diffengine.models.generation import NotFinite
-
-GOLDEN_RATIO = 0.6180339887498949
 
 
 @final
