@@ -24,7 +24,9 @@ def trunk(transformer: UVit2DModel, token_ids: Tensor, micro_conds: Tensor, hidd
     """Everything but the token head: (B,C,h,w), from token ids (B,h,w), conditions (B,5) and the text encoder's."""
     head, transformer.mlm_layer = transformer.mlm_layer, nn.Identity()
     try:
-        return transformer(token_ids, encoder_hidden_states=hidden, pooled_text_emb=pooled, micro_conds=micro_conds)
+        return transformer(
+            input_ids=token_ids, encoder_hidden_states=hidden, pooled_text_emb=pooled, micro_conds=micro_conds
+        )
     finally:
         transformer.mlm_layer = head
 
