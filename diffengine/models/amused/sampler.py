@@ -8,6 +8,7 @@ Legend: B images, h w token grid, L = h * w, T text length, D text width, V code
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -24,7 +25,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.errors import require
 from diffengine.models.amused.preprocessor import in_fp32, to_device
-from diffengine.models.amused.transformer import blocks_of, head, trunk
+from diffengine.models.amused.transformer import blocks_of, conditions_once, head, trunk
 from diffengine.models.cuda_graphs import CudaGraphs
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, NotFinite, Unmasking
 from diffengine.models.masking import TokenGrid
@@ -62,6 +63,7 @@ class AmusedSampler(ImageSampler):
             vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
         self._texts: dict[str, Text] = {}
+        self._compiled = False
         self._trunk = CudaGraphs(partial(trunk, transformer)) if graphs else partial(trunk, transformer)
 
     @property
@@ -78,6 +80,7 @@ class AmusedSampler(ImageSampler):
         return self
 
     def compile(self) -> None:
+        self._compiled = True
         for block in blocks_of(self.transformer):
             block.compile()
 
@@ -158,18 +161,23 @@ class AmusedSampler(ImageSampler):
         ids_BL = torch.stack([image.ids_L for image in images])
         text = self._text(requests, any(options.guidance_at(step) > 1 for step in range(first, steps)))
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for step in range(first, steps):
-            index_M = torch.cat([image.masked + number * length for number, image in enumerate(images)])
-            logits_MV = self._logits(ids_BL.view(-1, h, w), index_M, text, options.guidance_at(step))
-            finite &= logits_MV.isfinite().all()
-            for image, ids_L, logits in zip(images, ids_BL, logits_MV.split([len(image.masked) for image in images])):
-                image.advance(ids_L, logits.softmax(dim=-1), step, options, self.mask_id)
-            if on_step is not None:
-                on_step(ids_BL.view(-1, h, w))
+        with self._conditions_once():
+            for step in range(first, steps):
+                index_M = torch.cat([image.masked + number * length for number, image in enumerate(images)])
+                logits_MV = self._logits(ids_BL.view(-1, h, w), index_M, text, options.guidance_at(step))
+                finite &= logits_MV.isfinite().all()
+                advance(images, ids_BL, logits_MV.softmax(dim=-1), step, options, self.mask_id)
+                if on_step is not None:
+                    on_step(ids_BL.view(-1, h, w))
         if not finite:  # the only read from the device
             advice = "train with a lower learning rate, or generate in bf16 or fp32"
             raise NotFinite(f"the model's outputs are not finite, so it generates nothing; {advice}")
         return ids_BL.view(-1, h, w)
+
+    def _conditions_once(self) -> AbstractContextManager:
+        """Compiled blocks and recorded kernels compute everything again: they are fast, and must not change."""
+        eager = self.device.type == "cpu" and not self._compiled
+        return conditions_once(self.transformer) if eager else nullcontext()
 
     def _start(self, request: ImageRequest, options: GenerationOptions, grid: tuple[int, int]) -> "MaskedImage":
         """What a request starts from: all tokens masked, or some of its image's."""
@@ -262,23 +270,11 @@ class MaskedImage:
     rank_L: Tensor | None  # the order of its positions, if it is fixed
     keep_ties: bool  # keep tokens that are as sure as one that is kept, as AmusedScheduler does; reads from the device
 
-    def advance(self, ids_L: Tensor, probs_mV: Tensor, step: int, options: GenerationOptions, mask_id: int) -> None:
-        """Draw the masked tokens; then, unless this is the last step, mask the least sure of them again, in place."""
-        steps, count, length = options.num_inference_steps, len(self.masked), len(ids_L)
+    def mask_again(self, ids_L: Tensor, sure_m: Tensor, step: int, steps: int, mask_id: int) -> None:
+        """Mask the least sure of the tokens that were masked again, in place."""
+        count, length = len(self.masked), len(ids_L)
         if count == 0:
             return
-        # torch.multinomial computes this too, with noise for all positions
-        noise_mV = self.noise.exponential(step, self.masked, (length, probs_mV.shape[1]))
-        ids_m = torch.div(probs_mV, noise_mV, out=noise_mV).argmax(dim=-1)
-        ids_L[self.masked] = ids_m
-        if step + 1 == steps:
-            return
-        if self.rank_L is None:
-            chosen_m = probs_mV.gather(1, ids_m[:, None])[:, 0].clamp(1e-20).log()
-            gumbel_m = -(-self.noise.uniform(step, self.masked, length).clamp(1e-20).log()).clamp(1e-20).log()
-            sure_m = chosen_m + float(options.temperatures[step]) * gumbel_m
-        else:
-            sure_m = -self.rank_L[self.masked]
         left = int((length * (self.share * masked_share(step + 1, steps, self.schedule))).floor())
         left = max(1, min(count - 1, left))
         order_m = sure_m.argsort(stable=True)
@@ -286,6 +282,31 @@ class MaskedImage:
             left = int((sure_m < sure_m[order_m[left]]).sum())
         self.masked = self.masked[order_m[:left]]
         ids_L[self.masked] = mask_id
+
+
+def advance(
+    images: Sequence[MaskedImage], ids_BL: Tensor, probs_MV: Tensor, step: int, options: GenerationOptions, mask_id: int
+) -> None:
+    """Draw the masked tokens; then, unless this is the last step, mask the least sure of them again, in place."""
+    (_, length), steps = ids_BL.shape, options.num_inference_steps
+    # torch.multinomial computes this too, with noise for all positions
+    noises = [image.noise.exponential(step, image.masked, (length, probs_MV.shape[1])) for image in images]
+    noise_MV = torch.cat(noises)
+    ids_M = torch.div(probs_MV, noise_MV, out=noise_MV).argmax(dim=-1)
+    counts = [len(image.masked) for image in images]
+    for image, ids_L, ids_m in zip(images, ids_BL, ids_M.split(counts)):
+        ids_L[image.masked] = ids_m
+    if step + 1 == steps:
+        return
+    if options.order == "confidence":
+        chosen_M = probs_MV.gather(1, ids_M[:, None])[:, 0].clamp(1e-20).log()
+        uniform_M = torch.cat([image.noise.uniform(step, image.masked, length) for image in images])
+        gumbel_M = -(-uniform_M.clamp(1e-20).log()).clamp(1e-20).log()
+        sure_M = chosen_M + float(options.temperatures[step]) * gumbel_M
+    else:
+        sure_M = torch.cat([-image.rank_L[image.masked] for image in images if image.rank_L is not None])
+    for image, ids_L, sure_m in zip(images, ids_BL, sure_M.split(counts)):
+        image.mask_again(ids_L, sure_m, step, steps, mask_id)
 
 
 class Noise:

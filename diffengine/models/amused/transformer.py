@@ -3,10 +3,14 @@
 Legend: B batch, h w token grid, C channels, V codes, M positions.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from diffusers import UVit2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 HEAD_ROWS = 64  # the head runs on a multiple of so many positions
@@ -41,3 +45,46 @@ def head(transformer: UVit2DModel, trunk_BChw: Tensor, index: Tensor) -> Tensor:
     rows_MC = trunk_BChw.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index)
     rows_MC = F.pad(rows_MC, (0, 0, 0, -len(index) % HEAD_ROWS if len(index) else HEAD_ROWS))
     return transformer.mlm_layer(rows_MC.T[None, :, :, None])[0, :, : len(index), 0].T
+
+
+def condition_layers(transformer: UVit2DModel) -> list[nn.Module]:
+    """The layers that see the text and the conditions but no tokens."""
+    layers = [transformer.encoder_proj, transformer.encoder_proj_layer_norm, transformer.cond_embed]
+    for end in (transformer.down_block, transformer.up_block):
+        layers += [block.cond_embeds_mapper for block in end.res_blocks]
+        for block in end.attention_blocks:
+            attentions = (block.attn1, block.attn2)
+            layers += [block.kv_mapper, *(layer for item in attentions for layer in (item.to_k, item.to_v))]
+    for block in transformer.transformer_layers:
+        layers += [norm.linear for norm in (block.norm1, block.norm2, block.norm3)]
+        layers += [block.attn2.to_k, block.attn2.to_v]
+    return [layer for layer in layers if layer is not None]
+
+
+@contextmanager
+def conditions_once(transformer: UVit2DModel) -> Iterator[None]:
+    """Inside, condition layers run once for each number of rows: all passes must get the same conditions there.
+
+    Attention also calls its processor directly: diffusers reads the processor's signature each time, which takes a
+    tenth of a small model's pass. The outputs are equal, bit for bit.
+    """
+    layers = condition_layers(transformer)
+    attentions = [module for module in transformer.modules() if isinstance(module, Attention)]
+    before = [(module, vars(module).get("forward")) for module in (*layers, *attentions)]
+    for layer in layers:
+        layer.forward = partial(_once, layer.forward, {})
+    for attention in attentions:
+        attention.forward = partial(attention.processor, attention)
+    try:
+        yield
+    finally:
+        for layer, forward in before:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _once(forward: Callable[..., Tensor], kept: dict[int, Tensor], rows: Tensor, *args: Any, **options: Any) -> Tensor:
+    if len(rows) not in kept:
+        kept[len(rows)] = forward(rows, *args, **options)
+    return kept[len(rows)]
