@@ -29,6 +29,7 @@ text_rank = 32  # higher: the text encoder learns the new words, the transformer
 text_alpha = 64
 lora_dropout = 0.1
 log_every = 25
+validation_share = 0  # few images, all to be learnt
 
 model = dict(
     type=AmusedModel,

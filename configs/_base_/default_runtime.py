@@ -1,12 +1,16 @@
 """Shared by all configs: precision, clipping, what a run writes and when."""
 
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook, ValidationHook
 
 prompts = 4  # captions to preview, or how many captions to take from the data
 preview_every = 1  # epochs or steps, as the run counts
 checkpoint_every = 1
 keep_checkpoints = 3
 log_every = 10  # steps
+validation_share = 0.05  # of the images, from 8 to 64, held out if there are at least 32; 0: all are trained
+validation_data = None  # other images to validate with
+validation_every = None  # epochs or steps; None: as often as 5 % of the time allows; 0: never
+patience = None  # stop after so many validations without a lower loss
 precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
 clip_grad = 1.0  # the largest norm of all gradients together; None for no limit
 
@@ -14,6 +18,13 @@ optim_wrapper = dict(precision="${precision}", clip_grad="${clip_grad}")
 default_hooks = dict(
     metrics=dict(type=MetricsHook, every="${log_every}"),
     preview=dict(type=PreviewHook, prompts="${prompts}", every="${preview_every}"),
+    validation=dict(
+        type=ValidationHook,
+        share="${validation_share}",
+        data="${validation_data}",
+        every="${validation_every}",
+        patience="${patience}",
+    ),
     checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
     export=dict(type=ExportHook),
 )

@@ -12,7 +12,7 @@ from diffusers import UVit2DModel
 from torch.optim import AdamW
 from transformers import CLIPTextConfig
 
-from diffengine.datasets import DropCaption
+from diffengine.datasets import DropCaption, EmojiDataset
 from diffengine.models.amused import AmusedModel
 
 extends = ["default_runtime", "emoji_pictures"]
@@ -67,4 +67,14 @@ token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
 param_scheduler = dict(name="cosine", warmup_iters=100)
 train_cfg = dict(max_iters="${max_iters}")
-default_hooks = dict(preview=dict(resolution="${resolution}", options=dict(guidance_scale=1.0, strip=True)))
+validation_data = dict(  # the combinations that are not trained
+    type=EmojiDataset,
+    split="unseen",
+    count="${emoji}",
+    backgrounds="${backgrounds}",
+    min_transparent="${min_transparent}",
+    size="${resolution}",
+)
+default_hooks = dict(
+    preview=dict(resolution="${resolution}", options=dict(guidance_scale=1.0, strip=True)),
+)

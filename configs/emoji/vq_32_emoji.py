@@ -24,6 +24,7 @@ checkpoint_every = 300
 keep_checkpoints = 2
 learning_rate = 1e-3
 log_every = 25
+validation_every = 0  # a VQ model has no masked tokens
 
 model = dict(
     type=VQTokenizerModel,

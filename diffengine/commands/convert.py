@@ -22,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--pipeline", action="store_true", help="write a whole folder for AmusedPipeline.from_pretrained")
     add("--merge", action="store_true", help="write whole components, adapters merged into their base")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of what is written (default fp32)")
+    add("--best", action="store_true", help="of a work dir: the checkpoint with the lowest held-out loss, best.pth")
     add("--ema", action="store_true", help="write the averaged weights of a run that kept them (EMAHook)")
 
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     words, keys = _words(options)
-    given, path, out = _sources(words)
+    given, path, out = _sources(words, options.best)
     if given:
         import_from_here()
     model = load_model(path, config.read(given) if given else None, options.ema)
@@ -56,18 +57,23 @@ def _words(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     return [*words, *keys[end:]], keys[:end]
 
 
-def _sources(words: list[str]) -> tuple[str | None, Path, Path]:
+def _sources(words: list[str], best: bool) -> tuple[str | None, Path, Path]:
     """(config, checkpoint, out) of CONFIG CKPT OUT or WORK_DIR."""
     from diffengine.engine import checkpoint
 
     if len(words) > 1:
         require(len(words) > 2, NO_OUT)
+        require(not best, "--best is for a work dir; CONFIG CKPT OUT names its checkpoint")
         return words[0], Path(words[1]), Path(words[2])
     work_dir = Path(words[0] if words else "")
     absent = "" if work_dir.exists() else ", which does not exist"
     got = f"only '{work_dir}'{absent}" if words else "nothing to convert"
     require(bool(words) and work_dir.is_dir(), f"convert got {got}; expected CONFIG CKPT OUT, or the work dir of a run")
     newest = checkpoint.newest(work_dir)
+    if best:
+        newest = work_dir / checkpoint.BEST
+        require(newest.exists(), f"work dir '{work_dir}' holds no {newest.name}: its run did not validate")
+        print(f"{newest.name} is of step {checkpoint.steps(newest)}")
     if newest is None:
         raise UserError(f"work dir '{work_dir}' holds no checkpoint")
     return None, newest, work_dir

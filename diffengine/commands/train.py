@@ -1,8 +1,11 @@
 """Train a config. With NPROC_PER_NODE set, on several GPUs by torchrun."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
 from diffengine.commands import launch
+from diffengine.errors import require
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,10 +13,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     resume = "continue from the run's newest checkpoint, or CKPT"
     start.add_argument("--resume", nargs="?", const="newest", metavar="CKPT", help=resume)
+    parser.add_argument("--init-from", metavar="CKPT", help="a new run, with settings of its own, from old weights")
     start.add_argument("--overwrite", action="store_true", help="delete the run that the work dir holds")
 
 
 def run(options: argparse.Namespace) -> int:
     from diffengine.engine import run as runs
 
-    return launch.run_job(options, lambda job: runs.train(job, options.resume, options.overwrite))
+    weights = Path(options.init_from) if options.init_from else None
+    require(not (weights and options.resume), "got --init-from and --resume: a resumed run has weights of its own")
+    work = lambda job: runs.train(replace(job, init_from=weights), options.resume, options.overwrite)  # noqa: E731
+    return launch.run_job(options, work)

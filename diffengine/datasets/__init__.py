@@ -9,6 +9,7 @@ from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 from diffengine.datasets.missing import MissingImages
+from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
@@ -27,6 +28,7 @@ __all__ = [
     "PositionSampler",
     "Resize",
     "Sample",
+    "Split",
     "Stream",
     "SubjectDataset",
     "ToTensor",
@@ -39,6 +41,7 @@ __all__ = [
     "center_square",
     "collate",
     "generator",
+    "hold_out",
     "make_loader",
     "spread",
     "steps_for_epochs",

@@ -47,6 +47,14 @@ class ImageDataset(ABC):
         """The captions of each image in order; no image is read if the data set can avoid it."""
         return map(self.captions, range(len(self)))
 
+    def content(self, index: int) -> bytes | None:
+        """What an image is known by when some are held out: equal for equal images. None: it is never held out.
+
+        By default its pixels; bytes of a file are faster to get.
+        """
+        image = self[index].get("image")
+        return None if image is None else repr(image.size).encode() + image.tobytes()
+
     def size(self, index: int) -> Size | None:
         """(width, height) of an image in pixels, without decoding it; None if that is not known."""
         return None

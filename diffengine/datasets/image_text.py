@@ -81,6 +81,14 @@ class ImageTextDataset(ImageDataset):
         rows = self._rows.__getitems__(list(indices))
         return (self._sample(index, row) for index, row in zip(indices, rows))
 
+    def content(self, index: int) -> bytes:
+        """The bytes of its file."""
+        source, name = self._source(index, self._rows[index])
+        try:
+            return source if isinstance(source, bytes) else Path(source).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
+
     def size(self, index: int) -> Size:
         return read_size(*self._source(index, self._rows[index]))
 

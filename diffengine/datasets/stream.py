@@ -15,11 +15,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from diffengine.datasets.base import Sample, UnreadableImage, as_dataset
+from diffengine.datasets.split import Split
 from diffengine.datasets.transforms import AnyTransform, apply, is_random
 from diffengine.errors import UserError, require
 
 ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
-ORDER, IMAGE, SAMPLE = 0, 1, 2  # domains of generators: equal counters in two domains give unrelated draws
+# Domains of generators: equal counters in two domains give unrelated draws.
+ORDER, IMAGE, SAMPLE, VALIDATION = 0, 1, 2, 3
 
 
 @final
@@ -58,6 +60,7 @@ class Stream(Dataset):
         transforms: run after them, and after the caption is drawn, from (seed, position).
         image_variations: with V, image_transforms draw from (seed, index, epoch modulo V): each image has only V
             variations of crop and flip, which a cache can hold. None for a new variation each time.
+        split: which images are trained; None for all.
         skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
             in `skipped` (int, else 0). By default such an image is an error.
 
@@ -70,9 +73,11 @@ class Stream(Dataset):
 
     def __init__(
         self, dataset: Any, image_transforms: Sequence[AnyTransform], transforms: Sequence[AnyTransform], *,
-        seed: int = 0, image_variations: int | None = None, skip_unreadable: bool = False,
+        seed: int = 0, image_variations: int | None = None, skip_unreadable: bool = False, split: Split | None = None,
     ) -> None:  # fmt: skip
         self.dataset = as_dataset(dataset)
+        self.split = split or Split(None, [], [], {})
+        self.trained = range(len(self.dataset)) if self.split.train is None else self.split.train
         require(len(self.dataset) > 0, "the data set is empty; expected at least one image")
         message = f"image_variations got {image_variations}; expected at least 1, or None for no repeats"
         require(image_variations is None or image_variations >= 1, message)
@@ -85,6 +90,10 @@ class Stream(Dataset):
         self._orders: dict[int, np.ndarray] = {}
         self._of_images = Generators(seed, IMAGE)
         self._of_samples = Generators(seed, SAMPLE)
+
+    def __len__(self) -> int:
+        """The number of images that are trained, which is the length of an epoch."""
+        return len(self.trained)
 
     @cached_property
     def variations(self) -> int | None:
@@ -105,12 +114,12 @@ class Stream(Dataset):
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index into the data set) of a position. Each epoch is another permutation."""
-        epoch, rank = divmod(position, len(self.dataset))
+        epoch, rank = divmod(position, len(self))
         if epoch not in self._orders:
             if len(self._orders) == ORDERS_KEPT:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = generator(self.seed, ORDER, epoch).permutation(len(self.dataset))
-        return epoch, int(self._orders[epoch][rank])
+            self._orders[epoch] = generator(self.seed, ORDER, epoch).permutation(len(self))
+        return epoch, self.trained[int(self._orders[epoch][rank])]
 
     def __getitem__(self, position: int) -> Sample:
         return self.__getitems__([position])[0]
@@ -144,6 +153,13 @@ class Stream(Dataset):
             samples.append(None if sample is None else apply(self.image_transforms, sample, rng))
         return samples
 
+    def fixed_sample(self, index: int) -> Sample:
+        """An image after the image transforms, the same in every run: in its first variation, if there are some."""
+        if self.cached_sample is not None:
+            return self.cached_sample(index, 0)
+        counter = (index, 0) if self.image_variations is not None else (index, 0, 1)
+        return apply(self.image_transforms, self.dataset[index], self._of_images.at(*counter))
+
     def _read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """The samples of the positions after the image transforms."""
         located = [self.locate(position) for position in positions]
@@ -168,15 +184,16 @@ class Stream(Dataset):
     def _next_readable(self, position: int) -> tuple[Sample, int]:
         """(sample, how many were skipped) of the first readable image from this position's index on."""
         epoch, first = self.locate(position)
-        for skipped in range(len(self.dataset)):
-            index = (first + skipped) % len(self.dataset)
+        start = self.trained.index(first)
+        for skipped in range(len(self)):
+            index = self.trained[(start + skipped) % len(self)]
             try:
                 if self.cached_sample is not None:
                     return self.cached_sample(index, epoch), skipped
                 return self._transform(position, epoch, index, self.dataset[index]), skipped
             except UnreadableImage as error:
                 last = error
-        raise UserError(f"none of the {len(self.dataset)} images can be read; the last: {last}")
+        raise UserError(f"none of the {len(self)} images can be read; the last: {last}")
 
 
 def steps_for_epochs(epochs: int, num_samples: int, batch_size: int) -> int:

@@ -86,6 +86,9 @@ class SubjectDataset(ImageDataset):
         dataset, inner = self._locate(index)
         return {**dataset[inner], "weight": 1.0 if dataset is self.subject else self.prior_loss_weight}
 
+    def content(self, index: int) -> None:
+        """Nothing: images of a subject are all trained."""
+
     def captions(self, index: int) -> list[str]:
         of_class = self.class_data is not None and index % 2 == 1
         return [self.class_prompt or ""] if of_class else self.subject.captions(0)

@@ -15,7 +15,7 @@ from diffengine import distributed
 from diffengine.cache import TokenCache
 from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
-from diffengine.datasets import ImageDataset, PositionSampler, Stream, as_dataset, make_loader
+from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, as_dataset, make_loader
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -37,6 +37,7 @@ class Job:
     resolved: Plain  # with every reference replaced
     work_dir: Path  # where a run of it goes
     device: torch.device  # this process's
+    init_from: Path | None = None  # a checkpoint whose weights the run starts from
 
 
 def load_config(name: str, options: Iterable[str] = (), settings: Mapping | None = None) -> tuple[Plain, Plain]:
@@ -111,6 +112,7 @@ def build_dataloader(
     model: TrainableModel,
     seed: int,
     start_iter: int,
+    split: Split | None = None,
 ) -> DataLoader:
     """The `train_dataloader` section.
 
@@ -122,14 +124,14 @@ def build_dataloader(
         num_workers: processes per GPU that read and transform, at most one per core.
         image_variations: variations of crop and flip per image; None for a new one each time.
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
-        model, seed, start_iter: given by the run.
+        model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
     sample_transform = model.sample_transform
     stream = Stream(
         build(dataset),
         [build(transform) for transform in image_transforms],
         [build(transform) for transform in transforms or []] + ([sample_transform] if sample_transform else []),
-        seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable,
+        seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = PositionSampler(batch_size, rank=rank, world_size=world_size, start_step=start_iter)

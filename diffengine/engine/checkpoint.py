@@ -31,6 +31,7 @@ from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
 MOVE = "move it away, and use the one before"
+BEST = "best.pth"  # of the validations so far
 NAME = re.compile(r"(epoch|iter)_\d+\.pth")
 
 

@@ -22,6 +22,7 @@ class Clock:
             require(value is None or value >= 1, f"{name} got {value}; expected at least 1")
         self.num_samples, self.batch_size = num_samples, batch_size
         self.done = 0  # optimizer steps taken
+        self._stopped = False
         self.by_epoch = max_epochs is not None
         self.max_iters = max_iters or steps_for_epochs(max_epochs, num_samples, batch_size)  # type: ignore[arg-type]
         self.max_epochs = max_epochs or self.epochs_at(self.max_iters)
@@ -38,7 +39,7 @@ class Clock:
     @property
     def finished(self) -> bool:
         """Whether the last step was taken."""
-        return self.done >= self.max_iters
+        return self._stopped or self.done >= self.max_iters
 
     @property
     def ends_epoch(self) -> bool:
@@ -47,11 +48,19 @@ class Clock:
 
     def due(self, every: int | None) -> bool:
         """Whether the last step taken completed another `every` epochs or steps, in the unit that the config counts."""
+        return self.due_at(every, self.done)
+
+    def due_at(self, every: int | None, step: int) -> bool:
+        """`due` after so many steps."""
         if not every:
             return False
         if not self.by_epoch:
-            return self.done % every == 0
-        return self.epochs_done // every > self.epochs_at(self.done - 1) // every
+            return step % every == 0
+        return self.epochs_at(step) // every > self.epochs_at(step - 1) // every
+
+    def stop(self) -> None:
+        """Make the step just taken the last one."""
+        self._stopped = True
 
     def times_due(self, every: int | None) -> int:
         """How often in the whole run something is done that is due `every` so often, and at the end."""

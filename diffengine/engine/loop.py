@@ -76,7 +76,7 @@ class StepLoop(BaseLoop):
         super().__init__(None, dataloader)  # the runner is given to `run`
         self.batch_size: int = dataloader.batch_sampler.batch_size
         self.stream: Stream = dataloader.dataset.stream
-        self.clock = Clock(max_epochs, max_iters, len(self.stream.dataset), self.batch_size)
+        self.clock = Clock(max_epochs, max_iters, len(self.stream), self.batch_size)
         self.micro = MicroBatches(self.batch_size, micro_batch_size)
         self.compile: Compile = compile
         self.iter = 0  # for mmengine: clock.done; in `after_train_iter` and `_epoch`, the index of the step just taken
@@ -104,7 +104,7 @@ class StepLoop(BaseLoop):
         run.call_hook("before_train")
         with stop_signals() as stop, closing(batches_of(self.dataloader)) as batches:
             run.call_hook("before_train_epoch")
-            while clock.done < end:
+            while clock.done < end and not clock.finished:
                 started = self._now()
                 batch, total, signum = _next(batches, stop)
                 if signum:

@@ -50,9 +50,12 @@ REFUSED = {
 class Hook(AnyHook):
     """Base of our hooks: each method is called at its moment in the run, on every rank.
 
-    Override what you need. mmengine's own names (`after_train_iter(runner, batch_idx, data_batch, outputs)`, ...) work
-    as well, with a `Step` as `outputs`.
+    `held_out_share` is the share of the images that the hook wants to hold out of training, for a run to see when it
+    builds the data. Override what you need. mmengine's own names
+    (`after_train_iter(runner, batch_idx, data_batch, outputs)`, ...) work as well, with a `Step` as `outputs`.
     """
+
+    held_out_share: float | None = None
 
     def before_run(self, run: "Run") -> None:
         """Before anything is generated or trained: refuse what could not end well."""

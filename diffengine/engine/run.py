@@ -1,6 +1,8 @@
 """A run, from a config to its trained model."""
 
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from diffengine import distributed
 from diffengine.cache import CachedDataset
-from diffengine.datasets import ImageDataset, survey, survey_captions
+from diffengine.datasets import ImageDataset, hold_out, survey, survey_captions
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
@@ -60,13 +62,19 @@ def build_run(
     """
     with distributed.all_ranks():
         saved = state.read_whole(resume) if resume else None
+        weights = state.read_whole(job.init_from) if job.init_from else None
         if saved and resume:
             state.check_same_run(saved, job.config, resume)
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
-    training = build_training(job, start, dataset, saved["assets"] if saved else assets)
+    share = next((hook.held_out_share for hook in hooks if getattr(hook, "held_out_share", None) is not None), None)
+    for source in filter(None, (weights, saved)):
+        assets = source["assets"]
+    training = build_training(job, start, dataset, assets, share)
     model, loop, *_ = training
     with distributed.all_ranks():
+        if weights:
+            model.load_trained_state(weights["model"], f"--init-from '{job.init_from}'")
         compiled = compile_model(loop.compile, model, loop.max_iters - start, job.device)
         if saved and resume:
             state.check_fits(saved, resume, training)
@@ -79,15 +87,19 @@ def build_run(
 
 
 def build_training(
-    job: Job, start: int = 0, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None
-) -> Training:
+    job: Job, start: int = 0, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None,
+    held_out_share: float | None = None,
+) -> Training:  # fmt: skip
     """Build model, loop, optimizer, schedule and cache, starting at step `start`; generate missing class images.
 
-    `dataset` and `assets` are as of `build_run`.
+    `dataset` and `assets` are as of `build_run`. `held_out_share`: of the images, not trained; None: nobody asks.
     """
     resolved, device, seed = job.resolved, job.device, job.resolved["seed"]
     with distributed.all_ranks():
         dataset = dataset or build.build_dataset(job)
+    split = None
+    if held_out_share is not None:
+        split = distributed.on_rank_0(lambda: hold_out(dataset, held_out_share))
     if assets is None:
         assets = build.learn_assets(job, dataset)
     with distributed.all_ranks():
@@ -97,7 +109,7 @@ def build_training(
             model.hold_frozen(DTYPES[precision])
         model.to(device).train()
         data = {**resolved["train_dataloader"], "dataset": dataset}
-        dataloader = build.build_dataloader(**data, model=model, seed=seed, start_iter=start)
+        dataloader = build.build_dataloader(**data, model=model, seed=seed, start_iter=start, split=split)
         loop = StepLoop(**resolved["train_cfg"], dataloader=dataloader)
         optim = build.build_optim_wrapper(**resolved["optim_wrapper"], model=model)
         rates = resolved.get("param_scheduler", {})
@@ -125,6 +137,10 @@ class Run(Runner):
         self.compiled = compiled  # how the blocks run, and why
         self.average: dict[str, Tensor] = {}  # weights by name, if a hook keeps an average (EMAHook)
         self.checkpoints_kept = 0  # the most on disk at once, set by CheckpointHook
+        self.validation: tuple[int, dict[str, float]] = (0, {})  # the last one: its step, and its values by name
+        chance = self.trainable.chance_loss
+        self.reference_losses: dict[str, float] = {} if chance is None else dict([chance])
+        self.warnings: list[dict[str, Any]] = []  # {"step", "text"}
         self._peak = 0
         super().__init__(job, self.trainable, hooks, backends)
         self._train_loop, self.optim_wrapper, self.param_scheduler = loop, optim, schedule
@@ -222,6 +238,32 @@ class Run(Runner):
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the work dir, the newest last."""
         return sorted(checkpoint.paths(self.work_dir), key=checkpoint.steps)
+
+    def record(self, values: Mapping[str, float], text: str, once: Mapping[str, float] | None = None) -> None:
+        """Write numbers of this moment to `metrics.jsonl` and the visualizer's backends, and a line to the console.
+
+        What is no curve (`once`) goes to the file alone.
+        """
+        if distributed.rank() != 0:
+            return
+        line = {
+            "iter": self.clock.done,
+            "epoch": self.clock.epochs_done,
+            "time": round(time.time(), 3),
+            **values,
+            **(once or {}),
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
+        with (self.work_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        self.visualizer.add_scalars(dict(values), step=self.clock.done)
+        self.logger.info(text)
+
+    def warn(self, text: str) -> None:
+        """Say once what is likely to spoil the run, "what: why", on the console, in the log, and for the report."""
+        if text.partition(":")[0] not in [warning["text"].partition(":")[0] for warning in self.warnings]:
+            self.warnings.append({"step": self.clock.done, "text": text})
+            self.logger.info(f"warning: {text}")
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint in our format: mmengine's CheckpointHook calls this, on every rank."""

@@ -5,7 +5,7 @@ log.txt            what the console showed, with the time
 metrics.jsonl      one line of numbers per log interval
 previews/          what the model generated, by steps; before_after.png at the end
 tensorboard/
-epoch_N.pth, iter_N.pth
+epoch_N.pth, iter_N.pth, best.pth
 transformer/, ...  the trained components in diffusers' format, at the end
 """
 
@@ -20,7 +20,7 @@ from diffengine.engine import checkpoint
 from diffengine.errors import UserError, require
 from diffengine.files import locked, write_text
 
-OURS = ("metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
+OURS = (checkpoint.BEST, "metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
 MARK = "as it was trained. Train it again: diffengine train config.py --work-dir DIR"
 
 

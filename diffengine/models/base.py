@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffengine.errors import UserError, require
 from diffengine.models.generation import ImageSampler
+from diffengine.models.masking import Schedule
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
@@ -156,7 +157,12 @@ class MaskedImageModel(TrainableModel):
     Attributes:
         guidance_scale: what suits how it was trained; None for what suits its size.
         pipeline_class: the diffusers pipeline that opens an export.
+        mask_schedule: the share of tokens that are masked by t, see `masking.num_masked`.
+        num_codes: codes that a token can have.
     """
+
+    mask_schedule: Schedule
+    num_codes: int
 
     guidance_scale: float | None = None
     pipeline_class = "AmusedPipeline"

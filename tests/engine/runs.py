@@ -41,6 +41,7 @@ class Toy:
         options = {
             "data": str(self.data), "pretrained": str(self.model), "resolution": 32, "batch_size": 4,
             "num_workers": 0, "prompts": [], "preview_every": None, "checkpoint_every": None, "log_every": 1,
+            "validation_every": 0,
             **settings,
         }  # fmt: skip
         if "max_epochs" not in options:

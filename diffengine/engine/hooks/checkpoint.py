@@ -1,5 +1,6 @@
 """Writing checkpoints while training."""
 
+import math
 from typing import Any, final
 
 import torch
@@ -14,23 +15,29 @@ from diffengine.engine.state import collect
 from diffengine.errors import UserError, require
 from diffengine.text import format_bytes
 
+HIGHER_IS_BETTER = ("val/accuracy", "val/caption_gain")
+
 
 @final
 class CheckpointHook(Hook):
     """Saves every `every` epochs or steps (the unit that the config counts), at the end, and when asked to stop.
 
+    `best.pth` is the checkpoint with the best value of `best_by` so far, if the run validates.
+
     Args:
         every: None for the end only.
         keep: the newest to keep; None for all. The old one is deleted when the new one is complete.
+        best_by: a metric of the validation; None: no `best.pth`.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, every: int | None = 1, keep: int | None = 3) -> None:
+    def __init__(self, every: int | None = 1, keep: int | None = 3, best_by: str | None = "val/loss") -> None:
         for name, value in (("every", every), ("keep", keep)):
             require(value is None or value >= 1, f"checkpoint `{name}` got {value}; expected at least 1, or None")
-        self.every, self.keep = every, keep
+        self.every, self.keep, self.best_by = every, keep, best_by
         self._saved_at: int | None = None
+        self._best = math.inf
 
     def before_run(self, run: Run) -> None:
         """Refuse to start if the disk would fill up, before anything is generated."""
@@ -42,9 +49,26 @@ class CheckpointHook(Hook):
         written = clock.times_due(self.every)
         return written if self.keep is None else min(written, self.keep + 1)
 
+    def before_train(self, run: Run) -> None:
+        """Continue from the best value of the lines that a resumed run keeps."""
+        name = self.best_by or ""
+        lines = distributed.on_rank_0(lambda: run.metrics)
+        values = [self._sign * line[name] for line in lines if line["iter"] and line.get(name) is not None]
+        self._best = min(values, default=math.inf)
+
     def after_step(self, run: Run, step: Step) -> None:
         if run.clock.due(self.every) or run.clock.finished:
             self.on_interrupt(run)
+        validated_at, values = run.validation
+        if self.best_by is not None and self.best_by in values and validated_at == run.clock.done:
+            value = self._sign * values[self.best_by]
+            if value < self._best:
+                self._best, state = value, collect(run)
+                distributed.on_rank_0(lambda: checkpoint.write(run.work_dir / checkpoint.BEST, state))
+
+    @property
+    def _sign(self) -> int:
+        return -1 if self.best_by in HIGHER_IS_BETTER else 1
 
     def on_interrupt(self, run: Run) -> None:
         """Save this moment, unless it is saved."""

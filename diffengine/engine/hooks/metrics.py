@@ -86,12 +86,7 @@ class MetricsHook(Hook):
         due = not self._described_memory and clock.done != self._first  # once, when the optimizer has its state
         memory, described = self._memory(run) if due else ({}, "")
         self._described_memory |= due
-        line = {"iter": clock.done, "epoch": clock.epochs_done, **metrics, **memory}
-        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        run.visualizer.add_scalars(metrics, step=clock.done)
-        run.logger.info(self._console(run, metrics))
+        run.record(metrics, self._console(run, metrics), memory)
         if described:
             run.logger.info(described)
         if not math.isfinite(metrics["loss"]):

@@ -77,6 +77,7 @@ class AmusedModel(MaskedImageModel):
         require(not problems, "model: " + "; ".join(problems))
         self._checkpointed = gradient_checkpointing
         self.label_smoothing, self.mask_schedule = label_smoothing, mask_schedule
+        self.num_codes: int = self.components.transformer_config["codebook_size"]
         self.mask_id: int = self.components.scheduler.config.mask_token_id
         self._frozen: dict[str, Frozen] = {"vqvae": Frozen(self._load_vqvae)}
         for name in TRAINABLE:
@@ -213,8 +214,7 @@ class AmusedModel(MaskedImageModel):
 
     @property
     def chance_loss(self) -> tuple[str, float]:
-        codes = self.components.transformer_config["codebook_size"]
-        return f"ln {codes}", math.log(codes)
+        return f"ln {self.num_codes}", math.log(self.num_codes)
 
     @property
     def sources(self) -> dict[str, Path]:

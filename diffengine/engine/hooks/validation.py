@@ -1,0 +1,179 @@
+"""The loss on images that are not trained, which tells whether the model learns or memorizes."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import final
+
+from diffengine import distributed
+from diffengine.datasets import ImageDataset, Sample, Stream, UnreadableImage, as_dataset, generator
+from diffengine.datasets.split import FEWEST, MOST, digest_of
+from diffengine.datasets.stream import VALIDATION
+from diffengine.datasets.survey import spread
+from diffengine.datasets.transforms import apply
+from diffengine.engine.loop import Step
+from diffengine.engine.mmengine_seam import Hook
+from diffengine.engine.run import Run
+from diffengine.errors import require
+from diffengine.evaluation.heldout import TIMES, FixedImage, Losses, fixed_images, losses, unigram_loss
+from diffengine.models.base import MaskedImageModel
+from diffengine.registry import build
+
+FEWEST_TIMES, MOST_TIMES = 8, 40  # evaluations of a run that chooses its interval
+LARGEST_SHARE = 0.05  # of the run's time, unless that allows fewer than the fewest
+OVERFITTING = 0.02  # nats above the lowest held-out loss that are more than rounding
+LEARNS = 0.1  # nats below the loss before training
+NO_GAIN = 0.01  # nats: a caption gain below it is near 0
+UNIGRAM_IMAGES = 4096  # trained images whose tokens are counted
+
+
+@final
+class ValidationHook(Hook):
+    """Evaluates held-out images and as many trained ones: before the first step, at intervals, and at the end.
+
+    Writes `val/loss` (an estimate of the training loss, without dropout), `val/loss_t0` to `val/loss_t7` (by the share
+    of masked tokens, most first), `val/loss_uncaptioned`, `val/caption_gain` (how much captions lower the loss),
+    `val/accuracy` and `val/train_loss`. Without held-out images, only the last one. Everything is fixed: images, crops,
+    captions, masks. With an average (EMAHook), it is evaluated instead of the weights. Training is bit-identical
+    without validation, apart from what is held out.
+
+    Args:
+        share: of the data's images to hold out, from 8 to 64 of them; 0 for none. See `datasets.split.hold_out`.
+        data: other images to evaluate instead, as `data`, or a data set section.
+        every: in the unit that the config counts; 0: never. None: as often as 5 % of the run's time allows, from 8 to
+            40 times.
+        patience: stop after so many evaluations in a row without a lower `val/loss`; None: never.
+    """
+
+    priority = "NORMAL"  # after the metrics' line, before the checkpoint of the same step
+
+    def __init__(
+        self, share: float = 0.05, data: str | dict | None = None, every: int | None = None, patience: int | None = None
+    ) -> None:
+        require(0 <= share < 1, f"validation_share got {share}; expected a number from 0, below 1")
+        require(every is None or every >= 0, f"validation_every got {every}; expected a number of steps or epochs")
+        require(patience is None or patience >= 1, f"patience got {patience}; expected at least 1, or None")
+        self.data, self.every, self.patience = data, every, patience
+        if every != 0:
+            self.held_out_share = 0.0 if data is not None else share
+        self._held_out: list[FixedImage] = []
+        self._twin: list[FixedImage] = []
+        self._steps: set[int] = set()
+        self._evaluated_at: int | None = None
+        self._without_gain = 0
+
+    def before_train(self, run: Run) -> None:
+        model = run.trainable
+        if self.every == 0 or not isinstance(model, MaskedImageModel):
+            return
+        with run.not_training():
+            self._read(run, model)
+        if not self._twin:
+            return
+        self._choose_steps(run)
+        if run.clock.done == 0:
+            seconds = self._evaluate(run, model)
+            counts = f"{len(self._held_out)} held-out and {len(self._twin)} trained images"
+            run.logger.info(f"validation: {counts}, {len(self._steps)} times; one takes {seconds:.2g} s")
+
+    def after_step(self, run: Run, step: Step) -> None:
+        due = run.clock.due(self.every) if self.every else run.clock.done in self._steps
+        if self._twin and (due or run.clock.finished) and isinstance(run.trainable, MaskedImageModel):
+            self._evaluate(run, run.trainable)
+
+    def _read(self, run: Run, model: MaskedImageModel) -> None:
+        """Tokenize the images once; with the reference of their tokens' frequencies."""
+        stream, split = run.train_loop.stream, run.train_loop.stream.split
+        held_out = self._other_data(run) if self.data is not None else _samples(stream, split.held_out)
+        twin = _samples(stream, split.twin[: len(held_out) or FEWEST])
+        self._held_out = fixed_images(model, held_out, run.seed)
+        self._twin = fixed_images(model, twin, run.seed)
+        if stream.cached_sample is not None:
+            assert model.encoder is not None
+            model.encoder.to_host()
+            counted = [stream.trained[number] for number in spread(len(stream), UNIGRAM_IMAGES)]
+            trained = [stream.fixed_sample(index)["token_ids"] for index in counted]
+        else:
+            trained = [image.sample["token_ids"] for image in self._twin]
+        if self._held_out:
+            run.reference_losses["unigram entropy"] = unigram_loss(trained, self._held_out, model.num_codes)
+
+    def _other_data(self, run: Run) -> list[tuple[Sample, int]]:
+        """Images of `data` after the run's image transforms, each with the digest of its content."""
+        section = {**run.job.resolved["train_dataloader"]["dataset"]}
+        section = self.data if isinstance(self.data, dict) else {**section, "path": self.data}
+        dataset: ImageDataset = as_dataset(build(section))
+        transforms, samples = run.train_loop.stream.image_transforms, []
+        for index in spread(len(dataset), MOST):
+            digest = digest_of(dataset.content(index) or repr(index).encode())
+            rng = generator(run.seed, VALIDATION, digest, 1)
+            samples.append((apply(transforms, dataset[index], rng), digest))
+        return samples
+
+    def _choose_steps(self, run: Run) -> None:
+        """The steps of an interval that was not given: a function of the config, so a resumed run has the same."""
+        if self.every:
+            self._steps = {step for step in range(1, run.clock.max_iters + 1) if run.clock.due_at(self.every, step)}
+            return
+        forwards = len(TIMES) * (2 * len(self._held_out) + len(self._twin))
+        cost = forwards / (3 * run.clock.batch_size)  # in steps: a backward pass counts as two forward passes
+        count = min(MOST_TIMES, max(FEWEST_TIMES, int(LARGEST_SHARE * run.clock.max_iters / cost)))
+        self._steps = {round(number * run.clock.max_iters / count) for number in range(1, count + 1)} - {0}
+
+    def _evaluate(self, run: Run, model: MaskedImageModel) -> float:
+        """Evaluate, record, and compare with what came before; returns the seconds that it took."""
+        if self._evaluated_at == run.clock.done:
+            return 0.0
+        self._evaluated_at, started = run.clock.done, time.perf_counter()
+        size = run.train_loop.micro.size
+
+        def measure(images: Sequence[FixedImage], captions: bool = True) -> Losses:
+            autocast = run.optim_wrapper.autocast()
+            return losses(model, images, captions=captions, batch_size=size, autocast=autocast)
+
+        values: dict[str, float] = {}
+        with run.not_training(), run.averaged_weights():
+            if self._held_out:
+                captioned, uncaptioned = measure(self._held_out), measure(self._held_out, captions=False)
+                values = {
+                    "val/loss": captioned.mean, "val/loss_uncaptioned": uncaptioned.mean,
+                    "val/caption_gain": uncaptioned.mean - captioned.mean, "val/accuracy": captioned.accuracy,
+                }  # fmt: skip
+                values |= {f"val/loss_t{number}": loss for number, loss in enumerate(captioned.by_time)}
+            values["val/train_loss"] = measure(self._twin).mean
+        if run.train_loop.stream.cached_sample is not None and model.encoder is not None:
+            model.encoder.to_host()
+        shown = ("val/loss", "val/caption_gain", "val/accuracy", "val/train_loss")
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
+        run.validation = (run.clock.done, values)
+        run.record(values, f"step {run.clock.done}/{run.clock.max_iters}  {text}")
+        if self._held_out:
+            self._judge(run)
+        return time.perf_counter() - started
+
+    def _judge(self, run: Run) -> None:
+        """Warn of what the curves show, and stop if they have shown no gain for long."""
+        lines = [line for line in distributed.on_rank_0(lambda: run.metrics) if line.get("val/loss") is not None]
+        losses, last = [line["val/loss"] for line in lines], lines[-1]
+        best = lines[losses.index(min(losses))]
+        since = len(lines) - 1 - lines.index(best)
+        rises = losses[-1] > best["val/loss"] + OVERFITTING and last["val/train_loss"] < best["val/train_loss"]
+        if since >= 2 and rises:
+            run.warn(f"over-fitting since step {best['iter']}: the held-out loss rises, that of trained images falls")
+        learns, gain = losses[-1] < losses[0] - LEARNS, last["val/caption_gain"]
+        if run.clock.done >= run.clock.max_iters / 4 and learns and gain < NO_GAIN:
+            run.warn(
+                f"captions are ignored: the loss is only {gain:.3f} lower with them; check that they fit the images"
+            )
+        if self.patience is not None and since >= self.patience and not run.clock.finished:
+            run.logger.info(f"stopping: no lower val/loss in {since} validations, since step {best['iter']}")
+            run.clock.stop()
+
+
+def _samples(stream: Stream, indices: Sequence[int]) -> list[tuple[Sample, int]]:
+    """Images of the data after the image transforms, each with its digest; without those that cannot be read."""
+    samples = []
+    for index in indices:
+        with suppress(UnreadableImage):
+            samples.append((stream.fixed_sample(index), stream.split.digests[index]))
+    return samples

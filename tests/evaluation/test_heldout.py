@@ -1,0 +1,102 @@
+"""The held-out loss: an independent computation, any batch size, any number of ranks."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffengine.evaluation.heldout import TIMES, Losses, fixed_images, losses, unigram_loss
+from diffengine.models.amused import AmusedModel
+from diffengine.models.masking import num_masked
+from tests.engine import runs
+from tests.engine.runs import Toy
+
+CAPTIONS = ["a cat", "a dog on a sofa", "", "yoda", "a red bird"]
+
+
+@pytest.fixture(scope="module")
+def model(toy: Toy) -> AmusedModel:
+    return AmusedModel(str(toy.model)).train()
+
+
+def make_samples(count: int = 5) -> list:
+    rng = torch.Generator().manual_seed(0)
+    return [
+        ({"image": torch.rand(3, 32, 32, generator=rng), "micro_conds": torch.tensor([32.0, 32, 0, 0, 6]),
+          "text": [CAPTIONS[index], "another"]}, 10 + index)
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def measure(model: AmusedModel, count: int = 5, captions: bool = True, batch_size: int = 2) -> Losses:
+    images = fixed_images(model, make_samples(count), seed=3)
+    return losses(model, images, captions=captions, batch_size=batch_size, autocast=nullcontext())
+
+
+@torch.no_grad()
+def independent(model: AmusedModel, captions: bool) -> tuple[list[float], list[int]]:
+    """By the whole transformer, image by image."""
+    images, loss, tokens = fixed_images(model, make_samples(), seed=3), [0.0] * 8, [0] * 8
+    transformer = model.module("transformer").eval()
+    for number, time in enumerate(TIMES):
+        for image in images:
+            ids = image.sample["token_ids"].long().flatten()
+            chosen = torch.from_numpy(image.order_L[: num_masked(time, 64)])
+            masked = ids.index_fill(0, chosen, model.mask_id).view(1, 8, 8)
+            text = model.preprocessor.text_ids([image.sample["text"] if captions else ""])
+            hidden, pooled = model.encode_text(text)
+            logits = transformer(masked, hidden, pooled, image.sample["micro_conds"][None])[0].flatten(1).T
+            loss[number] += float(F.cross_entropy(logits[chosen], ids[chosen], reduction="sum"))
+            tokens[number] += len(chosen)
+    return loss, tokens
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_losses_equal_an_independent_computation(model: AmusedModel, captions: bool) -> None:
+    found = measure(model, captions=captions)
+    loss, tokens = independent(model, captions)
+    assert found.tokens.tolist() == tokens
+    np.testing.assert_allclose(found.loss.numpy(), loss, rtol=1e-5)
+    assert found.mean == pytest.approx(sum(loss) / sum(tokens), rel=1e-5)
+    assert found.by_time == pytest.approx([a / b for a, b in zip(loss, tokens)], rel=1e-5)
+    assert 0 <= found.accuracy <= 1
+
+
+def test_any_batch_size(model: AmusedModel) -> None:
+    expected = measure(model, batch_size=1)
+    for size in (2, 3, 5, 64):
+        found = measure(model, batch_size=size)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
+        assert torch.equal(found.tokens, expected.tokens)
+
+
+def _measure_on_rank(toy: Toy, expected: list[float]) -> None:
+    found = measure(AmusedModel(str(toy.model)))
+    np.testing.assert_allclose(found.loss.numpy(), expected, rtol=1e-5)
+
+
+def test_any_number_of_ranks(toy: Toy, model: AmusedModel) -> None:
+    runs.on_ranks(2, _measure_on_rank, toy, measure(model).loss.tolist())
+
+
+def test_masks_are_nested_and_follow_from_the_content(model: AmusedModel) -> None:
+    (first, *_), (again, *_) = (fixed_images(model, make_samples(), seed=3) for _ in range(2))
+    assert first.order_L.tolist() == again.order_L.tolist()
+    assert sorted(first.order_L) == list(range(64))
+    (other,) = fixed_images(model, [(make_samples()[0][0], 99)], seed=3)
+    assert first.order_L.tolist() != other.order_L.tolist()
+    assert first.sample["text"] == "a cat"
+    counts = [num_masked(time, 64) for time in TIMES]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_unigram_loss(model: AmusedModel) -> None:
+    images = fixed_images(model, make_samples(2), seed=3)
+    trained = [torch.tensor([[0, 0], [1, 5]])]
+    counts = np.ones(64)
+    for token in (0, 0, 1, 5):
+        counts[token] += 1
+    tokens = np.concatenate([image.sample["token_ids"].numpy().ravel() for image in images]).astype(int)
+    assert unigram_loss(trained, images, 64) == pytest.approx(-np.log(counts / counts.sum())[tokens].mean())
