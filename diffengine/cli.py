@@ -13,7 +13,7 @@ from diffengine import __version__
 from diffengine.errors import PeerError, UserError, disk_errors
 from diffengine.text import one_line
 
-COMMANDS = ("train", "check", "cache", "convert", "sample", "eval", "list-cfg", "copy-cfg")
+COMMANDS = ("train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
 
 
 class Parser(argparse.ArgumentParser):

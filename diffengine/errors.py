@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """Training went wrong numerically: weights or losses are no longer finite."""
+
+
 class PeerError(UserError):
     """A UserError of another rank, which reports it. This process exits with the same code and prints nothing."""
 

@@ -56,6 +56,13 @@ def save_image(image: Image.Image, path: Path) -> Image.Image:
     return image
 
 
+def save_webp(image: Image.Image, path: Path) -> None:
+    """Write an image as WebP: lossless if it is small, else at quality 90."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="WEBP", lossless=max(image.size) <= 128, quality=90)
+
+
 def stack(images: Sequence[Captioned]) -> Image.Image:
     """Images one above the other, each under its title."""
     font = ImageFont.load_default(size=16)

@@ -17,7 +17,7 @@ FILES = {file.relative_to(ROOT).as_posix(): file for file in sorted(ROOT.rglob("
 LAYERS = [
     {"__init__", "config", "distributed", "errors", "files", "grids", "registry", "signatures", "text"},
     {"datasets", "models"},
-    {"cache", "evaluation", "export"},
+    {"cache", "evaluation", "export", "report"},
     {"engine"},
     {"api"},
     {"commands"},

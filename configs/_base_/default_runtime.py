@@ -1,6 +1,6 @@
 """Shared by all configs: precision, clipping, what a run writes and when."""
 
-from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook, ValidationHook
+from diffengine.engine.hooks import CheckpointHook, ExportHook, MetricsHook, PreviewHook, ReportHook, ValidationHook
 
 prompts = 4  # captions to preview, or how many captions to take from the data
 preview_every = 1  # epochs or steps, as the run counts
@@ -27,4 +27,5 @@ default_hooks = dict(
     ),
     checkpoint=dict(type=CheckpointHook, every="${checkpoint_every}", keep="${keep_checkpoints}"),
     export=dict(type=ExportHook),
+    report=dict(type=ReportHook),  # the run's page, report.html
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffengine.models.frozen import Frozen
+from diffengine.models.frozen import frozen_in
 
 ENTRY = 300  # bytes in a checkpoint for a tensor, apart from its values: its name, shape and offset
 CONFIG = 2500  # and for the config
@@ -17,10 +17,8 @@ def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mappi
     """Bytes on the device by purpose, apart from activations; the optimizer has its state after its first step."""
     device = next(model.parameters()).device
     weights: list[Tensor] = [*model.parameters(), *model.buffers()]
-    for value in vars(model).values():
-        for item in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(item, Frozen):
-                weights += item.tensors_on(device)
+    for item in frozen_in(model):
+        weights += item.tensors_on(device)
     trained = nbytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     return {
         "trained": trained,

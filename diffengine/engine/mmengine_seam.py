@@ -72,6 +72,9 @@ class Hook(AnyHook):
     def on_interrupt(self, run: "Run") -> None:
         """A signal asked the run to stop; the step is finished."""
 
+    def on_error(self, run: "Run", error: BaseException) -> None:
+        """The run ends with an error or, after `on_interrupt`, with Interrupted; other ranks may not get here."""
+
     def before_save_checkpoint(self, run: "Run", checkpoint: dict) -> None:
         """Add tensors and plain values to a checkpoint."""
 

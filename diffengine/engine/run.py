@@ -137,6 +137,7 @@ class Run(Runner):
         self.compiled = compiled  # how the blocks run, and why
         self.average: dict[str, Tensor] = {}  # weights by name, if a hook keeps an average (EMAHook)
         self.checkpoints_kept = 0  # the most on disk at once, set by CheckpointHook
+        self.previewed_at: int | None = None  # the step of the newest preview, set by PreviewHook
         self.validation: tuple[int, dict[str, float]] = (0, {})  # the last one: its step, and its values by name
         chance = self.trainable.chance_loss
         self.reference_losses: dict[str, float] = {} if chance is None else dict([chance])
@@ -165,6 +166,9 @@ class Run(Runner):
             step = self.train_loop.run(self, steps, synchronize)
             self.call_hook("after_run")
             return step
+        except BaseException as error:
+            self.call_hook("on_error", error=error)
+            raise
         finally:
             self.visualizer.close()
             close_logger(self.logger)

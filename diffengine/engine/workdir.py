@@ -4,6 +4,7 @@ config.py          what was trained, flags included; `diffengine train` reads it
 log.txt            what the console showed, with the time
 metrics.jsonl      one line of numbers per log interval
 previews/          what the model generated, by steps; before_after.png at the end
+report.html        the run's page, from run.json (what it is doing), metrics.jsonl, previews/ and report/ (thumbnails)
 tensorboard/
 epoch_N.pth, iter_N.pth, best.pth
 transformer/, ...  the trained components in diffusers' format, at the end
@@ -20,7 +21,8 @@ from diffengine.engine import checkpoint
 from diffengine.errors import UserError, require
 from diffengine.files import locked, write_text
 
-OURS = (checkpoint.BEST, "metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard")
+OURS = (checkpoint.BEST, "metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard",
+        "run.json", "report.html", "report")  # fmt: skip
 MARK = "as it was trained. Train it again: diffengine train config.py --work-dir DIR"
 
 

@@ -72,6 +72,13 @@ def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
+def frozen_in(model: nn.Module) -> Iterator["Frozen"]:
+    """The frozen modules that a model holds, by themselves or in a dict."""
+    for value in vars(model).values():
+        items = value.values() if isinstance(value, dict) else [value]
+        yield from (item for item in items if isinstance(item, Frozen))
+
+
 @contextmanager
 def restored(frozen: Iterable[Frozen]) -> Iterator[None]:
     """Move frozen modules that are used inside back to their devices."""

@@ -5,7 +5,10 @@ from diffengine.engine.hooks.ema import EMAHook
 from diffengine.engine.hooks.export import ExportHook
 from diffengine.engine.hooks.metrics import MetricsHook
 from diffengine.engine.hooks.preview import PreviewHook
+from diffengine.engine.hooks.report import ReportHook
 from diffengine.engine.hooks.validation import ValidationHook
 from diffengine.engine.mmengine_seam import Hook
 
-__all__ = ["CheckpointHook", "EMAHook", "ExportHook", "Hook", "MetricsHook", "PreviewHook", "ValidationHook"]
+__all__ = [
+    "CheckpointHook", "EMAHook", "ExportHook", "Hook", "MetricsHook", "PreviewHook", "ReportHook", "ValidationHook",
+]  # fmt: skip

@@ -12,7 +12,7 @@ from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.engine.state import collect
-from diffengine.errors import UserError, require
+from diffengine.errors import Diverged, require
 from diffengine.text import format_bytes
 
 HIGHER_IS_BETTER = ("val/accuracy", "val/caption_gain")
@@ -83,7 +83,7 @@ class CheckpointHook(Hook):
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in weights.values()]).tolist()  # one read
         broken = [name for name, whole in zip(weights, finite) if not whole]
         if broken:
-            raise UserError(
+            raise Diverged(
                 f"training diverged: {len(broken)} weights are not finite at step {run.clock.done} (first {broken[0]}) "
                 f"and were not saved; lower the learning rate, and --resume from what is in '{run.work_dir}'"
             )

@@ -1,5 +1,7 @@
 """Images of what the model can do now."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -12,8 +14,10 @@ from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.errors import require
-from diffengine.grids import save_grid, stack
-from diffengine.models.base import PreviewRequest
+from diffengine.files import write_text
+from diffengine.grids import save_grid, save_webp, stack
+from diffengine.models.base import LabelledImage, MaskedImageModel, PreviewRequest
+from diffengine.models.frozen import evaluating, frozen_in, restored
 from diffengine.models.generation import NotFinite
 
 
@@ -22,7 +26,10 @@ class PreviewHook(Hook):
     """Generates previews before the first step, every `every` epochs or steps, and at the end.
 
     Writes `previews/NNNNNN.png` (the number of steps), shows it in the visualizer's backends, and ends with
-    `before_after.png`. Noise comes from separate generators, so training is bit-identical without previews.
+    `before_after.png`. Each image is also written singly, as `previews/NNNNNN/KK.webp`, with its prompt in
+    `previews/prompts.json`; for prompts from the data, `previews/original/KK.webp` is the image that has this caption,
+    and `previews/round_trip/KK.webp` what the VQ model makes of it, the best that can be generated. Noise comes from
+    separate generators, so training is bit-identical without previews.
 
     Args:
         prompts: captions to generate, none for no previews; or a number, to take that many distinct captions (with
@@ -71,7 +78,7 @@ class PreviewHook(Hook):
 
     def _show(self, run: Run) -> None:
         if self.prompts and self._shown_at != run.clock.done:
-            self._shown_at = run.clock.done
+            self._shown_at = run.previewed_at = run.clock.done
             with run.not_training():
                 distributed.on_rank_0(lambda: self._generate(run))
 
@@ -93,9 +100,30 @@ class PreviewHook(Hook):
         except NotFinite as error:  # CheckpointHook decides whether to go on
             run.logger.info(f"no preview at step {run.clock.done}: {error}")
             return
+        self._save_singly(run, images)
         grid = save_grid([(item.label, item.image) for item in images], path)
         run.visualizer.add_image("preview", np.asarray(grid), step=run.clock.done)
         run.logger.info(f"preview {path}")
+
+    def _save_singly(self, run: Run, images: Sequence[LabelledImage]) -> None:
+        """Write each image to a file of its own, and what they are to `prompts.json`."""
+        folder, count = run.work_dir / "previews", len(self.request.prompts)
+        for number, item in enumerate(images):
+            save_webp(item.image, folder / f"{run.clock.done:06}" / f"{number:02}.webp")
+        labels = [item.label for item in images]
+        from_data = isinstance(self.prompts, int)
+        known = {"prompts": labels[:count], "steps": labels[count:], "from_data": from_data}
+        write_text(folder / "prompts.json", json.dumps(known, ensure_ascii=False))
+        model, complete = run.trainable, len(self.request.images) == count
+        if from_data and complete and isinstance(model, MaskedImageModel) and not (folder / "round_trip").exists():
+            with restored(frozen_in(model)), evaluating(model):
+                sampler = model.sampler()
+                side = self.request.resolution or sampler.side
+                originals = [image.resize((side, side), Image.Resampling.LANCZOS) for image in self.request.images]
+                round_trips = list(sampler.reconstruct(originals))
+            for name, group in (("original", originals), ("round_trip", round_trips)):
+                for number, image in enumerate(group):
+                    save_webp(image, folder / name / f"{number:02}.webp")
 
 
 def _path(run: Run, step: int) -> Path:

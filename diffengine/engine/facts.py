@@ -1,0 +1,145 @@
+"""What a run's page says apart from its metrics: the data at a glance, and where the run takes place."""
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffengine import __version__, distributed
+from diffengine.datasets import ImageDataset, UnreadableImage, generator, spread
+from diffengine.datasets.stream import IMAGE, Stream
+from diffengine.datasets.transforms import apply
+from diffengine.engine.optim import resolve_precision
+from diffengine.grids import save_webp
+
+if TYPE_CHECKING:
+    from diffengine.engine.run import Run
+
+MOST_READ = 1000  # image headers and captions; of more, an evenly spaced sample
+THUMBNAILS = 24
+SIDE = 96  # of a thumbnail
+BARS = 12
+PACKAGES = ("torch", "diffusers", "transformers", "mmengine", "peft")
+
+
+def environment(run: "Run") -> dict[str, str]:
+    """Versions, the device and how the run uses it, by name."""
+    found = {"diffengine": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    device = run.job.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    wanted = run.job.resolved["optim_wrapper"].get("precision", "auto")
+    precision, why = resolve_precision(wanted, device)
+    return {
+        **found,
+        "device": f"{distributed.world_size()} x {name}",
+        "precision": f"{precision} ({why})",
+        "blocks": run.compiled,
+        "trained parameters": f"{run.trained_parameters:,}",
+    }
+
+
+def data_at_a_glance(run: "Run") -> dict[str, Any]:
+    """Counts, sizes, captions and thumbnails of the data; the thumbnails are written to `report/` in the work dir."""
+    stream, clock = run.train_loop.stream, run.clock
+    dataset = stream.dataset
+    crops = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
+    seen = clock.max_iters * clock.batch_size
+    return {
+        "images": len(dataset),
+        "samples": seen,
+        "epochs_per_image": seen / len(dataset),
+        **_sizes(dataset, crops[-1] if crops else None),
+        **_captions(run),
+        "thumbnails": _thumbnails(stream, run.work_dir),
+    }
+
+
+def _sizes(dataset: ImageDataset, crop: int | None) -> dict[str, Any]:
+    """How large the images are, what the square crop of `crop` pixels loses, and which cannot be read."""
+    sizes, unreadable = [], []
+    for index in _indices(len(dataset)):
+        try:
+            size = dataset.size(index)
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+            continue
+        if size is None:
+            return {}
+        sizes.append(size)
+    found: dict[str, Any] = {"unreadable": len(unreadable), "unreadable_files": unreadable[:50]}
+    if not sizes:
+        return found
+    counts = Counter(sizes)
+    if len(counts) <= BARS:
+        bars = [[f"{width}×{height}", count] for (width, height), count in counts.most_common()]
+        found["sizes"] = {"of": "width × height", "bars": bars}
+    else:
+        found["sizes"] = {"of": "short side in pixels", "bars": _histogram([min(size) for size in sizes])}
+    if crop is not None:
+        sides = np.sort(np.array(sizes), axis=1)
+        found["crop"] = crop
+        found["crop_lost"] = float(1 - (sides[:, 0] / sides[:, 1]).mean())
+        found["enlarged"] = float((sides[:, 0] < crop).mean())
+    return found
+
+
+def _captions(run: "Run") -> dict[str, Any]:
+    """How long captions are, in tokens, and how many the model does not read to their end."""
+    captions = [caption for each in run.train_loop.stream.dataset.all_captions() for caption in each]
+    chosen = [captions[index] for index in _indices(len(captions))]
+    lengths, most = run.trainable.caption_lengths(chosen)
+    if not most or not lengths:
+        return {}
+    cut = sum(length > most for length in lengths)
+    return {"captions": {"bars": _histogram(lengths), "longest": max(lengths), "read": most, "cut": cut,
+                         "counted": len(lengths), "of": len(captions)}}  # fmt: skip
+
+
+def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
+    """Images after the crop, spread over the data: what the model is shown."""
+    found: list[dict[str, str]] = []
+    for index in spread(len(stream.dataset), THUMBNAILS):
+        with suppress(UnreadableImage):
+            sample = stream.dataset[index]
+            if "image" not in sample:  # only their tokens are on this machine
+                return []
+            text = sample["text"]
+            cropped = apply(stream.image_transforms, sample, generator(stream.seed, IMAGE, index))["image"]
+            file = f"report/{len(found):02}.webp"
+            image = as_image(cropped)
+            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            save_webp(image, work_dir / file)
+            found.append({"file": file, "caption": text if isinstance(text, str) else text[0]})
+    return found
+
+
+def as_image(value: Any) -> Image.Image:
+    """A PIL image, or a tensor (3,H,W) of bytes or in [0,1], as an RGB image."""
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    pixels = value if value.dtype == torch.uint8 else (value.clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _indices(count: int) -> list[int]:
+    """At most `MOST_READ` of so many, evenly spaced."""
+    return np.linspace(0, count - 1, min(MOST_READ, count)).round().astype(int).tolist()
+
+
+def _histogram(values: Sequence[int]) -> list[list[Any]]:
+    """(range, count) of whole numbers in at most `BARS` ranges of equal width."""
+    low, high = min(values), max(values)
+    width = -(-(high - low + 1) // BARS)
+    counts = Counter((value - low) // width for value in values)
+    starts = [(low + bar * width, counts.get(bar, 0)) for bar in range((high - low) // width + 1)]
+    return [[str(at) if width == 1 else f"{at}–{at + width - 1}", count] for at, count in starts]
