@@ -141,9 +141,9 @@ function lossCurves() {
 }
 
 function heldOutCurves() {
-  const kinds_ = [["val/loss", "held-out", []], ["val/loss_uncaptioned", "held-out, no caption", [8, 5]],
+  const types = [["val/loss", "held-out", []], ["val/loss_uncaptioned", "held-out, no caption", [8, 5]],
     ["val/train_loss", "training images", [2, 4]]];
-  return RUNS.flatMap((run, at) => kinds_.map(([key, label, dash], index) =>
+  return RUNS.flatMap((run, at) => types.map(([key, label, dash], index) =>
     curve(MANY ? `${NAMES[at]}: ${label}` : label, run.val, key, MANY ? at % 8 : index, { dash, points: true })))
     .filter(Boolean);
 }
@@ -250,6 +250,9 @@ function axis(extra) {
     ticks: { stroke: css("--grid"), width: 1 }, ...extra };
 }
 
+const height = (spec) => spec.tall ? 320 : 200;
+const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((ten) => [ten, 2 * ten, 5 * ten]);
+
 function options(spec, width) {
   const log = settings.log && Boolean(spec.log), colors = [...Array(8).keys()].map((index) => css(`--c${index}`));
   const series = spec.curves.map((item) => ({
@@ -258,9 +261,9 @@ function options(spec, width) {
     value: (u, value) => number(value),
   }));
   return {
-    width, height: spec.tall ? 300 : 240, series: [{ label: "step", value: (u, value) => number(value, 9) }, ...series],
+    width, height: height(spec), series: [{ label: "step", value: (u, value) => number(value, 9) }, ...series],
     scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: range(spec, log) } },
-    axes: [axis({ values: (u, values) => values.map((value) => number(value, 9)) }),
+    axes: [axis({ incrs: WHOLE, space: 64, values: (u, values) => values.map((value) => number(value, 9)) }),
       axis({ size: 62, values: (u, values) => values.map((value) => value === null ? "" : number(value)) })],
     cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false }, focus: { prox: 24 } },
     legend: { live: true },
@@ -331,14 +334,15 @@ function tools() {
 
 function curves() {
   const specs = specifications();
-  const body = specs.length ? [tools(), el("div", { class: "grid" }, ...specs.map(chartCard))]
+  const body = specs.length ? [tools(), el("div", { class: "grid" }, ...specs.filter((spec) => spec.tall).map(chartCard)),
+    el("div", { class: "grid narrow" }, ...specs.filter((spec) => !spec.tall).map(chartCard))]
     : [el("p", { class: "soft", text: "No log line yet." })];
   return section("curves", "Curves", ...body);
 }
 
 // ---------------------------------------------------------------------------------------------------- previews
 
-function picture(source, text, size) {
+function shot(source, text, size) {
   return source ? el("img", { src: source, alt: text, class: "shot", onload: (event) => {
     if (event.target.naturalWidth <= 96) event.target.classList.add("fine");
   } }) : el("span", { class: "soft small", text: "missing" });
@@ -347,16 +351,16 @@ function picture(source, text, size) {
 function timeLapse(run, at) {
   const { steps: all, prompts, images, grid } = run.previews;
   const stepText = (index) => `step ${steps(all[index])}`;
-  const shots = prompts.map((prompt, index) => picture(images.at(-1)[index], `${prompt}, ${stepText(all.length - 1)}`));
+  const shots = prompts.map((prompt, index) => shot(images.at(-1)[index], `${prompt}, ${stepText(all.length - 1)}`));
   const shown = el("output", { text: stepText(all.length - 1), "data-step": all.at(-1) });
   const show = () => {
     const index = Number(slider.value);
     shown.textContent = stepText(index);
     shown.dataset.step = all[index];
     slider.setAttribute("aria-valuetext", stepText(index));
-    shots.forEach((shot, number) => {
-      shot.src = images[index][number] || "";
-      shot.alt = `${prompts[number]}, ${stepText(index)}`;
+    shots.forEach((image, row) => {
+      image.src = images[index][row] || "";
+      image.alt = `${prompts[row]}, ${stepText(index)}`;
     });
   };
   const slider = el("input", { type: "range", min: 0, max: all.length - 1, value: all.length - 1, step: 1, class: "time",
@@ -374,7 +378,7 @@ function timeLapse(run, at) {
     }, Math.max(120, Math.min(600, 6000 / all.length)));
   } });
   const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
-  const cards = shots.map((shot, index) => el("figure", {}, shot, grid ? null : el("figcaption", { text: prompts[index], dir: "auto" })));
+  const cards = shots.map((image, index) => el("figure", {}, image, grid ? null : el("figcaption", { text: prompts[index], dir: "auto" })));
   return el("div", {}, el("div", { class: "lapse" }, play, slider, shown),
     el("div", { class: grid ? "shots grids" : "shots", style: { "--shot": "132px" } }, ...cards));
 }
@@ -386,8 +390,8 @@ function everyStep(run) {
     ...sources.map(([name]) => el("th", { scope: "col", text: name })),
     ...all.map((step) => el("th", { scope: "col", text: steps(step) })));
   const rows = prompts.map((prompt, row) => el("tr", {}, el("th", { scope: "row", text: prompt, dir: "auto" }),
-    ...sources.map(([name, list]) => el("td", {}, picture(list[row], `${name}: ${prompt}`))),
-    ...all.map((step, column) => el("td", {}, picture(images[column][row], `${prompt}, step ${step}`)))));
+    ...sources.map(([name, list]) => el("td", {}, shot(list[row], `${name}: ${prompt}`))),
+    ...all.map((step, column) => el("td", {}, shot(images[column][row], `${prompt}, step ${step}`)))));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Every prompt at every step" },
     el("table", { class: "images", style: { "--cell": "92px" } }, el("thead", {}, top), el("tbody", {}, ...rows)));
 }
@@ -395,7 +399,7 @@ function everyStep(run) {
 function beforeAfter(run) {
   const { steps: all, prompts, images } = run.previews;
   const cards = prompts.map((prompt, index) => el("figure", {},
-    el("div", { class: "pair" }, picture(images[0][index], `${prompt}, before`), picture(images.at(-1)[index], `${prompt}, after`)),
+    el("div", { class: "pair" }, shot(images[0][index], `${prompt}, before`), shot(images.at(-1)[index], `${prompt}, after`)),
     el("figcaption", { text: prompt, dir: "auto" })));
   return el("div", { class: "shots", style: { "--shot": "200px" } }, ...cards);
 }
@@ -411,7 +415,7 @@ function previewSection(run, at) {
   }
   if (process && process.length) {
     more.push(el("details", {}, el("summary", { text: `How the first one is generated: ${process.length} steps` }),
-      el("div", { class: "thumbs" }, ...process.map((item) => el("figure", {}, picture(item.image, item.label), el("figcaption", { text: item.label }))))));
+      el("div", { class: "thumbs" }, ...process.map((item) => el("figure", {}, shot(item.image, item.label), el("figcaption", { text: item.label }))))));
   }
   return el("div", { class: "card stack" }, title, timeLapse(run, at), ...more);
 }
@@ -447,7 +451,7 @@ function dataCard(run, at) {
   const files = (data.unreadable_files || []).map((file) => el("li", { text: file }));
   const histograms = [data.sizes ? bars(`Sizes (${data.sizes.of})`, data.sizes.bars) : null,
     lengths ? bars("Tokens per caption", lengths.bars) : null].filter(Boolean);
-  const thumbs = data.thumbnails.map((item) => el("figure", {}, picture(item.image, item.caption), el("figcaption", { text: item.caption, title: item.caption, dir: "auto" })));
+  const thumbs = data.thumbnails.map((item) => el("figure", {}, shot(item.image, item.caption), el("figcaption", { text: item.caption, title: item.caption, dir: "auto" })));
   return el("div", { class: "card stack" }, MANY ? el("h3", { text: NAMES[at] }) : null,
     el("div", { class: "grid" }, facts, ...histograms),
     files.length ? el("details", {}, el("summary", { text: "Images that cannot be read" }), el("ul", { class: "mono", style: { "padding-left": "20px" } }, ...files)) : null,
@@ -527,7 +531,7 @@ function build() {
   charts.forEach(makePlot);
   new ResizeObserver(() => {
     for (const { plot, box, spec } of charts) {
-      if (box.clientWidth && plot.width !== box.clientWidth) plot.setSize({ width: box.clientWidth, height: spec.tall ? 300 : 240 });
+      if (box.clientWidth && plot.width !== box.clientWidth) plot.setSize({ width: box.clientWidth, height: height(spec) });
     }
   }).observe(page);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(makePlot));

@@ -1,0 +1,132 @@
+"""The page in a headless Chromium, at the width of a phone and of a desk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffengine.report import write_page
+from tests.report.conftest import NASTY, Make
+from tests.support.browser import Browser, browser, find
+
+pytestmark = pytest.mark.skipif(find() is None, reason="chromium is not installed: apt-get install chromium")
+LOSS = "document.querySelector('[data-chart=\"Loss\"]')"
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def file(make: Make, tmp_path: Path) -> Path:
+    return write_page([make(prompts=NASTY, facts={"name": NASTY[0]})], tmp_path / "report.html")
+
+
+def opened(page: Browser, file: Path, width: int, dark: bool = False) -> None:
+    """Open the page; no error, no request but for the file itself, and nothing wider than the window."""
+    page.errors.clear()
+    page.requests.clear()
+    page.open(file, width=width, dark=dark)
+    assert page.errors == []
+    assert [request for request in page.requests if not request.startswith("data:")] == [file.resolve().as_uri()]
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_opens(page: Browser, file: Path, width: int, dark: bool) -> None:
+    opened(page, file, width, dark)
+    assert page.run("document.querySelectorAll('.chart canvas').length") == 10
+    assert page.run("document.querySelector('[data-status]').textContent") == "done"
+    assert page.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_captions_are_text(page: Browser, file: Path, width: int) -> None:
+    opened(page, file, width)
+    captions = page.run("[...document.querySelectorAll('.lapse + .shots figcaption')].map((each) => each.textContent)")
+    assert captions == NASTY
+    assert page.run("document.querySelectorAll('main script').length") == 0
+
+
+def test_the_slider_moves(page: Browser, file: Path) -> None:
+    opened(page, file, 1400)
+    shown = "document.querySelector('.lapse output').textContent"
+    image = "document.querySelector('.lapse + .shots img').src"
+    newest = page.run(image)
+    assert page.run(shown) == "step 20"
+    page.run("document.querySelector('input.time').focus()")
+    page.press("ArrowLeft")
+    assert page.run(shown) == "step 10"
+    assert page.run(image) != newest
+    assert page.run("document.querySelector('input.time').getAttribute('aria-valuetext')") == "step 10"
+    page.press("Home")
+    assert page.run(shown) == "step 0"
+    page.press("End")
+    assert (page.run(shown), page.run(image)) == ("step 20", newest)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_hover_shows_a_value(page: Browser, file: Path, width: int) -> None:
+    opened(page, file, width)
+    page.run(f"{LOSS}.scrollIntoView({{behavior: 'instant', block: 'center'}})")
+    box = page.run(
+        f"(({{x, y, width, height}}) => [x, y, width, height])({LOSS}.querySelector('.u-over').getBoundingClientRect())"
+    )
+    values = f"[...{LOSS}.querySelectorAll('.u-value')].map((each) => each.textContent)"
+    assert not any(any(char.isdigit() for char in value) for value in page.run(values))
+    page.point_at(box[0] + box[2] / 2, box[1] + box[3] / 2)
+    step, *losses = page.run(values)
+    assert 100 <= float(step) <= 200
+    assert all(1 < float(value) < 6 for value in losses)
+
+
+def test_zoom_log_scale_and_smoothing(page: Browser, file: Path) -> None:
+    opened(page, file, 1400)
+    page.run("charts[0].plot.setScale('x', {min: 50, max: 100})")
+    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["50,100"] * 10
+    page.run("document.getElementById('log').click()")
+    assert page.run("charts[0].plot.scales.y.distr") == 3
+    assert page.run("charts[0].plot.scales.x.max") == 100
+    before = page.run("charts[0].plot.data[2][5]")
+    page.run("(s => { s.value = 0; s.dispatchEvent(new Event('input')); })(document.getElementById('smoothing'))")
+    assert page.run("charts[0].plot.data[2][5]") == page.run("charts[0].plot.data[1][5]") != before
+    assert page.errors == []
+
+
+def test_two_runs(page: Browser, make: Make, tmp_path: Path) -> None:
+    folders = [make("one"), make("other", settings={"batch_size": 8})]
+    opened(page, write_page(folders, tmp_path / "both.html"), 1400)
+    labels = f"[...{LOSS}.querySelectorAll('.u-label')].map((each) => each.textContent)"
+    assert len(page.run(labels)) == 5
+    assert "batch_size" in page.run("document.getElementById('differences').textContent")
+
+
+def test_every_control_has_a_name(page: Browser, file: Path) -> None:
+    opened(page, file, 1400)
+    controls = "[...document.querySelectorAll('input, button, img, [role=img]')]"
+    named = "each.textContent || each.alt || each.getAttribute('aria-label') || each.labels?.length"
+    unnamed = f"{controls}.filter((each) => !({named})).map((each) => each.outerHTML)"
+    assert page.run(unnamed) == []
+    assert page.run("document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast(page: Browser, file: Path, dark: bool) -> None:
+    """WCAG AA: 4.5 for text on each background that it stands on."""
+    opened(page, file, 1400, dark)
+    script = """(() => {
+      const light = (name) => { const c = css(name).slice(1).match(/../g).map((hex) => parseInt(hex, 16) / 255)
+        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
+      const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+        return (x + 0.05) / (y + 0.05); };
+      const texts = ['--ink', '--soft', '--accent', '--good', '--bad', '--warn'];
+      const low = texts.flatMap((text) => ['--paper', '--card'].map((paper) => [text, paper, ratio(text, paper)]));
+      low.push(['--ink', '--mark', ratio('--ink', '--mark')]);
+      low.push(['--ink', '--warn-paper', ratio('--ink', '--warn-paper')]);
+      return low.filter(([, , value]) => value < 4.5);
+    })()"""
+    assert page.run(script) == []

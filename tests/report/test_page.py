@@ -1,0 +1,233 @@
+"""The page and what it is made of: damaged files, escaping, size, several runs, old runs, and the command."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffengine import cli
+from diffengine.errors import UserError
+from diffengine.files import locked
+from diffengine.report import build_page, commands, read_run
+from diffengine.report.page import embed, spread_steps
+from tests.report.conftest import NASTY, Make
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0.1.0" / "work_dirs" / "tiny"
+MEGABYTE = 1_000_000
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """The data inside a page, found as a browser finds it."""
+
+    class Scripts(HTMLParser):
+        found = ""
+        inside = False
+
+        def handle_starttag(self, tag: str, attrs: list) -> None:
+            self.inside = tag == "script" and ("id", "data") in attrs
+
+        def handle_endtag(self, tag: str) -> None:
+            self.inside = False
+
+        def handle_data(self, data: str) -> None:
+            self.found += data if self.inside else ""
+
+    parser = Scripts()
+    parser.feed(page)
+    return json.loads(parser.found)
+
+
+def the_run(folder: Path) -> dict[str, Any]:
+    return data_of(build_page([read_run(folder)]))["runs"][0]
+
+
+def test_what_the_page_holds(make: Make) -> None:
+    run = the_run(make(settings={"batch_size": 5}))
+    assert (run["name"], run["status"], run["step"], run["max_iters"]) == ("amused_512_own", "done", 300, 300)
+    assert run["train"]["iter"] == list(range(10, 301, 10))
+    assert run["train"]["images_per_second"][0] == 60.1235  # six digits
+    assert not [key for key in run["train"] if key.startswith("val/")]
+    assert run["val"]["iter"] == [100, 200, 300]
+    assert len([key for key in run["val"] if key.startswith("val/loss_t")]) == 8
+    assert run["references"] == {"ln 256": 5.545}
+    assert run["warnings"] == [{"step": 20, "text": "captions are ignored"}]
+    assert run["previews"]["steps"] == [0, 10, 20]
+    assert run["previews"]["prompts"] == ["a cat", "a dog"]
+    assert all(image.startswith("data:image/webp;base64,") for row in run["previews"]["images"] for image in row)
+    changed = {row["key"]: row for row in run["config"] if row["changed"]}
+    assert changed["batch_size"]["value"] == "5"
+    assert changed["batch_size"]["shipped"] != "5"
+
+
+def test_a_line_that_is_cut_off_and_lines_that_are_none(make: Make) -> None:
+    folder = make(count=3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iter": 40, "loss": null}\n[1]\n{"loss": 2}\n\n{"iter": 50, "loss": "x"}\n{"iter": 60, "lo')
+    train = the_run(folder)["train"]
+    assert train["iter"] == [10, 20, 30, 40, 50]
+    assert train["loss"][-2:] == [None, None]
+    assert train["lr"][-1] is None
+
+
+@pytest.mark.parametrize("missing", ["run.json", "metrics.jsonl", "config.py", "previews", "iter_9.pth"])
+def test_any_file_may_be_missing(make: Make, missing: str) -> None:
+    folder = make()
+    path = folder / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = the_run(folder)
+    assert run["name"] == "amused_512_own"
+    expected = {
+        "run.json": {"resume", "convert"},
+        "iter_9.pth": set(),
+    }  # without run.json it nothing says that it is done
+    assert set(run["commands"]) == expected.get(missing, {"sample", "convert"})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3'])
+def test_damaged_json(make: Make, text: str) -> None:
+    folder = make()
+    (folder / "run.json").write_text(text)
+    (folder / "previews" / "prompts.json").write_text(text)
+    (folder / "config.py").write_text("batch_size = open('x')\n")
+    assert the_run(folder)["config"] == []
+
+
+def test_nothing_in_a_work_dir_is_executed(make: Make, tmp_path: Path) -> None:
+    folder = make()
+    (folder / "config.py").write_text(f"x = 1\n__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()\n")
+    assert [row["key"] for row in the_run(folder)["config"]] == ["x"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_thumbnails_of_the_report_folder_are_read(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "secret.webp").write_bytes(b"secret")
+    thumbnails = [
+        {"file": "../../secret.webp", "caption": "x"},
+        {"file": str(tmp_path / "secret.webp"), "caption": "y"},
+    ]
+    assert the_run(make(facts={"data": {"images": 2, "thumbnails": thumbnails}}))["data"]["thumbnails"] == []
+
+
+def test_captions_stay_text(make: Make) -> None:
+    page = build_page([read_run(make(prompts=NASTY, facts={"name": NASTY[0]}))])
+    assert data_of(page)["runs"][0]["previews"]["prompts"] == NASTY
+    assert page.count("<script") == 3
+    assert page.count("</script>") == 3
+    assert "<title>a &lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert json.loads(embed(["</script><!--\u2028&", "\ud800"])) == ["</script><!--\u2028&", "?"]
+    script = (Path(sys.modules["diffengine.report.page"].__file__).parent / "static" / "page.js").read_text()  # type: ignore[arg-type]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
+
+
+def test_the_page_names_no_address() -> None:
+    """The browser test counts requests; this one needs no browser."""
+    page = build_page([read_run(FIXTURE)])
+    assert "default-src 'none'" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_at_most_three_megabytes(make: Make) -> None:
+    folder = make(count=1000, steps=20, prompts=[f"prompt {number}" for number in range(8)], side=512)
+    page = build_page([read_run(folder)])
+    assert len(page.encode()) < 3 * MEGABYTE
+    run = data_of(page)["runs"][0]
+    assert len(run["previews"]["steps"]) == 20
+    assert all(all(row) for row in run["previews"]["images"])
+    assert len(run["train"]["loss"]) == 1000
+
+
+def test_a_long_run_is_thinned(make: Make) -> None:
+    run = the_run(make(count=10_000, steps=300))
+    assert len(run["train"]["loss"]) <= 3000
+    assert len(run["train"]["iter"]) == len(run["train"]["loss"])
+    assert 200 <= len(run["previews"]["steps"]) <= 240
+    assert run["previews"]["steps"][-1] == 2990
+    assert spread_steps(list(range(10)), 3) == [0, 4, 9]
+
+
+def test_two_runs_side_by_side(make: Make) -> None:
+    one, other = make("one"), make("other", settings={"batch_size": 8, "extra": "x"})
+    data = data_of(build_page([read_run(one), read_run(other)]))
+    assert [Path(run["folder"]).name for run in data["runs"]] == ["one", "other"]
+    assert data["differences"] == [
+        {"key": "batch_size", "values": ["4", "8"]}, {"key": "extra", "values": ["not set", "'x'"]},
+    ]  # fmt: skip
+
+
+def test_a_run_of_version_0_1_0(tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURE, tmp_path / "tiny")
+    run = the_run(folder)
+    assert (run["name"], run["status"], run["step"], run["max_iters"]) == ("tiny", "done", 4, 4)
+    assert run["train"]["iter"] == [1, 2, 4]
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").stat().st_size < MEGABYTE
+
+
+def test_a_run_whose_process_died_is_not_running(make: Make) -> None:
+    folder = make(facts={"status": "running", "max_iters": 600})
+    run = the_run(folder)
+    assert (run["status"], run["seconds_left"]) == ("stopped", None)
+    assert set(run["commands"]) == {"resume", "sample", "convert"}
+    with locked(folder):
+        run = the_run(folder)
+        assert (run["status"], run["seconds_left"]) == ("running", pytest.approx(300))
+
+
+def test_commands_can_be_pasted() -> None:
+    found = commands(Path("my runs/a"), True, "it's a <cat>", 8)
+    assert found == {
+        "resume": "NPROC_PER_NODE=8 diffengine train 'my runs/a/config.py' --work-dir 'my runs/a' --resume",
+        "sample": "diffengine sample 'my runs/a' 'it'\"'\"'s a <cat>'",
+        "convert": "diffengine convert 'my runs/a' --pipeline",
+    }
+    assert commands(Path("vq"), False, "")["convert"] == "diffengine convert vq"
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["absent"], "work dir 'absent' does not exist"),
+        (["file.txt"], "'file.txt' is not a folder"),
+        (["empty"], "'empty' holds no run: it has neither run.json nor metrics.jsonl nor config.py"),
+        (["run", "run/"], "got the same work dir twice"),
+        (["run", "-o", "page.pdf"], "--output got 'page.pdf'; expected a file name that ends in .html"),
+        (["run", "-o", "absent/page.html"], "cannot write 'absent/page.html': No such file or directory"),
+    ],
+)
+def test_mistakes(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    argv: list[str],
+    text: str,
+) -> None:
+    make()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert text in error
+
+
+def test_the_command_loads_neither_torch_nor_diffusers(make: Make) -> None:
+    program = (
+        "import sys, diffengine.cli as cli\n"
+        f"assert cli.main(['report', {str(make())!r}]) == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'mmengine', 'datasets', 'numpy'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_read_run_wants_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
