@@ -1,4 +1,4 @@
-"""What a run's page says apart from its metrics: the data at a glance, and where the run takes place."""
+"""What a run's page says apart from its metrics: the data at a glance, and what the run runs on."""
 
 import platform
 from collections import Counter

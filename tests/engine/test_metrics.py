@@ -251,7 +251,7 @@ def test_a_diverged_run_is_reported_and_saves_nothing(toy: Toy, tmp_path: Path, 
     settings = {"learning_rate": 1e30, "clip_grad": None, "prompts": ["a cat"], "preview_every": 1}
     assert train(toy.config("nan", max_iters=3, **settings), tmp_path) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert [file.name for file in (tmp_path / "previews").iterdir()] == ["000000.png"]
+    assert [file.name for file in (tmp_path / "previews").glob("*.png")] == ["000000.png"]
     log = (tmp_path / "log.txt").read_text()
     for step in (1, 2, 3):
         assert f"no preview at step {step}: the model's outputs are not finite, so it generates nothing;" in log

@@ -25,10 +25,13 @@ def test_the_layout_and_a_run_from_the_saved_config(toy: Toy, tmp_path: Path) ->
     path = toy.config("layout", max_iters=2, prompts=1)
     assert train(path, first, "--cfg-options", "batch_size=5") == 0
     assert _names(first) == [
-        "before_after.png", "config.py", "iter_2.pth", "log.txt", "metrics.jsonl", "previews", "tensorboard",
-        "transformer",
+        "before_after.png", "config.py", "iter_2.pth", "log.txt", "metrics.jsonl", "previews", "report", "report.html",
+        "run.json", "tensorboard", "transformer",
     ]  # fmt: skip
-    assert _names(first / "previews") == ["000000.png", "000002.png"]
+    assert _names(first / "previews") == [
+        "000000", "000000.png", "000002", "000002.png", "original", "prompts.json", "round_trip",
+    ]  # fmt: skip
+    assert _names(first / "previews" / "000002") == _names(first / "previews" / "round_trip") == ["00.webp"]
     assert _names(first / "transformer") == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert (first / "config.py").read_text().startswith("# layout, as it was trained.")
     assert train(str(first / "config.py"), second) == 0
@@ -53,8 +56,8 @@ def test_a_run_is_overwritten_only_with_the_flag(toy: Toy, tmp_path: Path, capsy
     (tmp_path / "transformer" / "left.txt").write_text("of the old run's export")
     assert train(path, tmp_path, "--overwrite", "--cfg-options", "prompts=[]", "max_iters=2") == 0
     assert _names(tmp_path) == [
-        "config.py", "epoch.pth", "images", "iter_2.pth", "log.txt", "metrics.jsonl", "notes.txt",
-        "tensorboard", "transformer", "vae.pth",
+        "config.py", "epoch.pth", "images", "iter_2.pth", "log.txt", "metrics.jsonl", "notes.txt", "report",
+        "report.html", "run.json", "tensorboard", "transformer", "vae.pth",
     ]  # fmt: skip
     assert not (tmp_path / "transformer" / "left.txt").exists()
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2]

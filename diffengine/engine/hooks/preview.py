@@ -106,7 +106,7 @@ class PreviewHook(Hook):
         run.logger.info(f"preview {path}")
 
     def _save_singly(self, run: Run, images: Sequence[LabelledImage]) -> None:
-        """Write each image to a file of its own, and what they are to `prompts.json`."""
+        """Write each image to its own file, and what they are to `prompts.json`."""
         folder, count = run.work_dir / "previews", len(self.request.prompts)
         for number, item in enumerate(images):
             save_webp(item.image, folder / f"{run.clock.done:06}" / f"{number:02}.webp")
