@@ -95,6 +95,13 @@ def test_one_file_imports_mmengine(name: str) -> None:
     assert imported_from(name, "mmengine") == set()
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("report/")])
+def test_the_page_reads_files_only(name: str) -> None:
+    own = {package_of(each) for each in imported_from(name, "diffengine")} - {"report"}
+    assert own <= LAYERS[0] | {"__version__"}
+    assert imported_from(name, "torch", "diffusers", "numpy") == set()
+
+
 def test_masking_imports_only_torch_and_numpy() -> None:
     packages = {each.partition(".")[0] for each in imported("models/masking.py")} - sys.stdlib_module_names
     assert packages == {"torch", "numpy", "diffengine"}

@@ -130,7 +130,7 @@ class RunFiles:
         base = leaves({**PLAIN, **config.read(self.name)})
         rows = []
         for key, value in own.items():
-            row: dict[str, Any] = {"key": key, "value": value, "changed": base.get(key) != value}
+            row: dict[str, Any] = {"key": key, "value": value, "changed": base.get(key) != value and key != "work_dir"}
             if row["changed"]:
                 row["shipped"] = base.get(key, "not set")
             rows.append(row)

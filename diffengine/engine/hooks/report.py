@@ -52,6 +52,7 @@ class ReportHook(Hook):
 
     def after_train(self, run: Run) -> None:
         self._write(run, "done")
+        run.logger.info(f"the run's page: {run.job.work_dir / 'report.html'}")
 
     def on_error(self, run: Run, error: BaseException) -> None:
         if not self._facts:  # it ended before the first step

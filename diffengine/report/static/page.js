@@ -25,7 +25,7 @@ function el(tag, attributes = {}, ...children) {
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-4 || size >= 1e7)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 6 });
 }
 
@@ -42,6 +42,10 @@ const bytes = (size) => size >= 1e9 ? `${number(size / 1e9, 3)} GB` : `${number(
 const steps = (count) => count.toLocaleString("en-US");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const last = (values) => [...(values || [])].reverse().find((value) => value !== null && value !== undefined);
+const mean = (values) => {
+  const known = (values || []).filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+};
 
 function names() {
   const plain = RUNS.map((run) => run.name);
@@ -150,7 +154,7 @@ function heldOutCurves() {
 
 function levelCurves() {
   return RUNS.flatMap((run, at) => [...Array(8).keys()].map((level) =>
-    curve(`${MANY ? `${NAMES[at]}: ` : ""}${number((level + 0.5) / 8, 3)}`, run.val, `val/loss_t${level}`,
+    curve(`${MANY ? `${NAMES[at]}: ` : ""}t ${((level + 0.5) / 8).toFixed(2)}`, run.val, `val/loss_t${level}`,
       MANY ? at % 8 : level, { width: 1.5, points: true, dash: MANY ? [1 + level, 3] : [] }))).filter(Boolean);
 }
 
@@ -186,9 +190,9 @@ function specifications() {
   return [
     { title: "Loss", curves: lossCurves(), lines: references(), notes: lossNotes(), log: true, tall: true },
     { title: "Held-out loss", curves: heldOutCurves(), lines: references(), notes: heldOutNotes(), log: true, tall: true },
-    { title: "Caption gain", about: "held-out loss without minus with caption; near 0, captions are ignored",
+    { title: "Caption gain", about: "held-out loss without − with caption",
       curves: perRun("val/caption_gain", "val", "gain", { points: true }), lines: [{ name: "captions ignored", value: 0 }] },
-    { title: "Held-out loss by share of masked tokens", curves: levelCurves(), log: true },
+    { title: "Held-out loss by t", about: "t sets how many tokens are masked, by the schedule", curves: levelCurves(), log: true },
     { title: "Token accuracy", curves: both },
     { title: "Learning rate", curves: perRun("lr", "train", "learning rate") },
     { title: "Gradient norm", about: "before clipping", curves: perRun("grad_norm", "train", "norm"), log: true },
@@ -217,8 +221,8 @@ function range(spec, log) {
       if (near && (line.value > 0 || !log)) { low = Math.min(low, line.value); high = Math.max(high, line.value); }
     }
     if (log) return [low > 0 ? low * 0.9 : 1e-9, Math.max(high, 1e-9) * 1.1];
-    const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-    return [low >= 0 && low < high * 0.5 ? 0 : low - margin, high + margin];
+    const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1, room = (spec.lines || []).length ? margin : 0;
+    return [low >= 0 && !spec.log && low < high * 0.7 ? 0 : low - margin, high + margin + room];
   };
 }
 
@@ -227,9 +231,11 @@ function drawLines(spec, log) {
     const context = u.ctx, { left, top, width, height } = u.bbox, ratio = devicePixelRatio;
     context.save();
     context.font = `${11.5 * ratio}px system-ui, sans-serif`;
-    for (const line of spec.lines || []) {
-      const y = u.valToPos(line.value, "y", true);
-      if (!isFinite(y) || y < top - 1 || y > top + height + 1) continue;
+    let above = Infinity, onLeft = true;  // a label close to the one above it goes to the other side
+    const placed = (spec.lines || []).map((line) => ({ ...line, y: u.valToPos(line.value, "y", true) }))
+      .filter(({ y }) => isFinite(y) && y >= top - 1 && y <= top + height + 1).sort((a, b) => a.y - b.y);
+    for (const line of placed) {
+      const y = line.y;
       context.strokeStyle = context.fillStyle = css("--soft");
       context.setLineDash([5 * ratio, 4 * ratio]);
       context.lineWidth = ratio;
@@ -237,9 +243,12 @@ function drawLines(spec, log) {
       context.moveTo(left, y);
       context.lineTo(left + width, y);
       context.stroke();
-      const text = `${line.name}${line.value ? ` (${number(line.value)})` : ""}`;
-      const wide = context.measureText(text).width, above = y - top > 18 * ratio;
-      context.fillText(text, left + width - wide - 6 * ratio, above ? y - 5 * ratio : y + 14 * ratio);
+      onLeft = Math.abs(y - above) < 34 * ratio ? !onLeft : false;
+      above = y;
+      context.textAlign = onLeft ? "left" : "right";
+      context.textBaseline = y - top > 18 * ratio ? "bottom" : "top";
+      const at = onLeft ? left + 6 * ratio : left + width - 6 * ratio, gap = context.textBaseline === "top" ? 4 : -3;
+      context.fillText(`${line.name}${line.value ? ` (${number(line.value)})` : ""}`, at, y + gap * ratio);
     }
     context.restore();
   };
@@ -256,7 +265,7 @@ const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((ten) => [ten, 2 * t
 function options(spec, width) {
   const log = settings.log && Boolean(spec.log), colors = [...Array(8).keys()].map((index) => css(`--c${index}`));
   const series = spec.curves.map((item) => ({
-    label: item.label, stroke: colors[item.color] + (item.faint ? "66" : ""), width: item.width, dash: item.dash,
+    label: item.label, stroke: colors[item.color] + (item.faint ? "80" : ""), width: item.width, dash: item.dash,
     spanGaps: true, points: { show: Boolean(item.points) && item.x.length < 60, size: 5, fill: colors[item.color] },
     value: (u, value) => number(value),
   }));
@@ -453,7 +462,7 @@ function dataCard(run, at) {
     lengths ? bars("Tokens per caption", lengths.bars) : null].filter(Boolean);
   const thumbs = data.thumbnails.map((item) => el("figure", {}, shot(item.image, item.caption), el("figcaption", { text: item.caption, title: item.caption, dir: "auto" })));
   return el("div", { class: "card stack" }, MANY ? el("h3", { text: NAMES[at] }) : null,
-    el("div", { class: "grid" }, facts, ...histograms),
+    el("div", { class: "grid narrow", style: { "margin-top": "0" } }, facts, ...histograms),
     files.length ? el("details", {}, el("summary", { text: "Images that cannot be read" }), el("ul", { class: "mono", style: { "padding-left": "20px" } }, ...files)) : null,
     thumbs.length ? el("h3", { text: "As the model sees them, after the crop" }) : null,
     thumbs.length ? el("div", { class: "thumbs" }, ...thumbs) : null);
@@ -481,13 +490,13 @@ function configCard(run, at) {
 }
 
 function timeRows(run) {
-  const train = run.train, pace = last(train.seconds_per_step), wait = last(train.data_wait);
+  const train = run.train, pace = mean(train.seconds_per_step), wait = mean(train.data_wait);
   return [
     run.seconds ? ["time, previews included", duration(run.seconds)] : null,
     pace ? ["seconds per step", number(pace, 3)] : null,
     run.seconds && pace ? ["share of the time in steps", share(Math.min(1, (pace * run.step) / run.seconds))] : null,
-    wait !== undefined ? ["waiting for data", share(wait)] : null,
-    train.images_per_second ? ["images per second", number(last(train.images_per_second), 3)] : null,
+    wait !== null ? ["waiting for data", share(wait)] : null,
+    train.images_per_second ? ["images per second", number(mean(train.images_per_second), 3)] : null,
     ...Object.entries(run.memory).filter(([, size]) => size).map(([name, size]) =>
       [{ trained: "trained weights", frozen: "frozen weights", optimizer: "optimizer state", average: "average of the weights",
         peak: "most memory taken", checkpoint: "one checkpoint on disk" }[name] || name, bytes(size)]),
