@@ -80,8 +80,10 @@ class RunFiles:
 
     @property
     def preview_steps(self) -> list[int]:
-        """The steps that have previews, rising."""
-        return sorted(int(path.stem) for path in self._previews("*.png") if path.stem.isdecimal())
+        """The steps that have previews, rising; a resumed run has yet to replace later ones."""
+        found = sorted(int(path.stem) for path in self._previews("*.png") if path.stem.isdecimal())
+        newest = self.step or math.inf  # 0: no file says how far the run is
+        return [step for step in found if step <= newest]
 
     def preview_files(self, step: int) -> list[Path]:
         """The single images of a step; [] for a run that wrote only grids."""
@@ -210,7 +212,7 @@ def differences(runs: list[RunFiles]) -> list[dict[str, Any]]:
     each = [leaves(run.config) for run in runs]
     keys = dict.fromkeys(key for one in each for key in one)
     rows = [{"key": key, "values": [one.get(key, "not set") for one in each]} for key in keys]
-    return [row for row in rows if len(set(row["values"])) > 1]
+    return [row for row in rows if len(set(row["values"])) > 1 and row["key"] != "work_dir"]
 
 
 def _in_use(folder: Path) -> bool:

@@ -96,11 +96,14 @@ def test_zoom_log_scale_and_smoothing(page: Browser, file: Path) -> None:
     assert page.errors == []
 
 
-def test_two_runs(page: Browser, make: Make, tmp_path: Path) -> None:
+def test_three_runs(page: Browser, make: Make, tmp_path: Path) -> None:
     folders = [make("one"), make("other", settings={"batch_size": 8})]
-    opened(page, write_page(folders, tmp_path / "both.html"), 1400)
+    folders += [make("a-name-without-any-space-" + "x" * 60, facts={"status": "diverged"})]
+    file = write_page(folders, tmp_path / "both.html")
+    opened(page, file, 390)
+    opened(page, file, 1400)
     labels = f"[...{LOSS}.querySelectorAll('.u-label')].map((each) => each.textContent)"
-    assert len(page.run(labels)) == 5
+    assert len(page.run(labels)) == 7
     assert "batch_size" in page.run("document.getElementById('differences').textContent")
 
 

@@ -47,9 +47,10 @@ const mean = (values) => {
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 };
 
+// The shortest of config name, folder name and path that tells the runs apart.
 function names() {
-  const plain = RUNS.map((run) => run.name);
-  return RUNS.map((run, at) => plain.indexOf(run.name) === plain.lastIndexOf(run.name) ? run.name : run.folder);
+  const choices = [RUNS.map((run) => run.name), RUNS.map((run) => run.folder.split("/").at(-1))];
+  return choices.find((list) => new Set(list).size === RUNS.length) || RUNS.map((run) => run.folder);
 }
 const NAMES = names();
 
@@ -61,7 +62,8 @@ function head(run, at) {
   fact("step", total ? `${steps(run.step)} of ${steps(total)}` : steps(run.step));
   if (run.status === "running") fact("time left", duration(run.seconds_left));
   if (run.seconds) fact("time trained", duration(run.seconds));
-  fact("loss", number(last(run.train.loss)));
+  const loss = (run.train.loss || []).at(-1);
+  if (run.train.loss) fact("loss", loss === null ? "not a number" : number(loss));
   const held = last(run.val["val/loss"]);
   if (held !== undefined) fact("held-out loss", number(held));
   const title = el(MANY ? "h2" : "h1", { text: NAMES[at] });
