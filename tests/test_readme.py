@@ -122,7 +122,7 @@ def test_from_python(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     space: dict[str, Any] = {}
     exec(program.replace('snow")', 'snow", num_inference_steps=1)'), space)
     run = space["run"]
-    assert [line["iter"] for line in run.metrics] == [1]
+    assert [line["iter"] for line in run.metrics] == [0, 1, 1]  # validated before and after the step
     assert run.work_dir == tmp_path / "work_dirs/amused_512_own_lora"
     assert run.checkpoints == [run.work_dir / "iter_1.pth"]
     assert run.config["batch_size"] == 4

@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     resume = "continue from the run's newest checkpoint, or CKPT"
     start.add_argument("--resume", nargs="?", const="newest", metavar="CKPT", help=resume)
-    parser.add_argument("--init-from", metavar="CKPT", help="a new run, with settings of its own, from old weights")
+    parser.add_argument("--init-from", metavar="CKPT", help="start a new run from the weights of a checkpoint")
     start.add_argument("--overwrite", action="store_true", help="delete the run that the work dir holds")
 
 
@@ -21,6 +21,9 @@ def run(options: argparse.Namespace) -> int:
     from diffengine.engine import run as runs
 
     weights = Path(options.init_from) if options.init_from else None
-    require(not (weights and options.resume), "got --init-from and --resume: a resumed run has weights of its own")
+    require(
+        not (weights and options.resume),
+        "got --init-from and --resume, which continues with the run's weights; leave one out",
+    )
     work = lambda job: runs.train(replace(job, init_from=weights), options.resume, options.overwrite)  # noqa: E731
     return launch.run_job(options, work)

@@ -30,7 +30,7 @@ class Split:
 def hold_out(dataset: ImageDataset, share: float) -> Split:
     """Hold out a share of a data set's images, from 8 to 64: those with the smallest digests of their content.
 
-    So duplicates fall on one side, and images that are added later leave most of the split as it is. Nothing is held
+    So duplicates fall on one side, and images that are added later leave most of the split unchanged. Nothing is held
     out of fewer than 32 images, or if their content is not known.
 
     Args:

@@ -26,6 +26,8 @@ from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameter
 from diffengine.errors import UserError, require
 from diffengine.models.base import MaskedImageModel
 
+MANY_EPOCHS, FEW_IMAGES = 200, 8  # fewer images, such as one of a style, are meant to be memorized
+
 
 def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run":
     """Train a config: claim its work dir, build it, train it.
@@ -141,7 +143,7 @@ class Run(Runner):
         self.validation: tuple[int, dict[str, float]] = (0, {})  # the last one: its step, and its values by name
         chance = self.trainable.chance_loss
         self.reference_losses: dict[str, float] = {} if chance is None else dict([chance])
-        self.warnings: list[dict[str, Any]] = []  # {"step", "text"}
+        self.warnings: list[dict[str, Any]] = []  # {"step", "text"}, see `warn`
         self._peak = 0
         super().__init__(job, self.trainable, hooks, backends)
         self._train_loop, self.optim_wrapper, self.param_scheduler = loop, optim, schedule
@@ -190,7 +192,20 @@ class Run(Runner):
             for line in [*lines, survey_captions(captions, self.trainable.caption_lengths)]:
                 if line:
                     info(line)
+            self._warn_of_settings(sizes[-1] if sizes else None)
         info(f"blocks run {self.compiled}")
+
+    def _warn_of_settings(self, side: int | None) -> None:
+        """Warn of what the settings alone show; `side` is that of the images in pixels."""
+        clock, model = self.clock, self.trainable
+        warmup = self.job.resolved.get("param_scheduler", {}).get("warmup_iters", 0)
+        if warmup >= clock.max_iters:
+            self.warn(f"the run ends inside its warm-up: {clock.max_iters} steps of {warmup}; lower warmup_iters")
+        epochs = clock.max_iters * clock.batch_size // clock.num_samples
+        if epochs > MANY_EPOCHS and clock.num_samples > FEW_IMAGES:
+            self.warn(f"{epochs} epochs over {clock.num_samples} images: they will be memorized; train fewer steps")
+        if isinstance(model, MaskedImageModel) and side is not None and side != model.side:
+            self.warn(f"the resolution is not the model's: {side} px, and it was made for {model.side} px")
 
     @property
     def trained_parameters(self) -> int:

@@ -159,10 +159,12 @@ class MaskedImageModel(TrainableModel):
         pipeline_class: the diffusers pipeline that opens an export.
         mask_schedule: the share of tokens that are masked by t, see `masking.num_masked`.
         num_codes: codes that a token can have.
+        side: of the images that it was made for, in pixels.
     """
 
     mask_schedule: Schedule
     num_codes: int
+    side: int
 
     guidance_scale: float | None = None
     pipeline_class = "AmusedPipeline"

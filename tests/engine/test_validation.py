@@ -162,3 +162,36 @@ def test_warnings(toy: Toy, data: Path, tmp_path: Path) -> None:
 def test_mistakes(options: dict, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         ValidationHook(**options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        (
+            {"lr_schedule": "constant_with_warmup", "warmup_iters": 2, "max_iters": 2},
+            "the run ends inside its warm-up: 2 steps of 2; lower warmup_iters",
+        ),
+        ({"max_iters": 600}, "240 epochs over 10 images: they will be memorized; train fewer steps"),
+        ({"resolution": 64}, "the resolution is not the model's: 64 px, and it was made for 32 px"),
+    ],
+)
+def test_settings_that_spoil_a_run_are_warned_of(toy: Toy, tmp_path: Path, settings: dict, warning: str) -> None:
+    run = runs.build(toy.config("warned", **settings), tmp_path / "run")
+    run.announce()
+    assert [item["text"] for item in run.warnings] == [warning]
+    assert f"warning: {warning}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_loss_above_chance_is_warned_of(toy: Toy, tmp_path: Path) -> None:
+    run = runs.build(toy.config("chance", max_iters=60, log_every=10, learning_rate=0.0), tmp_path / "run")
+    run.train()
+    assert [item["step"] for item in run.warnings] == [50]
+    assert run.warnings[0]["text"].startswith("the loss is above chance: 4.")
+    assert "and guessing gives 4.159 (ln 64)" in run.warnings[0]["text"]
+
+
+def test_three_lines_without_a_loss_end_the_run(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = toy.config("broken", max_iters=20, log_every=2, learning_rate=1e38, clip_grad=None, checkpoint_every=None)
+    assert train(path, tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "training diverged: the loss is nan for 3 lines; lower the learning rate; there is no checkpoint yet" in line

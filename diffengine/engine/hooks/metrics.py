@@ -13,11 +13,13 @@ from diffengine import distributed
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
-from diffengine.errors import require
+from diffengine.errors import UserError, require
 from diffengine.files import write_text
 from diffengine.text import format_bytes, format_duration
 
 GRAD_NORM = "grad_norm"
+FIRST_STEPS = 50  # after which a loss above chance is a bad sign
+BROKEN_LINES = 3  # lines in a row without a finite loss that end the run
 STACKED = 256  # steps whose sums are kept separately before they are added up
 
 
@@ -46,7 +48,7 @@ class MetricsHook(Hook):
     def before_train(self, run: Run) -> None:
         self._file = run.work_dir / "metrics.jsonl"
         self._first, self._began = run.clock.done + 1, math.inf
-        self._described_memory = False
+        self._described_memory, self._broken = False, 0
         if distributed.rank() == 0 and self._file.exists():  # drop what a resumed run writes again, and a cut-off line
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= run.clock.done]
@@ -80,9 +82,13 @@ class MetricsHook(Hook):
         """Read the device, once, and write one line everywhere."""
         metrics = self._read(run)
         self._clear()
+        self._refuse_broken(run, metrics["loss"])
         if distributed.rank() != 0:
             return
-        clock = run.clock
+        clock, chance = run.clock, run.trainable.chance_loss
+        if chance and metrics["loss"] > chance[1] and clock.done >= max(FIRST_STEPS, clock.max_iters // 10):
+            loss = f"{metrics['loss']:.3f} after {clock.done} steps, and guessing gives {chance[1]:.3f}"
+            run.warn(f"the loss is above chance: {loss} ({chance[0]}); check images and captions, or learn more slowly")
         due = not self._described_memory and clock.done != self._first  # once, when the optimizer has its state
         memory, described = self._memory(run) if due else ({}, "")
         self._described_memory |= due
@@ -91,6 +97,16 @@ class MetricsHook(Hook):
             run.logger.info(described)
         if not math.isfinite(metrics["loss"]):
             run.logger.info(f"the loss is {metrics['loss']}: lower the learning rate, or set precision to bf16 or fp32")
+
+    def _refuse_broken(self, run: Run, loss: float) -> None:
+        """Stop at the third line in a row whose loss is no number, on all ranks."""
+        self._broken = 0 if math.isfinite(loss) else self._broken + 1
+        if self._broken == BROKEN_LINES:
+            good = run.checkpoints
+            last = f"the last good checkpoint is '{good[-1]}'" if good else "there is no checkpoint yet"
+            raise UserError(
+                f"training diverged: the loss is {loss} for {BROKEN_LINES} lines; lower the learning rate; {last}"
+            )
 
     def _read(self, run: Run) -> dict[str, float]:
         started = time.perf_counter()
