@@ -68,6 +68,15 @@ def test_the_slider_moves(page: Browser, file: Path) -> None:
     assert (page.run(shown), page.run(image)) == ("step 20", newest)
 
 
+def test_play(page: Browser, file: Path) -> None:
+    opened(page, file, 1400)
+    state = "document.querySelector('.lapse').innerText.split(/\\s*\\n\\s*/).join(' ')"
+    page.run("document.querySelector('.lapse button').click()")
+    assert page.run(state) == "Pause step 0"
+    page.run("new Promise((resolve) => setTimeout(resolve, 1800))")
+    assert page.run(state) == "Play step 20"
+
+
 @pytest.mark.parametrize("width", [390, 1400])
 def test_hover_shows_a_value(page: Browser, file: Path, width: int) -> None:
     opened(page, file, width)

@@ -1,6 +1,7 @@
 """The hook: what it writes and when, and that looking changes nothing."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,14 @@ def test_a_vq_run_has_a_page(toy: Toy, tmp_path: Path) -> None:
     run = data_of((tmp_path / "report.html").read_text())["runs"][0]
     assert len(run["previews"]["images"][0]) == 2
     assert run["previews"]["original"] == []
+
+
+def test_images_that_cannot_be_read_are_named(toy: Toy, tmp_path: Path) -> None:
+    data = shutil.copytree(toy.data, tmp_path / "data")
+    damaged = sorted(data.glob("*.png"))[3]
+    damaged.write_bytes(b"no image")
+    path = toy.config("damaged", data=str(data))
+    assert train(path, tmp_path / "run", "--cfg-options", "train_dataloader.skip_unreadable=True") == 0
+    known = facts(tmp_path / "run")["data"]
+    assert (known["images"], known["unreadable"], len(known["thumbnails"])) == (10, 1, 9)
+    assert str(damaged) in known["unreadable_files"][0]

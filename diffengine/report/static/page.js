@@ -5,7 +5,11 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const MANY = RUNS.length > 1;
 const STATUS = {
-  running: "running", done: "done", stopped: "stopped", diverged: "diverged", failed: "failed",
+  running: "running",
+  done: "done",
+  stopped: "stopped",
+  diverged: "diverged",
+  failed: "failed",
 };
 
 // ---------------------------------------------------------------------------------------------- elements and text
@@ -31,14 +35,16 @@ function number(value, digits = 4) {
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
-  const whole = Math.round(seconds), hours = Math.floor(whole / 3600), minutes = Math.floor((whole % 3600) / 60);
+  const whole = Math.round(seconds),
+    hours = Math.floor(whole / 3600),
+    minutes = Math.floor((whole % 3600) / 60);
   const two = (value) => String(value).padStart(2, "0");
   return hours ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`;
 }
 
-const moment = (seconds) => seconds ? new Date(seconds * 1000).toLocaleString() : "–";
+const moment = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString() : "–");
 const share = (value) => `${number(100 * value, 3)} %`;
-const bytes = (size) => size >= 1e9 ? `${number(size / 1e9, 3)} GB` : `${number(size / 1e6, 3)} MB`;
+const bytes = (size) => (size >= 1e9 ? `${number(size / 1e9, 3)} GB` : `${number(size / 1e6, 3)} MB`);
 const steps = (count) => count.toLocaleString("en-US");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const last = (values) => [...(values || [])].reverse().find((value) => value !== null && value !== undefined);
@@ -57,7 +63,8 @@ const NAMES = names();
 // ---------------------------------------------------------------------------------------------------- the head
 
 function head(run, at) {
-  const total = run.max_iters, facts = el("dl", { class: "facts" });
+  const total = run.max_iters,
+    facts = el("dl", { class: "facts" });
   const fact = (name, value) => facts.append(el("div", {}, el("dt", { text: name }), el("dd", { text: value })));
   fact("step", total ? `${steps(run.step)} of ${steps(total)}` : steps(run.step));
   if (run.status === "running") fact("time left", duration(run.seconds_left));
@@ -68,17 +75,32 @@ function head(run, at) {
   if (held !== undefined) fact("held-out loss", number(held));
   const title = el(MANY ? "h2" : "h1", { text: NAMES[at] });
   if (MANY) title.style.margin = "0";
-  return el("section", { class: "card head", "aria-label": `The run ${NAMES[at]}` },
-    el("div", { class: "row" }, MANY ? el("i", { class: "key", style: { background: `var(--c${at % 8})` } }) : null, title,
-      el("span", { class: `chip ${run.status}`, text: STATUS[run.status] || run.status, "data-status": run.status })),
+  return el(
+    "section",
+    { class: "card head", "aria-label": `The run ${NAMES[at]}` },
+    el(
+      "div",
+      { class: "row" },
+      MANY ? el("i", { class: "key", style: { background: `var(--c${at % 8})` } }) : null,
+      title,
+      el("span", { class: `chip ${run.status}`, text: STATUS[run.status] || run.status, "data-status": run.status }),
+    ),
     facts,
     total ? el("progress", { max: total, value: run.step, "aria-label": "Steps taken" }) : null,
-    warnings(run), commands(run),
-    el("p", { class: "soft small", text: [
-      run.folder, run.started ? `started ${moment(run.started)}` : null,
-      run.updated ? `as of ${moment(run.updated)}` : `page written ${moment(DATA.written)}`,
-      run.status === "running" ? "written again with every preview: reload to see more" : null,
-    ].filter(Boolean).join(" · ") }));
+    warnings(run),
+    commands(run),
+    el("p", {
+      class: "soft small",
+      text: [
+        run.folder,
+        run.started ? `started ${moment(run.started)}` : null,
+        run.updated ? `as of ${moment(run.updated)}` : `page written ${moment(DATA.written)}`,
+        run.status === "running" ? "written again with every preview: reload to see more" : null,
+      ]
+        .filter(Boolean)
+        .join(" · "),
+    }),
+  );
 }
 
 function warnings(run) {
@@ -89,10 +111,19 @@ function warnings(run) {
 
 function commands(run) {
   const rows = Object.entries(run.commands).map(([name, command]) => {
-    const button = el("button", { type: "button", text: "Copy", "aria-label": `Copy the command to ${name}`,
-      onclick: () => copy(command, button) });
-    return el("div", { class: "command" }, el("span", { class: "soft", text: name }), 
-      el("code", { text: command, tabindex: "0" }), button);
+    const button = el("button", {
+      type: "button",
+      text: "Copy",
+      "aria-label": `Copy the command to ${name}`,
+      onclick: () => copy(command, button),
+    });
+    return el(
+      "div",
+      { class: "command" },
+      el("span", { class: "soft", text: name }),
+      el("code", { text: command, tabindex: "0" }),
+      button,
+    );
   });
   return rows.length ? el("div", { class: "commands" }, ...rows) : null;
 }
@@ -100,7 +131,8 @@ function commands(run) {
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // an old browser, or a page that is not trusted
+  } catch {
+    // an old browser, or a page that is not trusted
     const area = el("textarea", { style: { position: "fixed", opacity: "0" } });
     area.value = text;
     document.body.append(area);
@@ -109,7 +141,9 @@ async function copy(text, button) {
     area.remove();
   }
   button.textContent = "Copied";
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  setTimeout(() => {
+    button.textContent = "Copy";
+  }, 1500);
 }
 
 // ------------------------------------------------------------------------------------------------------ curves
@@ -119,7 +153,8 @@ const settings = { smooth: 0.6, log: false };
 
 // A moving average without a bias at the start; gaps stay gaps and count for nothing.
 function smoothed(values, weight) {
-  let sum = 0, norm = 0;
+  let sum = 0,
+    norm = 0;
   return values.map((value) => {
     if (value === null || value === undefined) return null;
     sum = weight * sum + (1 - weight) * value;
@@ -141,23 +176,38 @@ function perRun(key, where = "train", label = null, more = {}) {
 function lossCurves() {
   return RUNS.flatMap((run, at) => {
     const name = MANY ? `${NAMES[at]} ` : "";
-    return [curve(`${name}raw`, run.train, "loss", at % 8, { width: 1, faint: true }),
-      curve(`${name}smoothed`, run.train, "loss", at % 8, { smooth: true })];
+    return [
+      curve(`${name}raw`, run.train, "loss", at % 8, { width: 1, faint: true }),
+      curve(`${name}smoothed`, run.train, "loss", at % 8, { smooth: true }),
+    ];
   }).filter(Boolean);
 }
 
 function heldOutCurves() {
-  const types = [["val/loss", "held-out", []], ["val/loss_uncaptioned", "held-out, no caption", [8, 5]],
-    ["val/train_loss", "training images", [2, 4]]];
-  return RUNS.flatMap((run, at) => types.map(([key, label, dash], index) =>
-    curve(MANY ? `${NAMES[at]}: ${label}` : label, run.val, key, MANY ? at % 8 : index, { dash, points: true })))
-    .filter(Boolean);
+  const types = [
+    ["val/loss", "held-out", []],
+    ["val/loss_uncaptioned", "held-out, no caption", [8, 5]],
+    ["val/train_loss", "training images", [2, 4]],
+  ];
+  return RUNS.flatMap((run, at) =>
+    types.map(([key, label, dash], index) =>
+      curve(MANY ? `${NAMES[at]}: ${label}` : label, run.val, key, MANY ? at % 8 : index, { dash, points: true }),
+    ),
+  ).filter(Boolean);
 }
 
 function levelCurves() {
-  return RUNS.flatMap((run, at) => [...Array(8).keys()].map((level) =>
-    curve(`${MANY ? `${NAMES[at]}: ` : ""}t ${((level + 0.5) / 8).toFixed(2)}`, run.val, `val/loss_t${level}`,
-      MANY ? at % 8 : level, { width: 1.5, points: true, dash: MANY ? [1 + level, 3] : [] }))).filter(Boolean);
+  return RUNS.flatMap((run, at) =>
+    [...Array(8).keys()].map((level) =>
+      curve(
+        `${MANY ? `${NAMES[at]}: ` : ""}t ${((level + 0.5) / 8).toFixed(2)}`,
+        run.val,
+        `val/loss_t${level}`,
+        MANY ? at % 8 : level,
+        { width: 1.5, points: true, dash: MANY ? [1 + level, 3] : [] },
+      ),
+    ),
+  ).filter(Boolean);
 }
 
 function references() {
@@ -168,39 +218,88 @@ function references() {
 
 function lossNotes() {
   return RUNS.flatMap((run, at) => {
-    const broken = (run.train.loss || []).map((value, index) => value === null ? run.train.iter[index] : null)
+    const broken = (run.train.loss || [])
+      .map((value, index) => (value === null ? run.train.iter[index] : null))
       .filter((step) => step !== null);
     const name = MANY ? `${NAMES[at]}: ` : "";
     if (!broken.length) return [];
-    return [{ bad: true, text: `${name}the loss is not a number on ${broken.length} log lines, first at step ${steps(broken[0])}` }];
+    return [
+      {
+        bad: true,
+        text: `${name}the loss is not a number on ${broken.length} log lines, first at step ${steps(broken[0])}`,
+      },
+    ];
   });
 }
 
 function heldOutNotes() {
   return RUNS.flatMap((run, at) => {
-    const values = run.val["val/loss"] || [], known = values.filter((value) => value !== null);
+    const values = run.val["val/loss"] || [],
+      known = values.filter((value) => value !== null);
     if (!known.length) return [];
-    const lowest = Math.min(...known), step = run.val.iter[values.indexOf(lowest)], now = last(values);
-    const name = MANY ? `${NAMES[at]}: ` : "", later = now > lowest ? `; ${number(now)} at the last evaluation` : "";
+    const lowest = Math.min(...known),
+      step = run.val.iter[values.indexOf(lowest)],
+      now = last(values);
+    const name = MANY ? `${NAMES[at]}: ` : "",
+      later = now > lowest ? `; ${number(now)} at the last evaluation` : "";
     return [{ text: `${name}lowest ${number(lowest)} at step ${steps(step)}${later}` }];
   });
 }
 
+function accuracyCurves() {
+  const heldOut = MANY ? [] : perRun("val/accuracy", "val", "held-out", { dash: [6, 4], points: true });
+  return [...perRun("accuracy", "train", "training"), ...heldOut.map((item) => ({ ...item, color: 1 }))];
+}
+
+// What a model or a hook logs besides: a chart for each metric that no other chart shows.
+function otherSpecifications() {
+  const known =
+    /^(iter|epoch|time|loss|accuracy|lr|grad_norm|images_per_second|seconds_per_step|data_wait)$|^(memory|checkpoint|skipped)_/;
+  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))].filter((key) => !known.test(key));
+  return keys.slice(0, 16).map((key) => ({
+    title: key[0].toUpperCase() + key.slice(1).replaceAll("_", " "),
+    curves: perRun(key, "train", "value"),
+  }));
+}
+
 function specifications() {
-  const both = [...perRun("accuracy", "train", "training"),
-    ...(MANY ? [] : perRun("val/accuracy", "val", "held-out", { dash: [6, 4], points: true }).map((item) => ({ ...item, color: 1 })))];
   return [
     { title: "Loss", curves: lossCurves(), lines: references(), notes: lossNotes(), log: true, tall: true },
-    { title: "Held-out loss", curves: heldOutCurves(), lines: references(), notes: heldOutNotes(), log: true, tall: true },
-    { title: "Caption gain", about: "held-out loss without − with caption",
-      curves: perRun("val/caption_gain", "val", "gain", { points: true }), lines: [{ name: "captions ignored", value: 0 }] },
-    { title: "Held-out loss by t", about: "t sets how many tokens are masked, by the schedule", curves: levelCurves(), log: true },
-    { title: "Token accuracy", curves: both },
+    {
+      title: "Held-out loss",
+      curves: heldOutCurves(),
+      lines: references(),
+      notes: heldOutNotes(),
+      log: true,
+      tall: true,
+    },
+    {
+      title: "Caption gain",
+      about: "held-out loss without − with caption",
+      curves: perRun("val/caption_gain", "val", "gain", { points: true }),
+      lines: [{ name: "captions ignored", value: 0 }],
+    },
+    {
+      title: "Held-out loss by t",
+      about: "t sets how many tokens are masked, by the schedule",
+      curves: levelCurves(),
+      log: true,
+    },
+    { title: "Token accuracy", curves: accuracyCurves() },
     { title: "Learning rate", curves: perRun("lr", "train", "learning rate") },
     { title: "Gradient norm", about: "before clipping", curves: perRun("grad_norm", "train", "norm"), log: true },
     { title: "Throughput", about: "images per second", curves: perRun("images_per_second", "train", "images/s") },
-    { title: "Memory", about: "most memory that training took so far, in GB", curves: perRun("memory_gb", "train", "GB") },
-    { title: "Data wait", about: "share of the time spent waiting for data", curves: perRun("data_wait", "train", "share") },
+    {
+      title: "Memory",
+      about: "most memory that training took so far, in GB",
+      curves: perRun("memory_gb", "train", "GB"),
+    },
+    {
+      title: "Data wait",
+      about: "share of the time spent waiting for data",
+      curves: perRun("data_wait", "train", "share"),
+    },
+    ...otherSpecifications(),
   ].filter((item) => item.curves.length);
 }
 
@@ -210,7 +309,7 @@ function table(curves) {
   const columns = curves.map((item) => {
     const y = item.smooth ? smoothed(item.y, settings.smooth) : item.y;
     const known = new Map(item.x.map((step, index) => [step, y[index]]));
-    return at.map((step) => known.has(step) ? known.get(step) : undefined);
+    return at.map((step) => (known.has(step) ? known.get(step) : undefined));
   });
   return [at, ...columns];
 }
@@ -220,22 +319,31 @@ function range(spec, log) {
     if (low === null || low === undefined || !isFinite(low)) return [0, 1];
     for (const line of spec.lines || []) {
       const near = line.value <= high + (high - low) && line.value >= low - (high - low);
-      if (near && (line.value > 0 || !log)) { low = Math.min(low, line.value); high = Math.max(high, line.value); }
+      if (near && (line.value > 0 || !log)) {
+        low = Math.min(low, line.value);
+        high = Math.max(high, line.value);
+      }
     }
     if (log) return [low > 0 ? low * 0.9 : 1e-9, Math.max(high, 1e-9) * 1.1];
-    const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1, room = (spec.lines || []).length ? margin : 0;
+    const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1,
+      room = (spec.lines || []).length ? margin : 0;
     return [low >= 0 && !spec.log && low < high * 0.7 ? 0 : low - margin, high + margin + room];
   };
 }
 
 function drawLines(spec, log) {
   return (u) => {
-    const context = u.ctx, { left, top, width, height } = u.bbox, ratio = devicePixelRatio;
+    const context = u.ctx,
+      { left, top, width, height } = u.bbox,
+      ratio = devicePixelRatio;
     context.save();
     context.font = `${11.5 * ratio}px system-ui, sans-serif`;
-    let above = Infinity, onLeft = true;  // a label close to the one above it goes to the other side
-    const placed = (spec.lines || []).map((line) => ({ ...line, y: u.valToPos(line.value, "y", true) }))
-      .filter(({ y }) => isFinite(y) && y >= top - 1 && y <= top + height + 1).sort((a, b) => a.y - b.y);
+    let above = Infinity,
+      onLeft = true; // a label close to the one above it goes to the other side
+    const placed = (spec.lines || [])
+      .map((line) => ({ ...line, y: u.valToPos(line.value, "y", true) }))
+      .filter(({ y }) => isFinite(y) && y >= top - 1 && y <= top + height + 1)
+      .sort((a, b) => a.y - b.y);
     for (const line of placed) {
       const y = line.y;
       context.strokeStyle = context.fillStyle = css("--soft");
@@ -249,7 +357,8 @@ function drawLines(spec, log) {
       above = y;
       context.textAlign = onLeft ? "left" : "right";
       context.textBaseline = y - top > 18 * ratio ? "bottom" : "top";
-      const at = onLeft ? left + 6 * ratio : left + width - 6 * ratio, gap = context.textBaseline === "top" ? 4 : -3;
+      const at = onLeft ? left + 6 * ratio : left + width - 6 * ratio,
+        gap = context.textBaseline === "top" ? 4 : -3;
       context.fillText(`${line.name}${line.value ? ` (${number(line.value)})` : ""}`, at, y + gap * ratio);
     }
     context.restore();
@@ -257,25 +366,39 @@ function drawLines(spec, log) {
 }
 
 function axis(extra) {
-  return { stroke: css("--soft"), font: "12px system-ui, sans-serif", grid: { stroke: css("--grid"), width: 1 },
-    ticks: { stroke: css("--grid"), width: 1 }, ...extra };
+  return {
+    stroke: css("--soft"),
+    font: "12px system-ui, sans-serif",
+    grid: { stroke: css("--grid"), width: 1 },
+    ticks: { stroke: css("--grid"), width: 1 },
+    ...extra,
+  };
 }
 
-const height = (spec) => spec.tall ? 320 : 200;
+const height = (spec) => (spec.tall ? 320 : 200);
 const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((ten) => [ten, 2 * ten, 5 * ten]);
 
 function options(spec, width) {
-  const log = settings.log && Boolean(spec.log), colors = [...Array(8).keys()].map((index) => css(`--c${index}`));
+  const log = settings.log && Boolean(spec.log),
+    colors = [...Array(8).keys()].map((index) => css(`--c${index}`));
   const series = spec.curves.map((item) => ({
-    label: item.label, stroke: colors[item.color] + (item.faint ? "80" : ""), width: item.width, dash: item.dash,
-    spanGaps: true, points: { show: Boolean(item.points) && item.x.length < 60, size: 5, fill: colors[item.color] },
+    label: item.label,
+    stroke: colors[item.color] + (item.faint ? "80" : ""),
+    width: item.width,
+    dash: item.dash,
+    spanGaps: true,
+    points: { show: Boolean(item.points) && item.x.length < 60, size: 5, fill: colors[item.color] },
     value: (u, value) => number(value),
   }));
   return {
-    width, height: height(spec), series: [{ label: "step", value: (u, value) => number(value, 9) }, ...series],
+    width,
+    height: height(spec),
+    series: [{ label: "step", value: (u, value) => number(value, 9) }, ...series],
     scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: range(spec, log) } },
-    axes: [axis({ incrs: WHOLE, space: 64, values: (u, values) => values.map((value) => number(value, 9)) }),
-      axis({ size: 62, values: (u, values) => values.map((value) => value === null ? "" : number(value)) })],
+    axes: [
+      axis({ incrs: WHOLE, space: 64, values: (u, values) => values.map((value) => number(value, 9)) }),
+      axis({ size: 62, values: (u, values) => values.map((value) => (value === null ? "" : number(value))) }),
+    ],
     cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false }, focus: { prox: 24 } },
     legend: { live: true },
     hooks: { draw: [drawLines(spec, log)], setScale: [(u, key) => key === "x" && zoomTogether(u)] },
@@ -286,7 +409,8 @@ let zooming = false;
 function zoomTogether(source) {
   if (zooming) return;
   zooming = true;
-  const { min, max } = source.scales.x, [low, high] = [source.data[0][0], source.data[0].at(-1)];
+  const { min, max } = source.scales.x,
+    [low, high] = [source.data[0][0], source.data[0].at(-1)];
   const whole = min <= low && max >= high;
   for (const { plot } of charts) {
     if (plot === source || !plot) continue;
@@ -297,10 +421,14 @@ function zoomTogether(source) {
 }
 
 function summary(spec) {
-  return spec.curves.filter((item) => !item.faint).map((item) => {
-    const known = item.y.filter((value) => value !== null && value !== undefined);
-    return `${item.label}: ${number(known[0])} at step ${item.x[0]}, ${number(known.at(-1))} at step ${item.x.at(-1)}`;
-  }).join("; ");
+  return spec.curves
+    .filter((item) => !item.faint)
+    .map((item) => {
+      const known = item.x.map((step, index) => [step, item.y[index]]).filter(([, value]) => Number.isFinite(value));
+      const [first, final] = [known[0], known.at(-1)];
+      return `${item.label}: from ${number(first[1])} at step ${first[0]} to ${number(final[1])} at step ${final[0]}`;
+    })
+    .join("; ");
 }
 
 function makePlot(chart) {
@@ -318,35 +446,71 @@ function makePlot(chart) {
 function chartCard(spec) {
   const box = el("div", { class: "plot", role: "img", "aria-label": `${spec.title}. ${summary(spec)}` });
   charts.push({ spec, box, plot: null });
-  return el("figure", { class: "card chart", "data-chart": spec.title },
-    el("div", { class: "row" }, el("h3", { text: spec.title }),
-      spec.about ? el("span", { class: "soft small", text: spec.about }) : null),
-    box, ...(spec.notes || []).map((note) => el("p", { class: note.bad ? "note bad" : "note", text: note.text })));
+  return el(
+    "figure",
+    { class: "card chart", "data-chart": spec.title },
+    el(
+      "div",
+      { class: "row" },
+      el("h3", { text: spec.title }),
+      spec.about ? el("span", { class: "soft small", text: spec.about }) : null,
+    ),
+    box,
+    ...(spec.notes || []).map((note) => el("p", { class: note.bad ? "note bad" : "note", text: note.text })),
+  );
 }
 
 function tools() {
   const shown = el("output", { text: settings.smooth.toFixed(2), for: "smoothing" });
-  const slider = el("input", { type: "range", id: "smoothing", min: 0, max: 0.99, step: 0.01, value: settings.smooth,
+  const slider = el("input", {
+    type: "range",
+    id: "smoothing",
+    min: 0,
+    max: 0.99,
+    step: 0.01,
+    value: settings.smooth,
     oninput: () => {
       settings.smooth = Number(slider.value);
       shown.textContent = settings.smooth.toFixed(2);
-      for (const chart of charts) if (chart.spec.curves.some((item) => item.smooth)) chart.plot.setData(table(chart.spec.curves), false);
+      for (const chart of charts)
+        if (chart.spec.curves.some((item) => item.smooth)) chart.plot.setData(table(chart.spec.curves), false);
       for (const chart of charts) if (chart.spec.curves.some((item) => item.smooth)) chart.plot.redraw();
-    } });
-  const log = el("input", { type: "checkbox", id: "log", onchange: () => { settings.log = log.checked; charts.forEach(makePlot); } });
-  const reset = el("button", { type: "button", text: "Whole run", onclick: () => {
-    const plot = charts[0].plot;
-    plot.setScale("x", { min: plot.data[0][0], max: plot.data[0].at(-1) });
-  } });
-  return el("div", { class: "row tools" }, el("label", {}, "Smoothing", slider, shown),
-    el("label", {}, log, "Log scale"), reset,
-    el("span", { class: "soft small", text: "Point at a curve for its values; drag sideways to zoom in on all." }));
+    },
+  });
+  const log = el("input", {
+    type: "checkbox",
+    id: "log",
+    onchange: () => {
+      settings.log = log.checked;
+      charts.forEach(makePlot);
+    },
+  });
+  const reset = el("button", {
+    type: "button",
+    text: "Whole run",
+    onclick: () => {
+      const plot = charts[0].plot;
+      plot.setScale("x", { min: plot.data[0][0], max: plot.data[0].at(-1) });
+    },
+  });
+  return el(
+    "div",
+    { class: "row tools" },
+    el("label", {}, "Smoothing", slider, shown),
+    el("label", {}, log, "Log scale"),
+    reset,
+    el("span", { class: "soft small", text: "Point at a curve for its values; drag sideways to zoom in on all." }),
+  );
 }
 
 function curves() {
   const specs = specifications();
-  const body = specs.length ? [tools(), el("div", { class: "grid" }, ...specs.filter((spec) => spec.tall).map(chartCard)),
-    el("div", { class: "grid narrow" }, ...specs.filter((spec) => !spec.tall).map(chartCard))]
+  const body = specs.length
+    ? [
+        tools(),
+        el("div", { class: "grid" }, ...specs.filter((spec) => spec.tall).map(chartCard)),
+        el("div", { class: "grid narrow" }, ...specs.filter((spec) => !spec.tall).map(chartCard)),
+      ]
     : [el("p", { class: "soft", text: "No log line yet." })];
   return section("curves", "Curves", ...body);
 }
@@ -354,9 +518,16 @@ function curves() {
 // ---------------------------------------------------------------------------------------------------- previews
 
 function shot(source, text, size) {
-  return source ? el("img", { src: source, alt: text, class: "shot", onload: (event) => {
-    if (event.target.naturalWidth <= 96) event.target.classList.add("fine");
-  } }) : el("span", { class: "soft small", text: "missing" });
+  return source
+    ? el("img", {
+        src: source,
+        alt: text,
+        class: "shot",
+        onload: (event) => {
+          if (event.target.naturalWidth <= 96) event.target.classList.add("fine");
+        },
+      })
+    : el("span", { class: "soft small", text: "missing" });
 }
 
 function timeLapse(run, at) {
@@ -374,44 +545,96 @@ function timeLapse(run, at) {
       image.alt = `${prompts[row]}, ${stepText(index)}`;
     });
   };
-  const slider = el("input", { type: "range", min: 0, max: all.length - 1, value: all.length - 1, step: 1, class: "time",
-    "aria-label": `Step of the previews of ${NAMES[at]}`, "aria-valuetext": stepText(all.length - 1), oninput: show });
+  const slider = el("input", {
+    type: "range",
+    min: 0,
+    max: all.length - 1,
+    value: all.length - 1,
+    step: 1,
+    class: "time",
+    "aria-label": `Step of the previews of ${NAMES[at]}`,
+    "aria-valuetext": stepText(all.length - 1),
+    oninput: show,
+  });
+  const cards = shots.map((image, index) =>
+    el("figure", {}, image, grid ? null : el("figcaption", { text: prompts[index], dir: "auto" })),
+  );
+  return el(
+    "div",
+    {},
+    el("div", { class: "lapse" }, playButton(slider, show), slider, shown),
+    el("div", { class: grid ? "shots grids" : "shots", style: { "--shot": "132px" } }, ...cards),
+  );
+}
+
+// Plays a slider from where it is, or from its start; a second press stops it.
+function playButton(slider, show) {
   let timer = null;
-  const play = el("button", { type: "button", text: "Play", onclick: () => {
-    if (timer) { stop(); return; }
-    if (Number(slider.value) === all.length - 1) slider.value = 0;
-    play.textContent = "Pause";
+  const end = Number(slider.max);
+  const stop = () => {
+    clearInterval(timer);
+    timer = null;
+    play.textContent = "Play";
+  };
+  const advance = () => {
+    slider.value = Number(slider.value) + 1;
     show();
-    timer = setInterval(() => {
-      slider.value = Number(slider.value) + 1;
-      show();
-      if (Number(slider.value) === all.length - 1) stop();
-    }, Math.max(120, Math.min(600, 6000 / all.length)));
-  } });
-  const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
-  const cards = shots.map((image, index) => el("figure", {}, image, grid ? null : el("figcaption", { text: prompts[index], dir: "auto" })));
-  return el("div", {}, el("div", { class: "lapse" }, play, slider, shown),
-    el("div", { class: grid ? "shots grids" : "shots", style: { "--shot": "132px" } }, ...cards));
+    if (Number(slider.value) === end) stop();
+  };
+  const start = () => {
+    if (Number(slider.value) === end) slider.value = 0;
+    show();
+    play.textContent = "Pause";
+    timer = setInterval(advance, Math.max(120, Math.min(600, 6000 / (end + 1))));
+  };
+  const play = el("button", { type: "button", text: "Play", onclick: () => (timer ? stop() : start()) });
+  return play;
 }
 
 function everyStep(run) {
   const { steps: all, prompts, images, original = [], round_trip = [] } = run.previews;
-  const sources = [["original", original], ["round trip", round_trip]].filter(([, list]) => list.length);
-  const top = el("tr", {}, el("th", { scope: "col", text: "prompt" }),
+  const sources = [
+    ["original", original],
+    ["round trip", round_trip],
+  ].filter(([, list]) => list.length);
+  const top = el(
+    "tr",
+    {},
+    el("th", { scope: "col", text: "prompt" }),
     ...sources.map(([name]) => el("th", { scope: "col", text: name })),
-    ...all.map((step) => el("th", { scope: "col", text: steps(step) })));
-  const rows = prompts.map((prompt, row) => el("tr", {}, el("th", { scope: "row", text: prompt, dir: "auto" }),
-    ...sources.map(([name, list]) => el("td", {}, shot(list[row], `${name}: ${prompt}`))),
-    ...all.map((step, column) => el("td", {}, shot(images[column][row], `${prompt}, step ${step}`)))));
-  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Every prompt at every step" },
-    el("table", { class: "images", style: { "--cell": "92px" } }, el("thead", {}, top), el("tbody", {}, ...rows)));
+    ...all.map((step) => el("th", { scope: "col", text: steps(step) })),
+  );
+  const rows = prompts.map((prompt, row) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row", text: prompt, dir: "auto" }),
+      ...sources.map(([name, list]) => el("td", {}, shot(list[row], `${name}: ${prompt}`))),
+      ...all.map((step, column) => el("td", {}, shot(images[column][row], `${prompt}, step ${step}`))),
+    ),
+  );
+  return el(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Every prompt at every step" },
+    el("table", { class: "images", style: { "--cell": "92px" } }, el("thead", {}, top), el("tbody", {}, ...rows)),
+  );
 }
 
 function beforeAfter(run) {
   const { steps: all, prompts, images } = run.previews;
-  const cards = prompts.map((prompt, index) => el("figure", {},
-    el("div", { class: "pair" }, shot(images[0][index], `${prompt}, before`), shot(images.at(-1)[index], `${prompt}, after`)),
-    el("figcaption", { text: prompt, dir: "auto" })));
+  const cards = prompts.map((prompt, index) =>
+    el(
+      "figure",
+      {},
+      el(
+        "div",
+        { class: "pair" },
+        shot(images[0][index], `${prompt}, before`),
+        shot(images.at(-1)[index], `${prompt}, after`),
+      ),
+      el("figcaption", { text: prompt, dir: "auto" }),
+    ),
+  );
   return el("div", { class: "shots", style: { "--shot": "200px" } }, ...cards);
 }
 
@@ -422,11 +645,26 @@ function previewSection(run, at) {
   const more = [];
   if (!grid) {
     more.push(el("details", { open: !MANY }, el("summary", { text: "Every prompt at every step" }), everyStep(run)));
-    if (all.length > 1) more.push(el("details", {}, el("summary", { text: `Before and after ${steps(all.at(-1))} steps` }), beforeAfter(run)));
+    if (all.length > 1)
+      more.push(
+        el("details", {}, el("summary", { text: `Before and after ${steps(all.at(-1))} steps` }), beforeAfter(run)),
+      );
   }
   if (process && process.length) {
-    more.push(el("details", {}, el("summary", { text: `How the first one is generated: ${process.length} steps` }),
-      el("div", { class: "thumbs" }, ...process.map((item) => el("figure", {}, shot(item.image, item.label), el("figcaption", { text: item.label }))))));
+    more.push(
+      el(
+        "details",
+        {},
+        el("summary", { text: `How the first one is generated: ${process.length} steps` }),
+        el(
+          "div",
+          { class: "thumbs" },
+          ...process.map((item) =>
+            el("figure", {}, shot(item.image, item.label), el("figcaption", { text: item.label })),
+          ),
+        ),
+      ),
+    );
   }
   return el("div", { class: "card stack" }, title, timeLapse(run, at), ...more);
 }
@@ -435,21 +673,35 @@ function previewSection(run, at) {
 
 function bars(title, rows) {
   const most = Math.max(...rows.map(([, count]) => count));
-  return el("div", {}, el("h3", { text: title, style: { "margin-bottom": "6px" } }), el("div", { class: "bars" },
-    ...rows.flatMap(([label, count]) => [el("span", { text: label }),
-      el("i", { style: { width: `${(100 * count) / most}%` } }), el("span", { class: "soft", text: steps(count) })])));
+  return el(
+    "div",
+    {},
+    el("h3", { text: title, style: { "margin-bottom": "6px" } }),
+    el(
+      "div",
+      { class: "bars" },
+      ...rows.flatMap(([label, count]) => [
+        el("span", { text: label }),
+        el("i", { style: { width: `${(100 * count) / most}%` } }),
+        el("span", { class: "soft", text: steps(count) }),
+      ]),
+    ),
+  );
 }
 
 function pairs(rows) {
-  return el("dl", { class: "pairs" }, ...rows.filter(Boolean).flatMap(([name, value]) =>
-    [el("dt", { text: name }), el("dd", { text: value })]));
+  return el(
+    "dl",
+    { class: "pairs" },
+    ...rows.filter(Boolean).flatMap(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })]),
+  );
 }
 
-function dataCard(run, at) {
+function dataFacts(run) {
   const data = run.data;
-  if (!data.images) return el("div", { class: "card" }, el("p", { class: "soft", text: `${MANY ? `${NAMES[at]}: ` : ""}this run kept no account of its data.` }));
-  const lengths = data.captions, skipped = last(run.train.skipped_pictures);
-  const facts = pairs([
+  const lengths = data.captions;
+  const skipped = (run.train.skipped_pictures || []).reduce((sum, count) => sum + (count || 0), 0);
+  return pairs([
     ["images", steps(data.images)],
     ["times each image is seen", number(data.epochs_per_image, 3)],
     data.crop ? ["lost by the crop", `${share(data.crop_lost)} of the area, by a square of ${data.crop} px`] : null,
@@ -457,72 +709,157 @@ function dataCard(run, at) {
     lengths ? ["longest caption", `${lengths.longest} tokens; the model reads ${lengths.read}`] : null,
     lengths && lengths.cut ? ["captions cut off", `${lengths.cut} of ${lengths.counted} counted`] : null,
     data.unreadable ? ["cannot be read", `${data.unreadable}`] : null,
-    skipped ? ["skipped while training", `${skipped} since the last log line`] : null,
+    skipped ? ["skipped while training", `${steps(skipped)} times`] : null,
   ]);
+}
+
+function dataCard(run, at) {
+  const data = run.data;
+  if (!data.images)
+    return el(
+      "div",
+      { class: "card" },
+      el("p", { class: "soft", text: `${MANY ? `${NAMES[at]}: ` : ""}this run kept no account of its data.` }),
+    );
+  const lengths = data.captions;
   const files = (data.unreadable_files || []).map((file) => el("li", { text: file }));
-  const histograms = [data.sizes ? bars(`Sizes (${data.sizes.of})`, data.sizes.bars) : null,
-    lengths ? bars("Tokens per caption", lengths.bars) : null].filter(Boolean);
-  const thumbs = data.thumbnails.map((item) => el("figure", {}, shot(item.image, item.caption), el("figcaption", { text: item.caption, title: item.caption, dir: "auto" })));
-  return el("div", { class: "card stack" }, MANY ? el("h3", { text: NAMES[at] }) : null,
-    el("div", { class: "grid narrow", style: { "margin-top": "0" } }, facts, ...histograms),
-    files.length ? el("details", {}, el("summary", { text: "Images that cannot be read" }), el("ul", { class: "mono", style: { "padding-left": "20px" } }, ...files)) : null,
+  const histograms = [
+    data.sizes ? bars(`Sizes (${data.sizes.of})`, data.sizes.bars) : null,
+    lengths ? bars("Tokens per caption", lengths.bars) : null,
+  ].filter(Boolean);
+  const thumbs = data.thumbnails.map((item) =>
+    el(
+      "figure",
+      {},
+      shot(item.image, item.caption),
+      el("figcaption", { text: item.caption, title: item.caption, dir: "auto" }),
+    ),
+  );
+  return el(
+    "div",
+    { class: "card stack" },
+    MANY ? el("h3", { text: NAMES[at] }) : null,
+    el("div", { class: "grid narrow", style: { "margin-top": "0" } }, dataFacts(run), ...histograms),
+    files.length
+      ? el(
+          "details",
+          {},
+          el("summary", { text: "Images that cannot be read" }),
+          el("ul", { class: "mono", style: { "padding-left": "20px" } }, ...files),
+        )
+      : null,
     thumbs.length ? el("h3", { text: "As the model sees them, after the crop" }) : null,
-    thumbs.length ? el("div", { class: "thumbs" }, ...thumbs) : null);
+    thumbs.length ? el("div", { class: "thumbs" }, ...thumbs) : null,
+  );
 }
 
 function valueTable(header, rows) {
-  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": header.join(", ") },
-    el("table", { class: "values", style: { width: "100%" } },
+  return el(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": header.join(", ") },
+    el(
+      "table",
+      { class: "values", style: { width: "100%" } },
       el("thead", {}, el("tr", {}, ...header.map((text) => el("th", { scope: "col", text })))),
-      el("tbody", {}, ...rows)));
+      el("tbody", {}, ...rows),
+    ),
+  );
 }
 
 function configCard(run, at) {
   const changed = run.config.filter((row) => row.changed);
-  const line = (row) => el("tr", { class: row.changed ? "changed" : null },
-    el("th", { scope: "row", class: "mono", text: row.key }), el("td", { class: "mono", text: row.value }),
-    el("td", { class: "mono", text: row.changed ? row.shipped : "" }));
+  const line = (row) =>
+    el(
+      "tr",
+      { class: row.changed ? "changed" : null },
+      el("th", { scope: "row", class: "mono", text: row.key }),
+      el("td", { class: "mono", text: row.value }),
+      el("td", { class: "mono", text: row.changed ? row.shipped : "" }),
+    );
   const header = ["name", "value", "as shipped, where it differs"];
   const title = MANY ? el("h3", { text: NAMES[at] }) : null;
-  if (!run.config.length) return el("div", { class: "card" }, title, el("p", { class: "soft", text: "No config.py that can be read." }));
-  return el("div", { class: "card stack" }, title,
+  if (!run.config.length)
+    return el("div", { class: "card" }, title, el("p", { class: "soft", text: "No config.py that can be read." }));
+  return el(
+    "div",
+    { class: "card stack" },
+    title,
     changed.length ? el("p", { text: `${changed.length} values differ from the shipped ${run.name}:` }) : null,
     changed.length ? valueTable(header, changed.map(line)) : null,
-    el("details", {}, el("summary", { text: `All ${run.config.length} values` }), valueTable(header, run.config.map(line))));
+    el(
+      "details",
+      {},
+      el("summary", { text: `All ${run.config.length} values` }),
+      valueTable(header, run.config.map(line)),
+    ),
+  );
 }
 
 function timeRows(run) {
-  const train = run.train, pace = mean(train.seconds_per_step), wait = mean(train.data_wait);
+  const train = run.train,
+    pace = mean(train.seconds_per_step),
+    wait = mean(train.data_wait);
   return [
     run.seconds ? ["time, previews included", duration(run.seconds)] : null,
     pace ? ["seconds per step", number(pace, 3)] : null,
     run.seconds && pace ? ["share of the time in steps", share(Math.min(1, (pace * run.step) / run.seconds))] : null,
     wait !== null ? ["waiting for data", share(wait)] : null,
     train.images_per_second ? ["images per second", number(mean(train.images_per_second), 3)] : null,
-    ...Object.entries(run.memory).filter(([, size]) => size).map(([name, size]) =>
-      [{ trained: "trained weights", frozen: "frozen weights", optimizer: "optimizer state", average: "average of the weights",
-        peak: "most memory taken", checkpoint: "one checkpoint on disk" }[name] || name, bytes(size)]),
+    ...Object.entries(run.memory)
+      .filter(([, size]) => size)
+      .map(([name, size]) => [
+        {
+          trained: "trained weights",
+          frozen: "frozen weights",
+          optimizer: "optimizer state",
+          average: "average of the weights",
+          peak: "most memory taken",
+          checkpoint: "one checkpoint on disk",
+        }[name] || name,
+        bytes(size),
+      ]),
   ];
 }
 
 function environmentCard(run, at) {
-  const place = Object.entries(run.environment), costs = timeRows(run).filter(Boolean);
-  return el("div", { class: "card stack" }, MANY ? el("h3", { text: NAMES[at] }) : null, el("div", { class: "grid" },
-    costs.length ? el("div", { class: "stack" }, el("h3", { text: "Time and memory" }), pairs(costs)) : null,
-    place.length ? el("div", { class: "stack" }, el("h3", { text: "Environment" }), pairs(place)) : null));
+  const place = Object.entries(run.environment),
+    costs = timeRows(run).filter(Boolean);
+  return el(
+    "div",
+    { class: "card stack" },
+    MANY ? el("h3", { text: NAMES[at] }) : null,
+    el(
+      "div",
+      { class: "grid" },
+      costs.length ? el("div", { class: "stack" }, el("h3", { text: "Time and memory" }), pairs(costs)) : null,
+      place.length ? el("div", { class: "stack" }, el("h3", { text: "Environment" }), pairs(place)) : null,
+    ),
+  );
 }
 
 function differencesCard() {
-  const rows = DATA.differences.map((row) => el("tr", {}, el("th", { scope: "row", class: "mono", text: row.key }),
-    ...row.values.map((value) => el("td", { class: "mono", text: value }))));
-  return rows.length ? valueTable(["name", ...NAMES], rows)
+  const rows = DATA.differences.map((row) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row", class: "mono", text: row.key }),
+      ...row.values.map((value) => el("td", { class: "mono", text: value })),
+    ),
+  );
+  return rows.length
+    ? valueTable(["name", ...NAMES], rows)
     : el("p", { class: "soft", text: "The configs are equal." });
 }
 
 // ---------------------------------------------------------------------------------------------------- the whole
 
 function section(id, title, ...children) {
-  return el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title`, text: title }), ...children);
+  return el(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    el("h2", { id: `${id}-title`, text: title }),
+    ...children,
+  );
 }
 
 function build() {
@@ -533,16 +870,30 @@ function build() {
   const each = (card) => el("div", { class: "stack" }, ...RUNS.map(card));
   const sections = [
     MANY ? section("differences", "What differs in their configs", differencesCard()) : null,
-    curves(), section("previews", "Previews", each(previewSection)), section("data", "Data", each(dataCard)),
-    section("config", "Config", each(configCard)), section("environment", "Time, memory and environment", each(environmentCard)),
+    curves(),
+    section("previews", "Previews", each(previewSection)),
+    section("data", "Data", each(dataCard)),
+    section("config", "Config", each(configCard)),
+    section("environment", "Time, memory and environment", each(environmentCard)),
   ].filter(Boolean);
-  page.append(el("nav", { "aria-label": "Sections" }, ...sections.map((item) =>
-    el("a", { href: `#${item.id}`, text: item.querySelector("h2").textContent }))), ...sections,
-  el("p", { class: "soft small", style: { "margin-top": "32px" }, text: `Written by diffengine ${DATA.version}, ${moment(DATA.written)}. Curves by uPlot.` }));
+  page.append(
+    el(
+      "nav",
+      { "aria-label": "Sections" },
+      ...sections.map((item) => el("a", { href: `#${item.id}`, text: item.querySelector("h2").textContent })),
+    ),
+    ...sections,
+    el("p", {
+      class: "soft small",
+      style: { "margin-top": "32px" },
+      text: `Written by diffengine ${DATA.version}, ${moment(DATA.written)}. Curves by uPlot.`,
+    }),
+  );
   charts.forEach(makePlot);
   new ResizeObserver(() => {
     for (const { plot, box, spec } of charts) {
-      if (box.clientWidth && plot.width !== box.clientWidth) plot.setSize({ width: box.clientWidth, height: height(spec) });
+      if (box.clientWidth && plot.width !== box.clientWidth)
+        plot.setSize({ width: box.clientWidth, height: height(spec) });
     }
   }).observe(page);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(makePlot));
