@@ -56,8 +56,9 @@ def data_at_a_glance(run: "Run") -> dict[str, Any]:
     seen = clock.max_iters * clock.batch_size
     return {
         "images": len(dataset),
+        "held_out": len(dataset) - clock.num_samples,
         "samples": seen,
-        "epochs_per_image": seen / len(dataset),
+        "epochs_per_image": seen / clock.num_samples,
         **_sizes(dataset, crops[-1] if crops else None),
         **_captions(run),
         "thumbnails": _thumbnails(stream, run.work_dir),

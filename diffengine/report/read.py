@@ -6,7 +6,9 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, final
 
 from diffengine import config
@@ -15,6 +17,7 @@ from diffengine.errors import UserError, require
 from diffengine.files import locked
 
 Line = dict[str, float | None]  # one line of metrics.jsonl
+RECENT = 40  # log lines that the time left is taken from
 MOST_POINTS = 3000  # of a curve; longer ones are averaged
 
 
@@ -63,10 +66,14 @@ class RunFiles:
         """By the pace between the log lines, else as `run.json` has it; None if the run has ended."""
         if self.status != "running" or self.max_iters is None:
             return None
-        timed = [(line["time"], line["iter"]) for line in self.lines if line.get("time") and line["iter"]]
-        if len(timed) >= 2 and timed[-1][1] > timed[0][1]:
-            (first, start), (last, end) = timed[0], timed[-1]
-            return (last - first) / (end - start) * max(0, self.max_iters - self.step)  # type: ignore[operator]
+        timed = [(line["time"], line["iter"]) for line in self.lines[-RECENT:] if line.get("time")]
+        paces = [
+            (now - before) / (end - start)  # type: ignore[operator]
+            for (before, start), (now, end) in pairwise(timed)
+            if end > start  # type: ignore[operator]
+        ]
+        if paces:  # the median: a run that was resumed has a gap
+            return median(paces) * max(0, self.max_iters - self.step)
         return self.facts.get("seconds_left")
 
     def columns(self, prefix: str) -> dict[str, list[float | None]]:
@@ -118,6 +125,8 @@ class RunFiles:
         found = commands(self.folder, bool(generates), prompt, int(self.facts.get("processes", 1)))
         if self.status == "done":
             del found["resume"]
+        if (self.folder / "best.pth").exists():
+            found["convert the best"] = f"{found['convert']} --best"
         if not any(self.folder.glob("*.pth")):
             return {key: command for key, command in found.items() if key == "resume"}
         return found

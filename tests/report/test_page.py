@@ -179,6 +179,21 @@ def test_a_run_whose_process_died_is_not_running(make: Make) -> None:
         assert (run["status"], run["seconds_left"]) == ("running", pytest.approx(300))
 
 
+def test_the_best_checkpoint_can_be_converted(make: Make) -> None:
+    folder = make()
+    (folder / "best.pth").write_bytes(b"")
+    assert the_run(folder)["commands"]["convert the best"] == f"diffengine convert {folder} --pipeline --best"
+
+
+def test_the_time_left_ignores_a_night(make: Make) -> None:
+    folder = make(facts={"status": "running", "max_iters": 600})
+    text = (folder / "metrics.jsonl").read_text().splitlines()
+    later = [{**json.loads(line), "time": 3e9 + json.loads(line)["iter"]} for line in text[20:]]
+    (folder / "metrics.jsonl").write_text("\n".join([*text[:20], *map(json.dumps, later)]))
+    with locked(folder):
+        assert the_run(folder)["seconds_left"] == pytest.approx(300)
+
+
 def test_commands_can_be_pasted() -> None:
     found = commands(Path("my runs/a"), True, "it's a <cat>", 8)
     assert found == {

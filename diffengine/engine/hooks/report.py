@@ -21,8 +21,8 @@ from diffengine.text import one_line
 class ReportHook(Hook):
     """Writes `report.html`, the page of the run, and `run.json`, on which it rests.
 
-    They are written at the start, with every preview, when the run ends, however it ends, and every so many minutes. A
-    page that cannot be written is a line in the log, and no reason to stop training.
+    They are written at the start, with every preview and validation, when the run ends, however it ends, and every so
+    many minutes. A page that cannot be written is a line in the log, and no reason to stop training.
 
     Args:
         minutes: at least this often; None for the moments above only.
@@ -47,7 +47,8 @@ class ReportHook(Hook):
 
     def after_step(self, run: Run, step: Step) -> None:
         due = self.minutes is not None and time.monotonic() - self._written >= 60 * self.minutes
-        if due or (run.previewed_at == run.clock.done and not run.clock.finished):
+        fresh = run.clock.done in (run.previewed_at, run.validation[0])
+        if due or (fresh and not run.clock.finished):
             self._write(run, "running")
 
     def after_train(self, run: Run) -> None:

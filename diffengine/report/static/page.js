@@ -281,7 +281,7 @@ function specifications() {
     },
     {
       title: "Held-out loss by t",
-      about: "t sets how many tokens are masked, by the schedule",
+      about: "near t = 0 nearly all tokens are masked, near 1 few",
       curves: levelCurves(),
       log: true,
     },
@@ -703,6 +703,7 @@ function dataFacts(run) {
   const skipped = (run.train.skipped_pictures || []).reduce((sum, count) => sum + (count || 0), 0);
   return pairs([
     ["images", steps(data.images)],
+    data.held_out ? ["of these held out", steps(data.held_out)] : null,
     ["times each image is seen", number(data.epochs_per_image, 3)],
     data.crop ? ["lost by the crop", `${share(data.crop_lost)} of the area, by a square of ${data.crop} px`] : null,
     data.crop ? ["smaller than the crop", `${share(data.enlarged)} of the images, which are enlarged`] : null,
