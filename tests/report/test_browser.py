@@ -39,6 +39,7 @@ def opened(page: Browser, file: Path, width: int, dark: bool = False) -> None:
 def test_it_opens(page: Browser, file: Path, width: int, dark: bool) -> None:
     opened(page, file, width, dark)
     assert page.run("document.querySelectorAll('.chart canvas').length") == 10
+    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["10,300"] * 10
     assert page.run("document.querySelector('[data-status]').textContent") == "done"
     assert page.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 

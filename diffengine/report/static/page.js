@@ -303,9 +303,15 @@ function specifications() {
   ].filter((item) => item.curves.length);
 }
 
+// The first and the last step of all runs: every chart shows them, so that they line up.
+function ends() {
+  const all = RUNS.flatMap((run) => [run.train.iter, run.val.iter].flatMap((list) => list || []));
+  return all.length ? [Math.min(...all), Math.max(...all, 1)] : [];
+}
+
 // All curves over one list of steps.
 function table(curves) {
-  const at = [...new Set(curves.flatMap((item) => item.x))].sort((a, b) => a - b);
+  const at = [...new Set([...ends(), ...curves.flatMap((item) => item.x)])].sort((a, b) => a - b);
   const columns = curves.map((item) => {
     const y = item.smooth ? smoothed(item.y, settings.smooth) : item.y;
     const known = new Map(item.x.map((step, index) => [step, y[index]]));
@@ -365,6 +371,15 @@ function drawLines(spec, log) {
   };
 }
 
+// The index nearest to the pointer's at which a series has a value.
+function nearest(u, series, hovered) {
+  const values = u.data[series];
+  for (let away = 0; away < values.length; away++) {
+    for (const index of [hovered - away, hovered + away]) if (Number.isFinite(values[index])) return index;
+  }
+  return hovered;
+}
+
 function axis(extra) {
   return {
     stroke: css("--soft"),
@@ -387,7 +402,11 @@ function options(spec, width) {
     width: item.width,
     dash: item.dash,
     spanGaps: true,
-    points: { show: Boolean(item.points) && item.x.length < 60, size: 5, fill: colors[item.color] },
+    points: {
+      show: (Boolean(item.points) && item.x.length < 60) || item.x.length === 1,
+      size: 5,
+      fill: colors[item.color],
+    },
     value: (u, value) => number(value),
   }));
   return {
@@ -399,7 +418,12 @@ function options(spec, width) {
       axis({ incrs: WHOLE, space: 64, values: (u, values) => values.map((value) => number(value, 9)) }),
       axis({ size: 62, values: (u, values) => values.map((value) => (value === null ? "" : number(value))) }),
     ],
-    cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false }, focus: { prox: 24 } },
+    cursor: {
+      dataIdx: nearest,
+      sync: { key: "steps", setSeries: false },
+      drag: { x: true, y: false },
+      focus: { prox: 24 },
+    },
     legend: { live: true },
     hooks: { draw: [drawLines(spec, log)], setScale: [(u, key) => key === "x" && zoomTogether(u)] },
   };
