@@ -1,6 +1,7 @@
 """The hook: what it writes and when, and that looking changes nothing."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffengine import report
+from diffengine.engine.hooks import Hook, MetricsHook
 from diffengine.report import read_run
 from tests.engine.runs import Toy, assert_equal_checkpoints, in_child, metrics, signal_at, train
 from tests.report.test_page import data_of
@@ -112,3 +114,35 @@ def test_images_that_cannot_be_read_are_named(toy: Toy, tmp_path: Path) -> None:
     known = facts(tmp_path / "run")["data"]
     assert (known["images"], known["unreadable"], len(known["thumbnails"])) == (10, 1, 9)
     assert str(damaged) in known["unreadable_files"][0]
+
+
+def test_a_run_that_fails(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(MetricsHook, "after_step", broken)
+    assert train(toy.config("fails"), tmp_path) == 1
+    known = facts(tmp_path)
+    assert (known["status"], known["error"]) == ("failed", "ZeroDivisionError: by zero")
+
+
+def test_warnings_are_shown_once(toy: Toy, tmp_path: Path) -> None:
+    hook = "custom_hooks=[{'type': 'tests.report.test_hook.WarningHook'}]"
+    path = toy.config("warns", max_iters=4, checkpoint_every=2)
+    assert (
+        in_child(train, path, tmp_path, "--cfg-options", hook.replace("}", ", 'stop_at': 2}")) == 128 + signal.SIGTERM
+    )
+    assert train(path, tmp_path, "--resume", "--cfg-options", hook) == 0
+    assert facts(tmp_path)["warnings"] == [{"step": 1, "text": "it is late: go to bed at step 1"}]
+
+
+class WarningHook(Hook):
+    """Warns after every step, and asks the run to stop after one."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+
+    def after_step(self, run: Any, step: Any) -> None:
+        run.warn(f"it is late: go to bed at step {run.clock.done}")
+        if run.clock.done == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)

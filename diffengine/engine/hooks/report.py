@@ -34,7 +34,6 @@ class ReportHook(Hook):
         require(minutes is None or minutes > 0, f"ReportHook got minutes={minutes}; expected more than 0, or None")
         self.minutes = minutes
         self._facts: dict[str, Any] = {}
-        self._written_at: int | None = None
 
     def before_train(self, run: Run) -> None:
         """Look at the data, once, and write the first page."""
@@ -62,8 +61,7 @@ class ReportHook(Hook):
             self._write(run, "stopped")
             return
         self._facts["error"] = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        losses = run.metrics[-1:] and [line["loss"] for line in run.metrics if "loss" in line][-1:]
-        self._write(run, "diverged" if isinstance(error, Diverged) or losses == [None] else "failed")
+        self._write(run, "diverged" if isinstance(error, Diverged) else "failed")
 
     def _begin(self, run: Run) -> None:
         """Collect what does not change during the run."""
@@ -80,7 +78,8 @@ class ReportHook(Hook):
             "data": facts.data_at_a_glance(run),
             "warnings": [],
         }
-        self._before = {"seconds": earlier.get("seconds", 0.0), "warnings": earlier.get("warnings", [])}
+        warnings = [item for item in earlier.get("warnings", []) if item["step"] <= self._first]
+        self._before = {"seconds": earlier.get("seconds", 0.0), "warnings": warnings}
 
     def _write(self, run: Run, status: str) -> None:
         self._written = time.monotonic()
@@ -92,7 +91,12 @@ class ReportHook(Hook):
         spent = now - self._started
         left = run.clock.max_iters - done
         pace = spent / (done - self._first) if done > self._first else None
-        warnings = {(item["step"], item["text"]): item for item in [*self._before["warnings"], *run.warnings]}
+        warnings: dict[str, Any] = {}
+        for item in [*self._before["warnings"], *run.warnings]:  # each once, as of `Run.warn`
+            warnings.setdefault(item["text"].partition(":")[0], item)
+        last = [line["loss"] for line in read_run(run.job.work_dir).lines if "loss" in line][-1:]
+        if status == "failed" and last == [None]:
+            status = "diverged"
         prompts = read_run(run.job.work_dir).prompts["prompts"]
         known = {
             **self._facts,
