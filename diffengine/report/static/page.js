@@ -344,8 +344,7 @@ function drawLines(spec, log) {
       ratio = devicePixelRatio;
     context.save();
     context.font = `${11.5 * ratio}px system-ui, sans-serif`;
-    let above = Infinity,
-      onLeft = true; // a label close to the one above it goes to the other side
+    let above = -Infinity; // a label close to the line above it goes under its own
     const placed = (spec.lines || [])
       .map((line) => ({ ...line, y: u.valToPos(line.value, "y", true) }))
       .filter(({ y }) => isFinite(y) && y >= top - 1 && y <= top + height + 1)
@@ -359,11 +358,10 @@ function drawLines(spec, log) {
       context.moveTo(left, y);
       context.lineTo(left + width, y);
       context.stroke();
-      onLeft = Math.abs(y - above) < 34 * ratio ? !onLeft : false;
+      context.textAlign = "right";
+      context.textBaseline = y - Math.max(above, top) > 18 * ratio ? "bottom" : "top";
       above = y;
-      context.textAlign = onLeft ? "left" : "right";
-      context.textBaseline = y - top > 18 * ratio ? "bottom" : "top";
-      const at = onLeft ? left + 6 * ratio : left + width - 6 * ratio,
+      const at = left + width - 6 * ratio,
         gap = context.textBaseline === "top" ? 4 : -3;
       context.fillText(`${line.name}${line.value ? ` (${number(line.value)})` : ""}`, at, y + gap * ratio);
     }
@@ -809,7 +807,11 @@ function configCard(run, at) {
     "div",
     { class: "card stack" },
     title,
-    changed.length ? el("p", { text: `${changed.length} values differ from the shipped ${run.name}:` }) : null,
+    changed.length
+      ? el("p", {
+          text: `${changed.length} value${changed.length > 1 ? "s differ" : " differs"} from the shipped ${run.name}:`,
+        })
+      : null,
     changed.length ? valueTable(header, changed.map(line)) : null,
     el(
       "details",
