@@ -8,11 +8,12 @@ Legend: B images, h w token grid, L = h * w, T text length, D text width, V code
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from diffengine.models.masking import TokenGrid
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}  # B * L of a batch
 PIXELS_AT_ONCE = {"cpu": 1, "cuda": 2**22}  # decoded at once; on a CPU one image
 IMAGES_AT_ONCE = 64
+SMALL_IMAGE = 128**2  # pixels: on a CPU, up to this size every image is decoded on one thread
 MOST_TEXTS = 1024  # kept encoded: 0.2 GB at full size
 Text = tuple[Tensor, Tensor]  # hidden states (B,T,D) and pooled embedding (B,D)
 Size = tuple[int, int]  # width and height in pixels
@@ -249,13 +251,23 @@ class AmusedSampler(ImageSampler):
     def decode(self, token_ids: Tensor) -> Iterator[Image.Image]:
         """Token ids (B,h,w) as images; tokens that are still masked are grey. In fp32, since fp16 makes NaN."""
         pixels = math.prod(token_ids.shape[1:]) * self.grid.factor**2
-        for ids in token_ids.split(max(1, PIXELS_AT_ONCE[self.device.type] // pixels)):
-            masked, shape = ids == self.mask_id, (*ids.shape, self.vqvae.config.latent_channels)
+        chunks = token_ids.split(max(1, PIXELS_AT_ONCE[self.device.type] // pixels))
+        if self.device.type == "cpu" and pixels <= SMALL_IMAGE:
             with in_fp32(self.device):
-                images = self.vqvae.decode(ids.masked_fill(masked, 0), force_not_quantize=True, shape=shape).sample
-            hidden = masked[:, None].float()
-            hidden = F.interpolate(hidden, scale_factor=self.grid.factor)
-            yield from self._images.postprocess(images.clamp(0, 1) * (1 - hidden) + 0.5 * hidden, output_type="pil")
+                decoded = in_threads(self._decode, chunks)
+            yield from (image for images in decoded for image in images)
+            return
+        for ids in chunks:
+            with in_fp32(self.device):
+                images = self._decode(ids)
+            yield from images
+
+    @torch.no_grad()
+    def _decode(self, ids: Tensor) -> list[Image.Image]:
+        masked, shape = ids == self.mask_id, (*ids.shape, self.vqvae.config.latent_channels)
+        images = self.vqvae.decode(ids.masked_fill(masked, 0), force_not_quantize=True, shape=shape).sample
+        hidden = F.interpolate(masked[:, None].float(), scale_factor=self.grid.factor)
+        return self._images.postprocess(images.clamp(0, 1) * (1 - hidden) + 0.5 * hidden, output_type="pil")
 
 
 @dataclass
@@ -290,8 +302,8 @@ def advance(
     """Draw the masked tokens; then, unless this is the last step, mask the least sure of them again, in place."""
     (_, length), steps = ids_BL.shape, options.num_inference_steps
     # torch.multinomial computes this too, with noise for all positions
-    noises = [image.noise.exponential(step, image.masked, (length, probs_MV.shape[1])) for image in images]
-    noise_MV = torch.cat(noises)
+    shape = (length, probs_MV.shape[1])
+    noise_MV = torch.cat(in_threads(lambda image: image.noise.exponential(step, image.masked, shape), images))
     ids_M = torch.div(probs_MV, noise_MV, out=noise_MV).argmax(dim=-1)
     counts = [len(image.masked) for image in images]
     for image, ids_L, ids_m in zip(images, ids_BL, ids_M.split(counts)):
@@ -338,6 +350,20 @@ class Noise:
         if self.from_host:
             return torch.rand(length, generator=self._host).to(self._device)[positions]
         return torch.rand(len(positions), device=self._device, generator=self._generator)
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call a function on each item, on as many threads as torch has, one thread each; the results are in order.
+
+    For operations that are too small for several threads, whose results must not depend on the number of items.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, items)) if len(items) > 1 else [function(items[0])]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def first_step(request: ImageRequest, options: GenerationOptions) -> int:
