@@ -189,6 +189,7 @@ def toy(folder, monkeypatch):
     text = (
         "extends = 'amused_512_own'\nresolution = 32\ndata = 'photos'\npretrained = 'model'\n"
         "batch_size = 2\nnum_workers = 0\nprompts = ['a cat']\nlog_every = 1\npreview_every = None\n"
+        "validation_every = 0\n"
         "checkpoint_every = None\ndefault_hooks = dict(export=None)\n"
     )
     (folder / "toy.py").write_text(text, encoding="utf-8")

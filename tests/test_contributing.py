@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, flags=re.DOTALL))
 
+QUIET = ["preview_every=None", "validation_every=0"]
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -41,7 +43,7 @@ def test_the_examples() -> None:
 
 
 def test_a_data_set(folder: Path) -> None:
-    few = ["max_iters=2", "log_every=1", "batch_size=4", "num_workers=0", "preview_every=None"]
+    few = ["max_iters=2", "log_every=1", "batch_size=4", "num_workers=0", *QUIET]
     assert cli.main(["train", "learn_colours.py", "--cfg-options", *few]) == 0
     work_dir = folder / "work_dirs/learn_colours"
     assert [line["iter"] for line in metrics(work_dir)] == [1, 2]
@@ -49,7 +51,14 @@ def test_a_data_set(folder: Path) -> None:
 
 
 def test_a_hook(folder: Path) -> None:
-    few = ["log_every=1", "batch_size=4", "num_workers=0", "preview_every=None", "checkpoint_every=5"]
+    few = [
+        "log_every=1",
+        "batch_size=4",
+        "num_workers=0",
+        "preview_every=None",
+        "validation_every=0",
+        "checkpoint_every=5",
+    ]
     train = ["train", "watch_loss.py", "--cfg-options", *few]
     assert cli.main([*train, "max_iters=10"]) == 0
     work_dir = folder / "work_dirs/watch_loss"
@@ -70,7 +79,7 @@ def test_a_hook(folder: Path) -> None:
 
 
 def test_a_hook_that_is_added_on_a_resume(folder: Path) -> None:
-    few = ["log_every=1", "batch_size=4", "num_workers=0", "preview_every=None"]
+    few = ["log_every=1", "batch_size=4", "num_workers=0", *QUIET]
     train = ["train", "watch_loss.py", "--cfg-options", *few]
     assert cli.main([*train, "max_iters=2", "custom_hooks=[]"]) == 0
     assert cli.main([*train, "max_iters=4", "--resume"]) == 0
@@ -80,8 +89,9 @@ def test_a_hook_that_is_added_on_a_resume(folder: Path) -> None:
     assert lowest == pytest.approx(min(losses[2:]), rel=1e-6)
 
 
+@pytest.mark.soak
 def test_a_hook_adds_up_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ["log_every=1", "batch_size=4", "num_workers=0", "preview_every=None", "max_iters=2"]
+    few = ["log_every=1", "batch_size=4", "num_workers=0", *QUIET, "max_iters=2"]
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     command = [sys.executable, "-m", "diffengine", "train", "watch_loss.py", "--cfg-options", *few]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
@@ -115,7 +125,15 @@ def test_a_models_checkpoint_does_not_import_it(folder: Path, capsys: pytest.Cap
 
 
 def test_a_way_to_fine_tune(folder: Path, toy: Toy) -> None:
-    options = ["resolution=32", "max_iters=2", "batch_size=2", "num_workers=0", "preview_every=None", "prompts=[]"]
+    options = [
+        "resolution=32",
+        "max_iters=2",
+        "batch_size=2",
+        "num_workers=0",
+        "preview_every=None",
+        "validation_every=0",
+        "prompts=[]",
+    ]
     sources = ["--pretrained", str(toy.model), "--data", str(toy.data)]
     assert cli.main(["train", "ia3.py", *sources, "--cfg-options", *options]) == 0
     adapter = folder / "work_dirs/ia3/transformer"

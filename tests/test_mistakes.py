@@ -24,6 +24,7 @@ num_workers = 0
 prompts = ["a cat"]
 max_iters = 1
 preview_every = None
+validation_every = 0
 default_hooks = dict(preview=dict(options=dict(num_inference_steps=1)))
 """
 

@@ -85,6 +85,7 @@ max_iters = 4
 num_workers = 0
 prompts = ["a cat"]
 preview_every = None
+validation_every = 0
 checkpoint_every = 2
 log_every = 1
 {more}

@@ -37,11 +37,11 @@ class Toy:
     root: Path
 
     def config(self, name: str = "toy", **settings: Any) -> str:
-        """Write a config with these settings. By default, previews are off and metrics are logged at every step."""
+        """Write a config with these settings. By default, every step is logged, and previews and the page are off."""
         options = {
             "data": str(self.data), "pretrained": str(self.model), "resolution": 32, "batch_size": 4,
             "num_workers": 0, "prompts": [], "preview_every": None, "checkpoint_every": None, "log_every": 1,
-            "validation_every": 0,
+            "validation_every": 0, "default_hooks": {"report": None},
             **settings,
         }  # fmt: skip
         if "max_epochs" not in options:

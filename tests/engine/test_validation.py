@@ -88,24 +88,24 @@ def test_early_stopping(toy: Toy, data: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_best_checkpoint(toy: Toy, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = config(toy, data, "best", max_iters=12, validation_every=2, learning_rate=0.03)  # diverges after a while
+    path = config(toy, data, "best", max_iters=6, validation_every=1, learning_rate=0.03)  # diverges after a while
     assert train(path, tmp_path / "run") == 0
     losses = {line["iter"]: line["val/loss"] for line in lines(tmp_path / "run")[1:]}
     step = min(losses, key=losses.__getitem__)
     assert checkpoint.read(tmp_path / "run" / "best.pth")["counters"]["iter"] == step
-    assert checkpoint.newest(tmp_path / "run").name == "iter_12.pth"
+    assert checkpoint.newest(tmp_path / "run").name == "iter_6.pth"
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "run"), "--best"]) == 0
     assert f"best.pth is of step {step}\n" in capsys.readouterr().out
-    assert main(["convert", path, str(tmp_path / "run" / "iter_12.pth"), str(tmp_path / "out"), "--best"]) == 2
+    assert main(["convert", path, str(tmp_path / "run" / "iter_6.pth"), str(tmp_path / "out"), "--best"]) == 2
     assert "--best is for a work dir" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_the_best(toy: Toy, data: Path, tmp_path: Path) -> None:
-    path = config(toy, data, "resumes", max_iters=8, validation_every=2, checkpoint_every=4, keep_checkpoints=None)
+    path = config(toy, data, "resumes", max_iters=4, validation_every=1, checkpoint_every=2, keep_checkpoints=None)
     assert train(path, tmp_path / "whole") == 0
     assert train(path, tmp_path / "resumed") == 0
-    (tmp_path / "resumed" / "iter_8.pth").unlink()
+    (tmp_path / "resumed" / "iter_4.pth").unlink()
     assert train(path, tmp_path / "resumed", "--resume") == 0
     assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
     states = [checkpoint.read(tmp_path / name / "best.pth") for name in ("whole", "resumed")]

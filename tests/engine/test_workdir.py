@@ -22,7 +22,7 @@ def _names(folder: Path) -> list[str]:
 
 def test_the_layout_and_a_run_from_the_saved_config(toy: Toy, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    path = toy.config("layout", max_iters=2, prompts=1)
+    path = toy.config("layout", default_hooks={}, max_iters=2, prompts=1)
     assert train(path, first, "--cfg-options", "batch_size=5") == 0
     assert _names(first) == [
         "before_after.png", "config.py", "iter_2.pth", "log.txt", "metrics.jsonl", "previews", "report", "report.html",
@@ -39,7 +39,7 @@ def test_the_layout_and_a_run_from_the_saved_config(toy: Toy, tmp_path: Path) ->
 
 
 def test_a_run_is_overwritten_only_with_the_flag(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = toy.config("again")
+    path = toy.config("again", default_hooks={})
     assert train(path, tmp_path) == 0
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)}
     assert train(path, tmp_path) == 2
@@ -86,14 +86,14 @@ def test_the_work_dir_is_created_and_must_not_be_a_file(tmp_path: Path) -> None:
 def test_resume_without_a_checkpoint_starts_from_the_beginning(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert train(toy.config("fresh"), tmp_path, "--resume") == 0
+    assert train(toy.config("fresh", default_hooks={}), tmp_path, "--resume") == 0
     assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"nowhere.pth' does not exist"):
         claim(tmp_path / "other", str(tmp_path / "nowhere.pth"), False)
 
 
 def test_an_invalid_config_does_not_delete_the_old_run(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("kept")
+    path = toy.config("kept", default_hooks={})
     assert train(path, tmp_path) == 0
     before = _names(tmp_path)
     for option in (

@@ -21,7 +21,7 @@ def facts(work_dir: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_ends(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("ends", max_iters=4, prompts=2, preview_every=2, log_every=1)
+    path = toy.config("ends", default_hooks={}, max_iters=4, prompts=2, preview_every=2, log_every=1)
     assert train(path, tmp_path) == 0
     known = facts(tmp_path)
     assert (known["name"], known["status"], known["step"], known["max_iters"]) == ("ends", "done", 4, 4)
@@ -42,7 +42,7 @@ def test_a_run_that_ends(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_looking_changes_nothing(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("looking", max_iters=4, prompts=2, preview_every=1, log_every=1)
+    path = toy.config("looking", default_hooks={}, max_iters=4, prompts=2, preview_every=1, log_every=1)
     assert train(path, tmp_path / "on") == 0
     assert train(path, tmp_path / "off", "--cfg-options", "default_hooks.report=None", "prompts=[]") == 0
     assert not (tmp_path / "off" / "report.html").exists()
@@ -52,7 +52,7 @@ def test_looking_changes_nothing(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_stopped_and_resumed(toy: Toy, tmp_path: Path) -> None:
-    path = toy.config("stopped", max_iters=6, prompts=1, preview_every=2)
+    path = toy.config("stopped", default_hooks={}, max_iters=6, prompts=1, preview_every=2)
     assert in_child(train, path, tmp_path, "--cfg-options", signal_at(3, signal.SIGTERM)) == 128 + signal.SIGTERM
     known = facts(tmp_path)
     assert (known["status"], known["step"]) == ("stopped", 3)
@@ -68,7 +68,7 @@ def test_a_run_that_is_stopped_and_resumed(toy: Toy, tmp_path: Path) -> None:
 
 def test_a_run_that_diverges(toy: Toy, tmp_path: Path) -> None:
     settings = {"learning_rate": 1e30, "clip_grad": None, "max_iters": 3}
-    assert train(toy.config("diverges", **settings), tmp_path) == 2
+    assert train(toy.config("diverges", default_hooks={}, **settings), tmp_path) == 2
     known = facts(tmp_path)
     assert known["status"] == "diverged"
     assert known["error"].startswith("training diverged")
@@ -80,15 +80,15 @@ def test_a_page_that_cannot_be_written_ends_no_run(toy: Toy, tmp_path: Path, mon
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(report.page, "build_page", broken)
-    assert train(toy.config("unwritten"), tmp_path) == 0
+    assert train(toy.config("unwritten", default_hooks={}), tmp_path) == 0
     assert "the run's page was not written: ZeroDivisionError: by zero" in (tmp_path / "log.txt").read_text()
     assert facts(tmp_path)["status"] == "done"
 
 
 def test_overwrite_deletes_what_the_page_rests_on(toy: Toy, tmp_path: Path) -> None:
-    assert train(toy.config("over", max_iters=2, prompts=2, preview_every=1), tmp_path) == 0
+    assert train(toy.config("over", default_hooks={}, max_iters=2, prompts=2, preview_every=1), tmp_path) == 0
     fewer = ["--overwrite", "--cfg-options", "prompts=[]", "max_iters=1", "default_hooks.report=None"]
-    assert train(toy.config("over", max_iters=2, prompts=2, preview_every=1), tmp_path, *fewer) == 0
+    assert train(toy.config("over", default_hooks={}, max_iters=2, prompts=2, preview_every=1), tmp_path, *fewer) == 0
     assert not [name for name in ("report.html", "run.json", "report", "previews") if (tmp_path / name).exists()]
 
 
@@ -109,7 +109,7 @@ def test_images_that_cannot_be_read_are_named(toy: Toy, tmp_path: Path) -> None:
     data = shutil.copytree(toy.data, tmp_path / "data")
     damaged = sorted(data.glob("*.png"))[3]
     damaged.write_bytes(b"no image")
-    path = toy.config("damaged", data=str(data))
+    path = toy.config("damaged", default_hooks={}, data=str(data))
     assert train(path, tmp_path / "run", "--cfg-options", "train_dataloader.skip_unreadable=True") == 0
     known = facts(tmp_path / "run")["data"]
     assert (known["images"], known["unreadable"], len(known["thumbnails"])) == (10, 1, 9)
@@ -121,14 +121,14 @@ def test_a_run_that_fails(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(MetricsHook, "after_step", broken)
-    assert train(toy.config("fails"), tmp_path) == 1
+    assert train(toy.config("fails", default_hooks={}), tmp_path) == 1
     known = facts(tmp_path)
     assert (known["status"], known["error"]) == ("failed", "ZeroDivisionError: by zero")
 
 
 def test_warnings_are_shown_once(toy: Toy, tmp_path: Path) -> None:
     hook = "custom_hooks=[{'type': 'tests.report.test_hook.WarningHook'}]"
-    path = toy.config("warns", max_iters=4, checkpoint_every=2)
+    path = toy.config("warns", default_hooks={}, max_iters=4, checkpoint_every=2)
     assert (
         in_child(train, path, tmp_path, "--cfg-options", hook.replace("}", ", 'stop_at': 2}")) == 128 + signal.SIGTERM
     )

@@ -132,6 +132,7 @@ def test_the_page_names_no_address() -> None:
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
 
 
+@pytest.mark.soak
 def test_at_most_three_megabytes(make: Make) -> None:
     folder = make(count=1000, steps=20, prompts=[f"prompt {number}" for number in range(8)], side=512)
     page = build_page([read_run(folder)])
