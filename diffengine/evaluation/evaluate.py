@@ -227,11 +227,12 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _write_grid(path: Path, data: EvalData, columns: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Some captions; of each the data's image, its round trip and the image of each setting, side by side."""
-    group_of = {index: group for group, indices in data.indices().items() if group != "all" for index in indices}
-    cells = []
-    for index in spread(len(data.captions), IN_GRID):
-        group = f" ({group_of[index]})" if index in group_of else ""
-        labels = [f"{data.captions[index]}{group}", *list(columns)[1:]]
-        cells += [(label, images[index]) for label, images in zip(labels, columns.values())]
+    """Some captions of each group: the data's image, its round trip, and the image of each setting, side by side."""
+    groups, cells = data.indices(), []
+    for group, indices in groups.items():
+        for number in spread(len(indices), IN_GRID // len(groups)):
+            index = indices[number]
+            suffix = "" if group == "all" else f" ({group})"
+            labels = [f"{data.captions[index]}{suffix}", *list(columns)[1:]]
+            cells += [(label, images[index]) for label, images in zip(labels, columns.values())]
     save_image(grid(cells, columns=len(columns) * max(1, CELLS // len(columns))), path)
