@@ -66,6 +66,13 @@ class Evaluation:
     notes: list[str]
     images: dict[str, Sequence[Image.Image]]  # one per caption, by what made them
 
+    def write(self, data: EvalData) -> None:
+        """Write `eval.md`, `eval.json` and `eval.png`."""
+        text = json.dumps({"notes": self.notes, "rows": self.rows}, indent=2)
+        write_text(self.folder / "eval.json", text + "\n")
+        write_text(self.folder / "eval.md", self.markdown())
+        _write_grid(self.folder / "eval.png", data, self.images)
+
     def markdown(self) -> str:
         """The notes and a table, in Markdown."""
         columns = list(dict.fromkeys(name for row in self.rows for name in row if not name.endswith("_error")))
@@ -89,8 +96,8 @@ def evaluate(
         scores: to compute besides retrieval.
         notes: lines to begin with.
     """
-    requests = [ImageRequest(caption) for caption in data.captions for _ in range(per_caption)]
-    requests = [replace(request, seed=seed + index) for index, request in enumerate(requests)]
+    captions = [caption for caption in data.captions for _ in range(per_caption)]
+    requests = [ImageRequest(caption, seed + index) for index, caption in enumerate(captions)]
     steps = sum(setting.num_inference_steps for setting in settings) / len(settings)
     progress = Progress(len(sources) * len(settings) * len(requests), "generated", "images", steps)
     found = Evaluation(folder, [], [*notes], {})
@@ -116,9 +123,7 @@ def evaluate(
             head = {"source": source.name, **{name: asdict(setting)[name] for name in SHOWN}}
             for row in _rows(images, gallery, data, per_caption, scores):
                 found.rows.append({**head, **row, "seconds_per_image": seconds})
-    write_text(folder / "eval.json", json.dumps({"notes": found.notes, "rows": found.rows}, indent=2) + "\n")
-    write_text(folder / "eval.md", found.markdown())
-    _write_grid(folder / "eval.png", data, found.images)
+    found.write(data)
     return found
 
 
