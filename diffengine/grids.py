@@ -1,10 +1,11 @@
 """Grids of captioned images, for people to look at."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from diffengine.files import atomic_write
 
@@ -49,10 +50,14 @@ def save_grid(images: Sequence[Captioned], path: Path, columns: int | None = Non
     return save_image(grid(numbered, columns), path)
 
 
-def save_image(image: Image.Image, path: Path) -> Image.Image:
-    """Write an image as PNG, and return it."""
+def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> Image.Image:
+    """Write an image as PNG, with `texts` as its text chunks, and return it."""
+    info = PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_itxt(name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
     return image
 
 

@@ -4,13 +4,12 @@ import argparse
 import math
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import UserError, require
-from diffengine.files import atomic_write
 from diffengine.text import Progress
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     size, output = _size(options), _output(options)
 
     from diffengine.api import load_sampler
+    from diffengine.grids import save_image
 
     sampler = load_sampler(options.source, options.base, options.dtype)
     for prompt in dict.fromkeys(request.prompt for request in requests):
@@ -72,10 +72,9 @@ def run(options: argparse.Namespace) -> int:
         for number, (request, image) in enumerate(zip(requests, images)):
             results[number, setting] = image
             if not output.suffix:
-                scale = sampler.guidance_scale if setting.guidance_scale is None else setting.guidance_scale
-                used = replace(setting, guidance_scale=scale)
+                used = setting.or_guided_by(sampler.guidance_scale)
                 several = used if len(settings) > 1 else None
-                _save(image, output / _name(number, request, several), _texts(options.source, request, used))
+                save_image(image, output / _name(number, request, several), _texts(options.source, request, used))
     if output.suffix:
         _write_grid(output, results, requests, settings, options)
     print(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")
@@ -192,7 +191,6 @@ def _write_grid(
     for number, request in enumerate(requests):
         cells = [(_label(setting), results[number, setting]) for setting in settings]
         sheets.append((name(request), grid(cells, columns=len(options.steps))))
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_image(stack(sheets), path)
 
 
@@ -216,14 +214,3 @@ def _texts(source: str, request: "ImageRequest", setting: "GenerationOptions") -
     if request.image is not None:
         texts |= {"image": "yes", "mask": "no" if request.mask is None else "yes", "strength": request.strength}
     return {name: str(value) for name, value in texts.items()}
-
-
-def _save(image: "Image.Image", path: Path, texts: dict[str, str]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for name, value in texts.items():
-        info.add_itxt(name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)

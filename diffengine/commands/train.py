@@ -25,5 +25,6 @@ def run(options: argparse.Namespace) -> int:
         not (weights and options.resume),
         "got --init-from and --resume, which continues with the run's weights; leave one out",
     )
-    work = lambda job: runs.train(replace(job, init_from=weights), options.resume, options.overwrite)  # noqa: E731
-    return launch.run_job(options, work)
+    return launch.run_job(
+        options, lambda job: runs.train(replace(job, init_from=weights), options.resume, options.overwrite)
+    )

@@ -7,7 +7,7 @@ from diffengine import distributed
 from diffengine.datasets import ImageDataset, MissingImages
 from diffengine.engine.optim import StepOptimWrapper
 from diffengine.errors import UserError
-from diffengine.files import atomic_write
+from diffengine.grids import save_image
 from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
 
 BATCH = 8  # images generated at once
@@ -64,10 +64,8 @@ def _generate(missing: MissingImages, numbers: list[int], model: TrainableModel,
     for number, image in zip(numbers, images):
         path = missing.folder / f"{number:06}.png"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                with atomic_write(path) as temporary:
-                    image.image.save(temporary, "PNG")
+                save_image(image.image, path)
         except OSError as error:
             raise UserError(f"cannot write class image '{path}': {error}") from error
     done = missing.numbers.index(numbers[-1]) + 1

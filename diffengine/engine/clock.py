@@ -48,15 +48,11 @@ class Clock:
 
     def due(self, every: int | None) -> bool:
         """Whether the last step taken completed another `every` epochs or steps, in the unit that the config counts."""
-        return self.due_at(every, self.done)
-
-    def due_at(self, every: int | None, step: int) -> bool:
-        """`due` after so many steps."""
         if not every:
             return False
         if not self.by_epoch:
-            return step % every == 0
-        return self.epochs_at(step) // every > self.epochs_at(step - 1) // every
+            return self.done % every == 0
+        return self.epochs_done // every > self.epochs_at(self.done - 1) // every
 
     def stop(self) -> None:
         """Make the step just taken the last one."""

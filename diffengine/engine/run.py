@@ -70,7 +70,7 @@ def build_run(
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
     share = next((hook.held_out_share for hook in hooks if getattr(hook, "held_out_share", None) is not None), None)
-    for source in filter(None, (weights, saved)):
+    if source := saved or weights:
         assets = source["assets"]
     training = build_training(job, start, dataset, assets, share)
     model, loop, *_ = training

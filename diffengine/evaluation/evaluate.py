@@ -5,18 +5,17 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from diffengine.datasets import center_square, spread
 from diffengine.evaluation.retrieval import Gallery, rate
 from diffengine.evaluation.scores import Score
-from diffengine.files import atomic_write, write_text
+from diffengine.files import write_text
 from diffengine.grids import grid, save_image
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
 from diffengine.text import Progress
@@ -114,8 +113,7 @@ def evaluate(
             found.notes.append(_ceiling(source, round_trips, gallery, data))
             found.images.update({"data": originals, f"{label}VQ round trip": round_trips})
         for setting in settings:
-            if setting.guidance_scale is None:
-                setting = replace(setting, guidance_scale=sampler.guidance_scale)
+            setting = setting.or_guided_by(sampler.guidance_scale)
             asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
             generate = partial(_generate, sampler, requests, setting, side, progress)
             images, seconds = kept(_name(setting), asked, len(requests), generate)
@@ -169,10 +167,7 @@ def _kept(
     began = time.perf_counter()
     for index, image in zip(missing, make(missing)):
         now = time.perf_counter()
-        info = PngInfo()
-        info.add_text("seconds", repr(now - began))
-        with atomic_write(files[index]) as temporary:
-            image.save(temporary, "PNG", pnginfo=info)
+        save_image(image, files[index], {"seconds": repr(now - began)})
         began = now
     images, seconds = [], 0.0
     for file in files:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -96,6 +96,10 @@ class GenerationOptions:
     @property
     def _temperature_ends(self) -> tuple[float, ...]:
         return tuple(self.temperature) if isinstance(self.temperature, tuple | list) else (self.temperature, 0.01)
+
+    def or_guided_by(self, scale: float) -> "GenerationOptions":
+        """These options, with a guidance scale if they leave it to the model."""
+        return self if self.guidance_scale is not None else replace(self, guidance_scale=scale)
 
     def guidance_at(self, step: int) -> float:
         """The guidance scale of a step; 1.0 for a step without guidance."""

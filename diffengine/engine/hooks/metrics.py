@@ -13,7 +13,7 @@ from diffengine import distributed
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
-from diffengine.errors import UserError, require
+from diffengine.errors import Diverged, require
 from diffengine.files import write_text
 from diffengine.text import format_bytes, format_duration
 
@@ -104,7 +104,7 @@ class MetricsHook(Hook):
         if self._broken == BROKEN_LINES:
             good = run.checkpoints
             last = f"the last good checkpoint is '{good[-1]}'" if good else "there is no checkpoint yet"
-            raise UserError(
+            raise Diverged(
                 f"training diverged: the loss is {loss} for {BROKEN_LINES} lines; lower the learning rate; {last}"
             )
 

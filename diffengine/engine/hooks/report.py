@@ -94,10 +94,11 @@ class ReportHook(Hook):
         warnings: dict[str, Any] = {}
         for item in [*self._before["warnings"], *run.warnings]:  # each once, as of `Run.warn`
             warnings.setdefault(item["text"].partition(":")[0], item)
-        last = [line["loss"] for line in read_run(run.job.work_dir).lines if "loss" in line][-1:]
+        files = read_run(run.job.work_dir)
+        last = [line["loss"] for line in files.lines if "loss" in line][-1:]
         if status == "failed" and last == [None]:
             status = "diverged"
-        prompts = read_run(run.job.work_dir).prompts["prompts"]
+        prompts = files.prompts["prompts"]
         known = {
             **self._facts,
             "status": status,

@@ -60,7 +60,6 @@ class ValidationHook(Hook):
         self._twin: list[FixedImage] = []
         self._steps: set[int] = set()
         self._evaluated_at: int | None = None
-        self._without_gain = 0
 
     def before_train(self, run: Run) -> None:
         model = run.trainable
@@ -70,11 +69,13 @@ class ValidationHook(Hook):
             self._read(run, model)
         if not self._twin:
             return
-        self._choose_steps(run)
+        if not self.every:
+            self._choose_steps(run)
         if run.clock.done == 0:
             seconds = self._evaluate(run, model)
             counts = f"{len(self._held_out)} held-out and {len(self._twin)} trained images"
-            run.logger.info(f"validation: {counts}, {len(self._steps)} times; one takes {seconds:.2g} s")
+            times = len(self._steps) or run.clock.times_due(self.every)
+            run.logger.info(f"validation: {counts}, {times} times; one takes {seconds:.2g} s")
 
     def after_step(self, run: Run, step: Step) -> None:
         due = run.clock.due(self.every) if self.every else run.clock.done in self._steps
@@ -112,9 +113,6 @@ class ValidationHook(Hook):
 
     def _choose_steps(self, run: Run) -> None:
         """The steps of an interval that was not given: a function of the config, so a resumed run has the same."""
-        if self.every:
-            self._steps = {step for step in range(1, run.clock.max_iters + 1) if run.clock.due_at(self.every, step)}
-            return
         forwards = len(TIMES) * (2 * len(self._held_out) + len(self._twin))
         cost = forwards / (3 * run.clock.batch_size)  # in steps: a backward pass counts as two forward passes
         count = min(MOST_TIMES, max(FEWEST_TIMES, int(LARGEST_SHARE * run.clock.max_iters / cost)))

@@ -18,7 +18,7 @@ from diffengine.errors import UserError, require
 from diffengine.models import adapters as peft_adapters
 from diffengine.models.amused.components import Components
 from diffengine.models.amused.encoder import AmusedEncoder
-from diffengine.models.amused.preprocessor import AmusedPreprocessor
+from diffengine.models.amused.preprocessor import AmusedPreprocessor, encode_ids
 from diffengine.models.amused.sampler import AmusedSampler
 from diffengine.models.amused.transformer import blocks_of, head, trunk
 from diffengine.models.amused.vocabulary import learn_vocabulary
@@ -193,8 +193,7 @@ class AmusedModel(MaskedImageModel):
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Caption ids (B,T) as in AmusedPipeline: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
         with torch.set_grad_enabled("text_encoder" not in self._frozen and torch.is_grad_enabled()):
-            output = self.module("text_encoder")(text_ids, output_hidden_states=True, return_dict=True)
-        return output.hidden_states[-2], output.text_embeds
+            return encode_ids(self.module("text_encoder"), text_ids)
 
     def module(self, name: str) -> Any:
         """A component on the model's device, trained or frozen."""

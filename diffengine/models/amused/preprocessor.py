@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import VQModel
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.models.base import Batch
 from diffengine.models.frozen import Frozen
@@ -72,8 +72,7 @@ class AmusedPreprocessor:
 
     def text_ids(self, captions: list[str]) -> Tensor:
         """Captions as ids (B,T) int64 on the host, padded and cut as AmusedPipeline does."""
-        options = {"padding": "max_length", "truncation": True, "max_length": self.tokenizer.model_max_length}
-        return self.tokenizer(captions, return_tensors="pt", **options).input_ids
+        return caption_ids(self.tokenizer, captions)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64; in fp32, whatever autocast and TF32 are set to."""
@@ -86,6 +85,18 @@ class AmusedPreprocessor:
                 ids = vqvae.quantize(latents)[2][2]
                 chunks.append(ids.view(len(latents), *latents.shape[2:]))
         return torch.cat(chunks)  # here, since autograd refuses tensors that were made in inference mode
+
+
+def caption_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Captions as ids (B,T) int64 on the host, padded and cut as AmusedPipeline does."""
+    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    return tokenizer(captions, return_tensors="pt", **options).input_ids
+
+
+def encode_ids(text_encoder: CLIPTextModelWithProjection, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What AmusedPipeline takes of the text encoder: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
+    output = text_encoder(text_ids, output_hidden_states=True, return_dict=True)
+    return output.hidden_states[-2], output.text_embeds
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, final
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.errors import require
-from diffengine.models.amused.preprocessor import in_fp32, to_device
+from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp32, to_device
 from diffengine.models.amused.transformer import blocks_of, conditions_once, head, trunk
 from diffengine.models.cuda_graphs import CudaGraphs
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, NotFinite, Unmasking
@@ -157,8 +157,7 @@ class AmusedSampler(ImageSampler):
         (h, w), steps = grid, options.num_inference_steps
         length, first = h * w, first_step(requests[0], options)
         require(steps <= length, f"got {steps} steps for {w}x{h} tokens; expected at most one step per token")
-        if options.guidance_scale is None:
-            options = replace(options, guidance_scale=self.guidance_scale)
+        options = options.or_guided_by(self.guidance_scale)
         images = [self._start(request, options, grid) for request in requests]
         ids_BL = torch.stack([image.ids_L for image in images])
         text = self._text(requests, any(options.guidance_at(step) > 1 for step in range(first, steps)))
@@ -223,10 +222,8 @@ class AmusedSampler(ImageSampler):
             self._texts.clear()
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._texts:  # one at a time: the last bits would depend on the batch
-                padding = {"padding": "max_length", "truncation": True, "max_length": self.tokenizer.model_max_length}
-                text_ids = self.tokenizer(prompt, return_tensors="pt", **padding).input_ids.to(self.device)
-                output = self.text_encoder(text_ids, output_hidden_states=True, return_dict=True)
-                self._texts[prompt] = output.hidden_states[-2], output.text_embeds
+                text_ids = caption_ids(self.tokenizer, [prompt]).to(self.device)
+                self._texts[prompt] = encode_ids(self.text_encoder, text_ids)
         hidden, pooled = (torch.cat([self._texts[prompt][number] for prompt in prompts]) for number in (0, 1))
         return hidden, pooled
 
