@@ -9,16 +9,28 @@ import torch
 from PIL import Image
 
 from diffengine import config, distributed
-from diffengine.datasets import ImageDataset, ImageTextDataset, as_dataset, as_list, spread
+from diffengine.datasets import (
+    ImageDataset,
+    ImageTextDataset,
+    Stream,
+    as_dataset,
+    as_list,
+    fixed_samples_of,
+    hold_out,
+    spread,
+    square_transforms,
+)  # fmt: skip
+from diffengine.datasets.split import MOST
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
 from diffengine.engine.build import Job, load_config, make_job
 from diffengine.engine.check import Report
+from diffengine.engine.hooks import ValidationHook
 from diffengine.engine.run import Run
 from diffengine.engine.state import load_model
 from diffengine.errors import UserError, require
-from diffengine.evaluation import EvalData, Evaluation, Source
+from diffengine.evaluation import EvalData, Evaluation, LossData, Source
 from diffengine.evaluation import evaluate as run_evaluation
 from diffengine.evaluation.scores import CLIP, available
 from diffengine.export import DTYPES, Exported, export
@@ -26,7 +38,7 @@ from diffengine.models.base import MaskedImageModel
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, Order
 from diffengine.models.loading import quiet_libraries
 from diffengine.models.pipelines import open_pipeline
-from diffengine.registry import build
+from diffengine.registry import build, resolve
 
 
 def _job(name: str, settings: Mapping[str, Any]) -> Job:
@@ -165,14 +177,17 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
     """Captions and images of a config's data set, or of images as a config's `data`."""
     trained: set[str] | None = None
     dataset: ImageDataset
+    loss: LossData | None
     if data.endswith(".py") or data in config.shipped():
-        section = load_config(data)[1]["train_dataloader"]["dataset"]
+        resolved = load_config(data)[1]
+        section, loss = resolved["train_dataloader"]["dataset"], _loss_data(resolved)
         if split is not None:
             trained = {text for texts in as_dataset(build(section)).all_captions() for text in texts}
             section = {**section, "split": split}
         dataset = as_dataset(build(section))
     else:
         dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
+        loss = LossData(lambda side: (fixed_samples_of(dataset, square_transforms(side), 0, min(MOST, max_images)), []))
     require(max_images >= 1, f"--max-images got {max_images}; expected at least 1")
     samples = [dataset[index] for index in spread(len(dataset), max_images)]
     captions = [as_list(sample["text"])[0] for sample in samples]
@@ -180,13 +195,30 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
     if trained is not None:
         groups["trained"] = [index for index, caption in enumerate(captions) if caption in trained]
         groups["unseen"] = [index for index, caption in enumerate(captions) if caption not in trained]
-    return EvalData(captions, [sample["image"] for sample in samples], groups)
+    return EvalData(captions, [sample["image"] for sample in samples], groups, loss=loss)
+
+
+def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
+    """What a run of a config validates on; None if it does not."""
+    sections = [section for section in resolved.get("default_hooks", {}).values() if section]
+    hook = next((build(section) for section in sections if resolve(section["type"]) is ValidationHook), None)
+    if hook is None or hook.every == 0:
+        return None
+    loader, seed = resolved["train_dataloader"], resolved["seed"]
+
+    def samples(side: int) -> Any:
+        dataset = as_dataset(build(loader["dataset"]))
+        transforms = [build(transform) for transform in loader["image_transforms"]]
+        split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")
+        stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, split=split)
+        return hook.samples(stream, loader["dataset"])
+
+    return LossData(samples, seed)
 
 
 def _source(source: str | Path, base: str | None, dtype: str, compile: bool) -> Source:
     """A source to evaluate; its fingerprint is made of the names, sizes and times of its files."""
-    path = Path(source)
-    newest = checkpoints.newest(path) if path.is_dir() else None
+    path, newest = Path(source), checkpoint_of(source)
     files = [newest] if newest else sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
@@ -207,6 +239,12 @@ def _config_of(source: str | Path) -> str:
     return str(file)
 
 
+def checkpoint_of(source: str | Path) -> Path | None:
+    """The checkpoint that a source names, or the newest one of its work dir; None for another source."""
+    path = Path(source)
+    return checkpoints.newest(path) if path.is_dir() else path if path.suffix == ".pth" else None
+
+
 def load_sampler(source: str | Path, base: str | None = None, dtype: str = "auto") -> ImageSampler:
     """What generates images with a source, on the GPU if there is one; arguments as of `sample`."""
     quiet_libraries()
@@ -214,9 +252,8 @@ def load_sampler(source: str | Path, base: str | None = None, dtype: str = "auto
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     require(dtype in DTYPES, f"dtype got '{dtype}'; expected auto or one of {', '.join(DTYPES)}")
-    folder = Path(source)
-    newest = checkpoints.newest(folder) if folder.is_dir() else folder if folder.suffix == ".pth" else None
-    if newest is None or base:
+    newest = None if base else checkpoint_of(source)
+    if newest is None:
         sampler = open_pipeline(str(source), base)
     else:  # newer than a pipeline that convert wrote into the same folder
         model = load_model(newest).eval()

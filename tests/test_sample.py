@@ -321,6 +321,20 @@ except Exception:
 """
 
 
+def test_a_work_dir_says_which_checkpoint_it_takes(here: Path, toy: Toy, capsys: pytest.CaptureFixture) -> None:
+    config = toy.config("two", max_iters=2, checkpoint_every=1)
+    assert cli.main(["train", config, "--work-dir", "run"]) == 0
+    arguments = ["a cat", "--steps", "1", "-o", "out", "--overwrite"]
+    capsys.readouterr()
+    assert cli.main(["sample", "run", *arguments]) == 0
+    assert "generating with the newest checkpoint, 'run/iter_2.pth'\n" in capsys.readouterr().out
+    Path("run/iter_1.pth").rename("run/best.pth")
+    assert cli.main(["sample", "run", *arguments]) == 0
+    assert "'run/iter_2.pth'; the one with the lowest validation loss: 'run/best.pth'\n" in capsys.readouterr().out
+    assert cli.main(["sample", "run/best.pth", *arguments]) == 0
+    assert "newest" not in capsys.readouterr().out
+
+
 def test_without_the_deprecated_pipelines(here: Path, toy: Toy) -> None:
     config = toy.config("hidden", prompts=["a cat"], preview_every=1, default_hooks={
         "preview": {"options": {"num_inference_steps": 2}}

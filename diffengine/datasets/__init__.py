@@ -10,10 +10,19 @@ from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.split import Split, hold_out
-from diffengine.datasets.stream import Stream, generator, steps_for_epochs
+from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
-from diffengine.datasets.transforms import Crop, DropCaption, Flip, Resize, ToTensor, Transform, center_square
+from diffengine.datasets.transforms import (
+    Crop,
+    DropCaption,
+    Flip,
+    Resize,
+    ToTensor,
+    Transform,
+    center_square,
+    square_transforms,
+)  # fmt: skip
 
 __all__ = [
     "GOLDEN_RATIO",
@@ -40,10 +49,12 @@ __all__ = [
     "batches_of",
     "center_square",
     "collate",
+    "fixed_samples_of",
     "generator",
     "hold_out",
     "make_loader",
     "spread",
+    "square_transforms",
     "steps_for_epochs",
     "survey",
     "survey_captions",

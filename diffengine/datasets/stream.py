@@ -14,8 +14,9 @@ from typing import Any, final
 import numpy as np
 from torch.utils.data import Dataset
 
-from diffengine.datasets.base import Sample, UnreadableImage, as_dataset
-from diffengine.datasets.split import Split
+from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset
+from diffengine.datasets.split import Split, digest_of
+from diffengine.datasets.survey import spread
 from diffengine.datasets.transforms import AnyTransform, apply, is_random
 from diffengine.errors import UserError, require
 
@@ -160,6 +161,14 @@ class Stream(Dataset):
         counter = (index, 0) if self.image_variations is not None else (index, 0, 1)
         return apply(self.image_transforms, self.dataset[index], self._of_images.at(*counter))
 
+    def fixed_samples(self, indices: Sequence[int]) -> list[tuple[Sample, int]]:
+        """Each readable image as of `fixed_sample`, with the digest that the split has of its content."""
+        samples = []
+        for index in indices:
+            with suppress(UnreadableImage):
+                samples.append((self.fixed_sample(index), self.split.digests[index]))
+        return samples
+
     def _read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """The samples of the positions after the image transforms."""
         located = [self.locate(position) for position in positions]
@@ -194,6 +203,18 @@ class Stream(Dataset):
             except UnreadableImage as error:
                 last = error
         raise UserError(f"none of the {len(self)} images can be read; the last: {last}")
+
+
+def fixed_samples_of(
+    dataset: ImageDataset, transforms: Sequence[AnyTransform], seed: int, most: int
+) -> list[tuple[Sample, int]]:
+    """At most so many images of another data set after image transforms, each with the digest of its content."""
+    samples = []
+    for index in spread(len(dataset), most):
+        with suppress(UnreadableImage):
+            digest = digest_of(dataset.content(index) or repr(index).encode())
+            samples.append((apply(transforms, dataset[index], generator(seed, VALIDATION, digest, 1)), digest))
+    return samples
 
 
 def steps_for_epochs(epochs: int, num_samples: int, batch_size: int) -> int:

@@ -107,6 +107,11 @@ class Crop(Transform):
         return {"original_size": image.size, **sample, "image": square, **records}
 
 
+def square_transforms(side: int) -> list[AnyTransform]:
+    """The centre of any image as a tensor of `side` pixels a side, with the true conditions."""
+    return [Resize(side), Crop(side, random=False), ToTensor()]
+
+
 def center_square(image: Image.Image, side: int) -> Image.Image:
     """The centre of an image, as Resize and Crop make it without chance."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """Measuring what a model generates: retrieval by pixels, and scores by networks that others trained."""
 
-from diffengine.evaluation.evaluate import EvalData, Evaluation, Source, evaluate
+from diffengine.evaluation.evaluate import EvalData, Evaluation, LossData, Source, evaluate
 from diffengine.evaluation.retrieval import Gallery
 
-__all__ = ["EvalData", "Evaluation", "Gallery", "Source", "evaluate"]
+__all__ = ["EvalData", "Evaluation", "Gallery", "LossData", "Source", "evaluate"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffengine.datasets import center_square, spread
+from diffengine.datasets import Sample, center_square, spread
+from diffengine.evaluation.heldout import TIMES, fixed_images, held_out_losses
 from diffengine.evaluation.retrieval import Gallery, rate
 from diffengine.evaluation.scores import Score
 from diffengine.files import write_text
@@ -22,7 +24,23 @@ from diffengine.text import Progress
 
 IN_GRID, CELLS = 12, 8  # captions in the grid; images in one of its rows
 SHOWN = ("guidance_scale", "num_inference_steps", "order")  # of the settings, in the table
+LOSS_BATCH = 16  # images whose loss is computed at once
 Row = dict[str, Any]
+Samples = list[tuple[Sample, int]]
+
+
+@dataclass(frozen=True)
+class LossData:
+    """Images to compute the loss on.
+
+    Attributes:
+        samples: held-out and trained samples after the image transforms, each with the digest of its content; for a
+            model of images of so many pixels a side.
+        seed: of the masks; with a run's own seed the numbers are those of the run.
+    """
+
+    samples: Callable[[int], tuple[Samples, Samples]]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,12 +52,14 @@ class EvalData:
         images: the data's image of each, at any size; None for prompts without images.
         groups: indices of captions by the name of a row in the table: {"unseen": [3, 7]}. None: one group, "all".
         others: further images, by caption, that a generated image must not be nearer to.
+        loss: images to compute the loss on; None for prompts without images.
     """
 
     captions: Sequence[str]
     images: Sequence[Image.Image] | None = None
     groups: Mapping[str, Sequence[int]] | None = None
     others: Mapping[str, Image.Image] = field(default_factory=dict)
+    loss: LossData | None = None
 
     def indices(self) -> Mapping[str, Sequence[int]]:
         """The indices of each group that has some."""
@@ -58,26 +78,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: a row per source, setting and group; and lines about all of them."""
+    """What `evaluate` found: a row per source, setting and group; one of losses per source; and lines about all."""
 
     folder: Path
     rows: list[Row]
+    losses: list[Row]
     notes: list[str]
     images: dict[str, Sequence[Image.Image]]  # one per caption, by what made them
 
     def write(self, data: EvalData) -> None:
         """Write `eval.md`, `eval.json` and `eval.png`."""
-        text = json.dumps({"notes": self.notes, "rows": self.rows}, indent=2)
+        text = json.dumps({"notes": self.notes, "rows": self.rows, "losses": self.losses}, indent=2)
         write_text(self.folder / "eval.json", text + "\n")
         write_text(self.folder / "eval.md", self.markdown())
         _write_grid(self.folder / "eval.png", data, self.images)
 
     def markdown(self) -> str:
-        """The notes and a table, in Markdown."""
-        columns = list(dict.fromkeys(name for row in self.rows for name in row if not name.endswith("_error")))
-        lines = [f"| {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(_cell(row, name) for name in columns)} |" for row in self.rows]
-        return "\n".join([*self.notes, "", *lines, ""])
+        """The notes and the tables, in Markdown."""
+        tables = [_table(rows) for rows in (self.rows, self.losses) if rows]
+        return "\n".join([*self.notes, "", *"\n\n".join(tables).splitlines(), ""])
 
 
 def evaluate(
@@ -99,7 +118,7 @@ def evaluate(
     requests = [ImageRequest(caption, seed + index) for index, caption in enumerate(captions)]
     steps = sum(setting.num_inference_steps for setting in settings) / len(settings)
     progress = Progress(len(sources) * len(settings) * len(requests), "generated", "images", steps)
-    found = Evaluation(folder, [], [*notes], {})
+    found = Evaluation(folder, [], [], [*notes], {})
     if data.images is not None:
         found.notes.append(f"chance {1 / len({*data.captions, *data.others}):.4f}")
     for source in sources:
@@ -112,6 +131,8 @@ def evaluate(
             round_trips, _ = kept("round trip", shown, len(originals), partial(_reconstruct, sampler, originals))
             found.notes.append(_ceiling(source, round_trips, gallery, data))
             found.images.update({"data": originals, f"{label}VQ round trip": round_trips})
+        if data.loss is not None:
+            found.losses.append({"source": source.name, **_losses(folder, source, sampler, data.loss)})
         for setting in settings:
             setting = setting.or_guided_by(sampler.guidance_scale)
             asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
@@ -177,6 +198,24 @@ def _kept(
     return images, seconds / count
 
 
+def _losses(folder: Path, source: Source, sampler: ImageSampler, data: LossData) -> Row:
+    """The losses of a source; kept in a file until its weights, the images or the seed change."""
+    held_out, trained = data.samples(sampler.side)
+    asked = {"weights": source.fingerprint, "seed": data.seed}
+    asked |= {"held_out": [digest for _, digest in held_out], "trained": [digest for _, digest in trained]}
+    file = folder / f"{_slug(source.name)}-losses.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["of"] == asked:
+            return kept["losses"]
+    images, twin = (fixed_images(sampler, samples, data.seed) for samples in (held_out, trained))
+    progress = Progress(2 * len(held_out) + len(trained), "computed the loss of", "images", len(TIMES))
+    found: Row = {"ln V": math.log(sampler.num_codes)}
+    found |= held_out_losses(sampler, images, twin, LOSS_BATCH, progress.advance)
+    write_text(file, json.dumps({"of": asked, "losses": found}, indent=2) + "\n")
+    return found
+
+
 def _rows(
     images: Sequence[Image.Image], gallery: Gallery | None, data: EvalData, per_caption: int,
     scores: Sequence[Score],
@@ -216,6 +255,12 @@ def _digest(values: Iterable[str | bytes]) -> str:
     for value in values:
         digest.update(hashlib.blake2b(value.encode() if isinstance(value, str) else value).digest())
     return digest.hexdigest()
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row if not name.endswith("_error")))
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(_cell(row, name) for name in columns)} |" for row in rows])
 
 
 def _cell(row: Row, name: str) -> str:

@@ -3,10 +3,9 @@
 Legend: N images, h w token grid, L = h * w.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 from diffengine import distributed
 from diffengine.datasets import Sample, as_list, collate, generator
 from diffengine.datasets.stream import VALIDATION
-from diffengine.models.base import MaskedImageModel
-from diffengine.models.frozen import evaluating
-from diffengine.models.masking import num_masked
+from diffengine.models.masking import Schedule, num_masked
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 
@@ -30,14 +27,22 @@ class FixedImage:
     order_L: np.ndarray  # int64; the masks are its beginnings, so they are nested
 
 
-def fixed_images(model: MaskedImageModel, samples: Sequence[tuple[Sample, int]], seed: int) -> list[FixedImage]:
+class MaskedPredictor(Protocol):
+    """What is evaluated: a model in training, or the sampler of a saved one."""
+
+    mask_schedule: Schedule
+
+    def tokenize(self, images: Tensor) -> Mapping[str, Tensor]: ...
+
+    def masked_loss(self, batch: Any) -> tuple[Tensor, Tensor]: ...
+
+
+def fixed_images(model: MaskedPredictor, samples: Sequence[tuple[Sample, int]], seed: int) -> list[FixedImage]:
     """Tokenize samples; an image's order follows from the seed and the digest of its content, which is given too."""
     images = []
     for sample, digest in samples:
         if "token_ids" not in sample:
-            assert model.encoder is not None
-            encoded = model.encoder.encode_images(sample["image"][None])
-            sample = {**sample, **{name: value[0] for name, value in encoded.items()}}
+            sample = {**sample, **{name: value[0] for name, value in model.tokenize(sample["image"][None]).items()}}
         kept = {key: value for key, value in sample.items() if key not in ("image", "weight")}
         order_L = generator(seed, VALIDATION, digest).permutation(sample["token_ids"].numel())
         images.append(FixedImage({**kept, "text": as_list(sample["text"])[0]}, order_L))
@@ -67,23 +72,45 @@ class Losses:
         return (self.loss / self.tokens).tolist()
 
 
+def held_out_losses(
+    model: MaskedPredictor, held_out: Sequence[FixedImage], trained: Sequence[FixedImage], batch_size: int,
+    on_images: Callable[[int], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """What `metrics.jsonl` has of a validation; of held-out images only if there are some, and so of trained ones.
+
+    Args:
+        on_images: called with the number of images of each forward pass.
+    """
+    values: dict[str, float] = {}
+    if held_out:
+        captioned, uncaptioned = (losses(model, held_out, each, batch_size, on_images) for each in (True, False))
+        values = {
+            "val/loss": captioned.mean, "val/loss_uncaptioned": uncaptioned.mean,
+            "val/caption_gain": uncaptioned.mean - captioned.mean, "val/accuracy": captioned.accuracy,
+        }  # fmt: skip
+        values |= {f"val/loss_t{number}": loss for number, loss in enumerate(captioned.by_time)}
+    if trained:
+        values["val/train_loss"] = losses(model, trained, True, batch_size, on_images).mean
+    return values
+
+
 def losses(
-    model: MaskedImageModel, images: Sequence[FixedImage], *, captions: bool, batch_size: int,
-    autocast: AbstractContextManager,
+    model: MaskedPredictor, images: Sequence[FixedImage], captions: bool, batch_size: int,
+    on_images: Callable[[int], None] | None = None,
 ) -> Losses:  # fmt: skip
     """Evaluate a model on images, with or without their captions. Every rank takes a share, and gets the whole sums."""
     sums = torch.zeros(3, len(TIMES), dtype=torch.float64)
     mine = images[distributed.rank() :: distributed.world_size()]
-    schedule = model.mask_schedule
     found: list[tuple[int, Tensor, Tensor]] = []
-    with evaluating(model), autocast:
-        for number, time in enumerate(TIMES):
-            for start in range(0, len(mine), batch_size):
-                samples = [_masked(image, time, schedule, captions) for image in mine[start : start + batch_size]]
-                batch = collate(samples)
-                loss, logs = model(model.prepare(batch))
-                found.append((number, loss.double(), logs["accuracy"].double()))
-                sums[2, number] += sum(batch["num_targets"])
+    for number, time in enumerate(TIMES):
+        for start in range(0, len(mine), batch_size):
+            chosen = mine[start : start + batch_size]
+            batch = collate([_masked(image, time, model.mask_schedule, captions) for image in chosen])
+            loss, correct = model.masked_loss(batch)
+            found.append((number, loss.double(), correct.double()))
+            sums[2, number] += sum(batch["num_targets"])
+            if on_images is not None:
+                on_images(len(chosen))
     if found:  # one read from the device
         values = torch.stack([torch.stack(pair) for _, *pair in found]).cpu()
         for (number, *_), pair in zip(found, values):
@@ -91,7 +118,7 @@ def losses(
     return Losses(*torch.tensor(distributed.add_counts(*sums.flatten().tolist()), dtype=torch.float64).view(3, -1))
 
 
-def _masked(image: FixedImage, time: float, schedule: Any, captions: bool) -> Sample:
+def _masked(image: FixedImage, time: float, schedule: Schedule, captions: bool) -> Sample:
     count = num_masked(time, len(image.order_L), schedule)
     text = image.sample["text"] if captions else ""
     return {**image.sample, "text": text, "masked": image.order_L[:count], "num_targets": count}

@@ -169,6 +169,18 @@ class MaskedImageModel(TrainableModel):
     guidance_scale: float | None = None
     pipeline_class = "AmusedPipeline"
 
+    @final
+    def tokenize(self, images: Tensor) -> Mapping[str, Tensor]:
+        """Images (B,3,H,W) in [0,1] as `token_ids` (B,h,w), on the host."""
+        assert self.encoder is not None
+        return self.encoder.encode_images(images)
+
+    @final
+    def masked_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy of a collated batch's masked tokens, and how many of them the model gets right."""
+        loss, logs = self(self.prepare(batch))
+        return loss, logs["accuracy"]
+
     @property
     @abstractmethod
     def origin(self) -> str:

@@ -2,15 +2,16 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffengine.errors import UserError, require
+from diffengine.models.masking import Schedule
 
 Order = Literal["confidence", "halton"]
 Unmasking = Literal["cosine", "linear", "arccos"]
@@ -116,6 +117,8 @@ class ImageSampler(ABC):
 
     guidance_scale: float  # what suits the model
     side: int  # of the model's own images, in pixels
+    num_codes: int  # that a token can have
+    mask_schedule: Schedule  # the share of tokens that are masked by t, in training
 
     @abstractmethod
     def generate(
@@ -147,6 +150,14 @@ class ImageSampler(ABC):
     @abstractmethod
     def reconstruct(self, images: Sequence[Image.Image]) -> Iterator[Image.Image]:
         """Yield each image after its round trip through the tokens: the best that can be generated."""
+
+    @abstractmethod
+    def tokenize(self, images: Tensor) -> Mapping[str, Tensor]:
+        """Images (B,3,H,W) in [0,1] as `token_ids` (B,h,w), on the host."""
+
+    @abstractmethod
+    def masked_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the model was trained to lower: see `MaskedImageModel.masked_loss`."""
 
     @abstractmethod
     def cut(self, prompt: str) -> str:

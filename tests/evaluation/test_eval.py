@@ -1,6 +1,7 @@
 """`diffengine eval`: one table for every source, setting and group; killed and started again, it goes on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from diffengine.engine.run import Run
 from diffengine.evaluation import EvalData
 from diffengine.models.amused.sampler import AmusedSampler
 from tests.engine.runs import Toy
+from tests.support import photos
 
 STEPS = {"max_iters": 2, "checkpoint_every": 1, "batch_size": 2}
 
@@ -66,6 +68,40 @@ def test_a_run_on_its_own_data(run: Run, generated: list[str], capsys: pytest.Ca
     assert len(generated) == 1
     without_times = [{**row, "seconds_per_image": 0} for row in table]
     assert [{**row, "seconds_per_image": 0} for row in rows(folder)] == without_times
+
+
+def test_the_losses_of_a_run_are_those_that_it_recorded(toy: Toy, tmp_path: Path) -> None:
+    """Of its checkpoint, and of the pipeline that is exported; as many trained images are compared as are held out."""
+    photos.write_photo_folder(tmp_path / "photos", 40, 40)
+    options = {**STEPS, "data": str(tmp_path / "photos"), "validation_every": 2, "learning_rate": 1e-2}
+    run = diffengine.train(toy.config("eval"), work_dir=tmp_path / "run", **options)
+    diffengine.convert(run.checkpoints[-1], tmp_path / "pipeline", pipeline=True)
+    recorded = [line for line in run.metrics if "val/loss" in line][-1]
+    sources, out = [str(run.work_dir), str(tmp_path / "pipeline")], tmp_path / "out"
+    arguments = ["eval", *sources, "--data", str(run.work_dir / "config.py"), "--steps", "1", "--max-images", "2"]
+    assert main([*arguments, "-o", str(out)]) == 0
+    losses = json.loads((out / "eval.json").read_text())["losses"]
+    assert [row["source"] for row in losses] == sources
+    for row in losses:
+        found = {name: value for name, value in row.items() if name.startswith("val/")}
+        assert found == pytest.approx({name: recorded[name] for name in found}, rel=1e-5, abs=1e-6)
+        assert len(found) == 5 + 8
+        assert row["ln V"] == pytest.approx(math.log(64))
+    assert "val/caption gain" in (out / "eval.md").read_text()
+
+
+def test_the_loss_on_a_folder_of_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are held out; computed once for the same weights and images."""
+    folder = tmp_path / "photos"
+    photos.write_photo_folder(folder, 3, 48)
+    arguments = ["eval", str(run.work_dir), "--data", str(folder), "--steps", "1", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (row,) = json.loads((tmp_path / "out" / "eval.json").read_text())["losses"]
+    assert "val/train_loss" not in row
+    assert row["val/caption_gain"] == pytest.approx(row["val/loss_uncaptioned"] - row["val/loss"])
+    monkeypatch.setattr(AmusedSampler, "masked_loss", None)
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["losses"] == [row]
 
 
 def test_an_image_is_the_one_that_sample_generates(run: Run, tmp_path: Path) -> None:

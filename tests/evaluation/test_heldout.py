@@ -1,7 +1,5 @@
 """The held-out loss: an independent computation, any batch size, any number of ranks."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch.nn.functional as F
 
 from diffengine.evaluation.heldout import TIMES, Losses, fixed_images, losses, unigram_loss
 from diffengine.models.amused import AmusedModel
+from diffengine.models.frozen import evaluating
 from diffengine.models.masking import num_masked
 from tests.engine import runs
 from tests.engine.runs import Toy
@@ -32,7 +31,8 @@ def make_samples(count: int = 5) -> list:
 
 def measure(model: AmusedModel, count: int = 5, captions: bool = True, batch_size: int = 2) -> Losses:
     images = fixed_images(model, make_samples(count), seed=3)
-    return losses(model, images, captions=captions, batch_size=batch_size, autocast=nullcontext())
+    with evaluating(model):
+        return losses(model, images, captions, batch_size)
 
 
 @torch.no_grad()

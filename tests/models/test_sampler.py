@@ -438,7 +438,7 @@ def test_conditions_are_computed_once(toy_sampler: AmusedSampler) -> None:
     """Not at every step; the passes are equal to the bit, and the transformer is the same afterwards."""
     transformer, calls = toy_sampler.transformer, []
     modules = {name: dict(vars(module)) for name, module in transformer.named_modules()}
-    text = toy_sampler._text([ImageRequest("a"), ImageRequest("b")], False)
+    text = toy_sampler._text(["a", "b"])
     given = torch.full((2, 8, 8), MASK), torch.tensor([[32.0, 32, 0, 0, 6]]).expand(2, -1), *text
     linear, several = torch.nn.functional.linear, (given[0], given[0], given[0] * 0)
 

@@ -1,22 +1,19 @@
 """The loss on images that are not trained, which tells whether the model learns or memorizes."""
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from typing import final
 
 from diffengine import distributed
-from diffengine.datasets import ImageDataset, Sample, Stream, UnreadableImage, as_dataset, generator
-from diffengine.datasets.split import FEWEST, MOST, digest_of
-from diffengine.datasets.stream import VALIDATION
+from diffengine.datasets import ImageDataset, Sample, Stream, as_dataset, fixed_samples_of
+from diffengine.datasets.split import FEWEST, MOST
 from diffengine.datasets.survey import spread
-from diffengine.datasets.transforms import apply
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.errors import require
-from diffengine.evaluation.heldout import TIMES, FixedImage, Losses, fixed_images, losses, unigram_loss
+from diffengine.evaluation.heldout import TIMES, FixedImage, fixed_images, held_out_losses, unigram_loss
 from diffengine.models.base import MaskedImageModel
+from diffengine.models.frozen import evaluating
 from diffengine.registry import build
 
 FEWEST_TIMES, MOST_TIMES = 8, 40  # evaluations of a run that chooses its interval
@@ -82,11 +79,24 @@ class ValidationHook(Hook):
         if self._twin and (due or run.clock.finished) and isinstance(run.trainable, MaskedImageModel):
             self._evaluate(run, run.trainable)
 
+    def samples(self, stream: Stream, section: dict) -> tuple[list[tuple[Sample, int]], list[tuple[Sample, int]]]:
+        """Images that are not trained and as many that are, after the image transforms, with digests of their content.
+
+        Args:
+            section: the data set's; `data` may be another path for it.
+        """
+        if self.data is None:
+            held_out = stream.fixed_samples(stream.split.held_out)
+        else:
+            section = self.data if isinstance(self.data, dict) else {**section, "path": self.data}
+            dataset: ImageDataset = as_dataset(build(section))
+            held_out = fixed_samples_of(dataset, stream.image_transforms, stream.seed, MOST)
+        return held_out, stream.fixed_samples(stream.split.twin[: len(held_out) or FEWEST])
+
     def _read(self, run: Run, model: MaskedImageModel) -> None:
         """Tokenize the images once; with the reference of their tokens' frequencies."""
-        stream, split = run.train_loop.stream, run.train_loop.stream.split
-        held_out = self._other_data(run) if self.data is not None else _samples(stream, split.held_out)
-        twin = _samples(stream, split.twin[: len(held_out) or FEWEST])
+        stream = run.train_loop.stream
+        held_out, twin = self.samples(stream, run.job.resolved["train_dataloader"]["dataset"])
         self._held_out = fixed_images(model, held_out, run.seed)
         self._twin = fixed_images(model, twin, run.seed)
         if stream.cached_sample is not None:
@@ -98,18 +108,6 @@ class ValidationHook(Hook):
             trained = [image.sample["token_ids"] for image in self._twin]
         if self._held_out:
             run.reference_losses["unigram entropy"] = unigram_loss(trained, self._held_out, model.num_codes)
-
-    def _other_data(self, run: Run) -> list[tuple[Sample, int]]:
-        """Images of `data` after the run's image transforms, each with the digest of its content."""
-        section = {**run.job.resolved["train_dataloader"]["dataset"]}
-        section = self.data if isinstance(self.data, dict) else {**section, "path": self.data}
-        dataset: ImageDataset = as_dataset(build(section))
-        transforms, samples = run.train_loop.stream.image_transforms, []
-        for index in spread(len(dataset), MOST):
-            digest = digest_of(dataset.content(index) or repr(index).encode())
-            rng = generator(run.seed, VALIDATION, digest, 1)
-            samples.append((apply(transforms, dataset[index], rng), digest))
-        return samples
 
     def _choose_steps(self, run: Run) -> None:
         """The steps of an interval that was not given: a function of the config, so a resumed run has the same."""
@@ -125,20 +123,8 @@ class ValidationHook(Hook):
         self._evaluated_at, started = run.clock.done, time.perf_counter()
         size = run.train_loop.micro.size
 
-        def measure(images: Sequence[FixedImage], captions: bool = True) -> Losses:
-            autocast = run.optim_wrapper.autocast()
-            return losses(model, images, captions=captions, batch_size=size, autocast=autocast)
-
-        values: dict[str, float] = {}
-        with run.not_training(), run.averaged_weights():
-            if self._held_out:
-                captioned, uncaptioned = measure(self._held_out), measure(self._held_out, captions=False)
-                values = {
-                    "val/loss": captioned.mean, "val/loss_uncaptioned": uncaptioned.mean,
-                    "val/caption_gain": uncaptioned.mean - captioned.mean, "val/accuracy": captioned.accuracy,
-                }  # fmt: skip
-                values |= {f"val/loss_t{number}": loss for number, loss in enumerate(captioned.by_time)}
-            values["val/train_loss"] = measure(self._twin).mean
+        with run.not_training(), run.averaged_weights(), evaluating(model), run.optim_wrapper.autocast():
+            values = held_out_losses(model, self._held_out, self._twin, size)
         if run.train_loop.stream.cached_sample is not None and model.encoder is not None:
             model.encoder.to_host()
         shown = ("val/loss", "val/caption_gain", "val/accuracy", "val/train_loss")
@@ -166,12 +152,3 @@ class ValidationHook(Hook):
         if self.patience is not None and since >= self.patience and not run.clock.finished:
             run.logger.info(f"stopping: no lower val/loss in {since} validations, since step {best['iter']}")
             run.clock.stop()
-
-
-def _samples(stream: Stream, indices: Sequence[int]) -> list[tuple[Sample, int]]:
-    """Images of the data after the image transforms, each with its digest; without those that cannot be read."""
-    samples = []
-    for index in indices:
-        with suppress(UnreadableImage):
-            samples.append((stream.fixed_sample(index), stream.split.digests[index]))
-    return samples

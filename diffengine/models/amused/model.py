@@ -257,7 +257,7 @@ class AmusedModel(MaskedImageModel):
         modules = {name: self.module(name) for name in ("vqvae", *TRAINABLE)}
         scheduler = self.components.scheduler
         return AmusedSampler(**modules, tokenizer=self.components.tokenizer, scheduler=scheduler,
-                             guidance_scale=self.guidance_scale)  # fmt: skip
+                             guidance_scale=self.guidance_scale, mask_schedule=self.mask_schedule)  # fmt: skip
 
     def preview(self, request: PreviewRequest) -> list[LabelledImage]:
         """Generate from the prompts; with the option `strip`, also show the first prompt after each generation step."""

@@ -7,7 +7,7 @@ Legend: B images, h w token grid, L = h * w, T text length, D text width, V code
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp
 from diffengine.models.amused.transformer import blocks_of, conditions_once, head, trunk
 from diffengine.models.cuda_graphs import CudaGraphs
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, NotFinite, Unmasking
-from diffengine.models.masking import TokenGrid
+from diffengine.models.masking import Schedule, TokenGrid, mask_tokens, masked_index
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}  # B * L of a batch
 PIXELS_AT_ONCE = {"cpu": 1, "cuda": 2**22}  # decoded at once; on a CPU one image
@@ -47,15 +47,19 @@ class AmusedSampler(ImageSampler):
     Args:
         vqvae, tokenizer, text_encoder, transformer, scheduler: the model's components; of the scheduler, the settings.
         guidance_scale: None for what suits the model's size.
+        mask_schedule: that it was trained with, for its loss.
         graphs: replay the transformer's kernels on a GPU; for weights that no longer change, outside of autocast.
     """
 
     def __init__(
         self, vqvae: VQModel, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModelWithProjection,
-        transformer: UVit2DModel, scheduler: AmusedScheduler, guidance_scale: float | None = None, graphs: bool = False,
+        transformer: UVit2DModel, scheduler: AmusedScheduler, guidance_scale: float | None = None,
+        mask_schedule: Schedule = "cosine", graphs: bool = False,
     ) -> None:  # fmt: skip
         self.vqvae, self.tokenizer, self.text_encoder, self.transformer = vqvae, tokenizer, text_encoder, transformer
         self.mask_id: int = scheduler.config.mask_token_id
+        self.num_codes: int = transformer.config.codebook_size
+        self.mask_schedule: Schedule = mask_schedule
         self.masking_schedule: Unmasking = scheduler.config.masking_schedule
         self.grid = TokenGrid.of(vqvae.config, transformer.config)
         self.side = transformer.config.sample_size * self.grid.factor
@@ -160,7 +164,10 @@ class AmusedSampler(ImageSampler):
         options = options.or_guided_by(self.guidance_scale)
         images = [self._start(request, options, grid) for request in requests]
         ids_BL = torch.stack([image.ids_L for image in images])
-        text = self._text(requests, any(options.guidance_at(step) > 1 for step in range(first, steps)))
+        prompts = [request.prompt for request in requests]
+        if any(options.guidance_at(step) > 1 for step in range(first, steps)):
+            prompts = [*(request.negative_prompt for request in requests), *prompts]
+        text = self._text(prompts)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         with self._fast_passes():
             for step in range(first, steps):
@@ -217,11 +224,25 @@ class AmusedSampler(ImageSampler):
             latents = self.vqvae.encode(self._images.preprocess(image).to(self.device)).latents
             return self.vqvae.quantize(latents)[2][2].view(1, *grid)
 
-    def _text(self, requests: Sequence[ImageRequest], guided: bool) -> Text:
-        """The text encoder's outputs for a batch; guided: those of the negative prompts first."""
-        prompts = [request.prompt for request in requests]
-        if guided:
-            prompts = [*(request.negative_prompt for request in requests), *prompts]
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Mapping[str, Tensor]:
+        self.grid.sides(*images.shape[-2:])
+        with in_fp32(self.device):
+            pixels = images.to(self.device, memory_format=torch.channels_last)  # as in training
+            latents = self.vqvae.encode(pixels).latents
+            ids = self.vqvae.quantize(latents)[2][2]
+        return {"token_ids": ids.view(len(latents), *latents.shape[2:]).cpu()}
+
+    @torch.no_grad()
+    def masked_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        ids = batch["token_ids"].long().to(self.device)
+        index = masked_index(batch["masked"], ids[0].numel()).to(self.device)
+        masked, targets = mask_tokens(ids, index, self.mask_id), ids.flatten()[index]
+        logits = self._logits(masked, index, self._text(batch["text"]), 1.0, batch["micro_conds"])
+        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(dim=1) == targets).sum()
+
+    def _text(self, prompts: Sequence[str]) -> Text:
+        """The text encoder's outputs for a batch."""
         if len(self._texts) > MOST_TEXTS:
             self._texts.clear()
         for prompt in dict.fromkeys(prompts):
@@ -231,17 +252,25 @@ class AmusedSampler(ImageSampler):
         hidden, pooled = (torch.cat([self._texts[prompt][number] for prompt in prompts]) for number in (0, 1))
         return hidden, pooled
 
-    def _logits(self, ids_Bhw: Tensor, index_M: Tensor, text: Text, guidance: float) -> Tensor:
-        """Logits (M,V) in fp32 at the flat positions `index_M`, guided where `guidance` is over 1."""
+    def _logits(
+        self, ids_Bhw: Tensor, index_M: Tensor, text: Text, guidance: float, micro_conds: Tensor | None = None
+    ) -> Tensor:
+        """Logits (M,V) in fp32 at the flat positions `index_M`, guided where `guidance` is over 1.
+
+        `text`: of the negative prompts, if there is guidance at all, and of the prompts. `micro_conds` (B,5): None for
+        those of a whole image.
+        """
         hidden, pooled = text
         (_, h, w), guided = ids_Bhw.shape, guidance > 1
         if guided:
             index_M = torch.cat([index_M, index_M + ids_Bhw.numel()])
             ids_Bhw = torch.cat([ids_Bhw, ids_Bhw])
-        size = [side * self.grid.factor for side in (w, h)]
-        micro_conds = torch.tensor([[*size, 0, 0, 6]], dtype=hidden.dtype).expand(len(ids_Bhw), -1)
+        if micro_conds is None:
+            size = [side * self.grid.factor for side in (w, h)]
+            micro_conds = torch.tensor([[*size, 0, 0, 6]]).expand(len(ids_Bhw), -1)
         rows = slice(-len(ids_Bhw), None)  # those of the prompts, unless guided
-        hidden_BTD = self._trunk(ids_Bhw, to_device(micro_conds, self.device), hidden[rows], pooled[rows])
+        conditions = to_device(micro_conds.to(hidden.dtype), self.device)
+        hidden_BTD = self._trunk(ids_Bhw, conditions, hidden[rows], pooled[rows])
         logits_MV = head(self.transformer, hidden_BTD, index_M).float().contiguous()
         if not guided:
             return logits_MV
