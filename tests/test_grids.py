@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
-from diffengine.grids import enlarge, grid, renderable, save_grid, stack, wrap
-
-FONT = ImageFont.load_default(size=14)
+from diffengine.grids import enlarge, grid, save_grid, stack
 
 
 def plain(size: int, colour: tuple[int, int, int] = (200, 0, 0)) -> Image.Image:
@@ -40,35 +38,13 @@ def test_small_images_are_enlarged_by_whole_factors() -> None:
     np.testing.assert_array_equal(np.asarray(big)[1::3, 1::3], np.asarray(image))
 
 
-def test_wrapped_lines_fit() -> None:
-    texts = ["a " * 300, "word" * 100, "a cat " + "long" * 20 + " end", "", "short"]
-    for text in texts:
-        lines = wrap(text, FONT, 120)
-        assert len(lines) <= 4
-        assert all(FONT.getlength(line) <= 120 for line in lines)
-        whole = "".join(lines).replace(" ", "").removesuffix("…")
-        assert text.replace(" ", "").startswith(whole)
-    assert wrap("a  cat on\na mat", FONT, 500) == ["a cat on a mat"]
-    assert wrap("", FONT, 120) == [""]
-    assert wrap("a " * 300, FONT, 120)[-1].endswith("…")
-
-
-def test_captions_outside_the_font_become_numbers(tmp_path: Path) -> None:
-    assert renderable("A cat, “quoted” …")
-    assert not renderable("猫")
-    assert not renderable("кот")
+def test_captions_are_kept_whole_in_the_png(tmp_path: Path) -> None:
     path = tmp_path / "new" / "grid.png"
-    numbered = save_grid([("a cat", plain(32)), ("ねこ 🐱", plain(32))], path)
-    assert (path.parent / "captions.txt").read_text(encoding="utf-8") == "[1] a cat\n[2] ねこ 🐱\n"
-    assert numbered.tobytes() == grid([("a cat", plain(32)), ("[2]", plain(32))]).tobytes()
-    assert [file.name for file in sorted(path.parent.iterdir())] == ["captions.txt", "grid.png"]
+    shown = save_grid([("a cat", plain(32)), ("ねこ\n🐱", plain(32))], path)
+    assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
     with Image.open(path) as saved:
-        assert saved.tobytes() == numbered.tobytes()
-
-
-def test_list_of_captions_is_written_only_if_needed(tmp_path: Path) -> None:
-    save_grid([("a cat", plain(32))], tmp_path / "grid.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+        assert saved.tobytes() == shown.tobytes()
+        assert saved.text == {"captions": "a cat\nねこ 🐱"}
 
 
 def test_stack() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(diffengine.__file__).parent
 FILES = {file.relative_to(ROOT).as_posix(): file for file in sorted(ROOT.rglob("*.py"))}
 # Layers from the bottom up. A package imports from its own layer and from those below.
 LAYERS = [
-    {"__init__", "config", "distributed", "errors", "files", "grids", "registry", "signatures", "text"},
+    {"__init__", "config", "distributed", "errors", "files", "fonts", "grids", "registry", "signatures", "text"},
     {"datasets", "models"},
     {"cache", "evaluation", "export", "report"},
     {"engine"},
