@@ -148,6 +148,11 @@ def build_hooks(job: Job) -> list[AnyHook]:
     return [build(section) for section in sections]
 
 
+def held_out_share(hooks: Sequence[AnyHook]) -> float | None:
+    """The share of the images that a hook wants to hold out; None if no hook asks."""
+    return next((hook.held_out_share for hook in hooks if getattr(hook, "held_out_share", None) is not None), None)
+
+
 def build_backends(job: Job) -> list[BaseVisBackend]:
     """The `vis_backends` section."""
     section = job.resolved.get("vis_backends", DEFAULT_BACKENDS)

@@ -15,7 +15,7 @@ from diffengine import distributed, registry
 from diffengine.cache import CachedDataset, TokenCache
 from diffengine.cache.tables import CHUNK
 from diffengine.cache.token_cache import caption_table, distinct_captions, image_table
-from diffengine.datasets import ImageDataset, Stream, UnreadableImage, WrappedDataset
+from diffengine.datasets import ImageDataset, Stream, UnreadableImage, WrappedDataset, hold_out
 from diffengine.engine import build
 from diffengine.engine.build import Job
 from diffengine.engine.class_images import check_can_generate
@@ -73,7 +73,9 @@ def check(job: Job) -> Report:
         dataset = build.build_dataset(job)
         missing = dataset.missing_images()
         to_generate = len(missing.numbers) if missing else 0
-        clock = Clock(lengths.get("max_epochs"), lengths.get("max_iters"), len(dataset), data["batch_size"])
+        split = hold_out(dataset, build.held_out_share(build.build_hooks(job)) or 0.0)
+        trained = len(dataset) - len(split.held_out)
+        clock = Clock(lengths.get("max_epochs"), lengths.get("max_iters"), trained, data["batch_size"])
         transforms = [registry.build(transform) for transform in data["image_transforms"]]
         variations, skip = data.get("image_variations"), data.get("skip_unreadable", False)
         stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, skip_unreadable=skip)
@@ -157,12 +159,14 @@ def _report(job: Job, run: Run, clock: Clock, stream: Stream, missing: int, seco
     if torch.cuda.is_available():
         memory["activations"] = max(0, peak - sum(memory.values()))
     cache = _describe_cache(build.build_token_cache(job, stream, run.trainable, run.optim_wrapper), run)
-    kept = [hook.kept_at_once(clock) for hook in build.build_hooks(job) if isinstance(hook, CheckpointHook)]
+    hooks = build.build_hooks(job)
+    validates = any(getattr(hook, "validates", False) for hook in hooks)
+    kept = [hook.kept_at_once(clock, validates) for hook in hooks if isinstance(hook, CheckpointHook)]
     parent = existing_parent(job.work_dir)
     cache_parent = existing_parent(cache["folder"]) if isinstance(cache, dict) else parent
     one_disk = parent.stat().st_dev == cache_parent.stat().st_dev
     return Report(
-        images=clock.num_samples, missing=missing, clock=clock,
+        images=len(stream.dataset), missing=missing, clock=clock,
         seconds=seconds[1], first_step=seconds[0], parameters=run.trained_parameters,
         images_at_once=micro.size, halved=micro.found is not None,
         description=f"{run.optim_wrapper.precision}, {distributed.world_size()} x {job.device.type}, {run.compiled}",

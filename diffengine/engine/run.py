@@ -69,7 +69,7 @@ def build_run(
             state.check_same_run(saved, job.config, resume)
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
-    share = next((hook.held_out_share for hook in hooks if getattr(hook, "held_out_share", None) is not None), None)
+    share = build.held_out_share(hooks)
     if source := saved or weights:
         assets = source["assets"]
     training = build_training(job, start, dataset, assets, share)

@@ -29,7 +29,7 @@ from tests.engine import runs
 from tests.engine.runs import CPU, WITH_TEXT_ENCODER, Toy, on_ranks, train
 from tests.engine.test_class_images import class_config, scratch_model
 from tests.engine.test_micro import OOM_MESSAGE
-from tests.support.photos import all_captions
+from tests.support.photos import all_captions, write_photo_folder
 
 LORA = (
     "model.train=[]",
@@ -95,7 +95,18 @@ def test_the_size_of_a_checkpoint(toy: Toy, tmp_path: Path, options: tuple[str, 
 )
 def test_checkpoints_kept_at_once(every: int | None, keep: int | None, length: int, expected: int) -> None:
     for clock in (Clock(None, length, 10, 4), Clock(length, None, 10, 4)):
-        assert CheckpointHook(every, keep).kept_at_once(clock) == expected
+        assert CheckpointHook(every, keep).kept_at_once(clock, validates=False) == expected
+        assert CheckpointHook(every, keep).kept_at_once(clock, validates=True) == expected + 1
+        assert CheckpointHook(every, keep, best_by=None).kept_at_once(clock, validates=True) == expected
+
+
+def test_held_out_images_are_not_trained(toy: Toy, tmp_path: Path) -> None:
+    write_photo_folder(tmp_path / "photos", 40, 40)
+    options = {"data": str(tmp_path / "photos"), "max_epochs": 2, "validation_every": 1, "checkpoint_every": 1}
+    path = toy.config("epochs", **options)
+    report = run_check(path, tmp_path / "run")
+    assert (report.images, report.clock.num_samples, report.clock.max_iters) == (40, 32, 16)
+    assert report.checkpoints == 3  # one per epoch, and the best
 
 
 @pytest.mark.parametrize("options", [(), (WITH_TEXT_ENCODER,)])

@@ -41,13 +41,19 @@ class CheckpointHook(Hook):
 
     def before_run(self, run: Run) -> None:
         """Refuse to start if the disk would fill up, before anything is generated."""
-        run.checkpoints_kept = self.kept_at_once(run.clock)
+        validates = any(getattr(hook, "validates", False) for hook in run.hooks)
+        run.checkpoints_kept = self.kept_at_once(run.clock, validates)
         distributed.on_rank_0(lambda: checkpoint.check_disk(run.work_dir, expected_size(run), run.checkpoints_kept))
 
-    def kept_at_once(self, clock: Clock) -> int:
-        """The most checkpoints on disk at once: the old one is deleted after the new one is written."""
+    def kept_at_once(self, clock: Clock, validates: bool) -> int:
+        """The most checkpoints on disk at once: the old one is deleted after the new one is written.
+
+        Args:
+            validates: whether the run has held-out images, and so a `best.pth`.
+        """
         written = clock.times_due(self.every)
-        return written if self.keep is None else min(written, self.keep + 1)
+        best = int(validates and self.best_by is not None)
+        return best + (written if self.keep is None else min(written, self.keep + 1))
 
     def before_train(self, run: Run) -> None:
         """Continue from the best value of the lines that a resumed run keeps."""

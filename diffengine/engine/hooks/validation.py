@@ -58,6 +58,11 @@ class ValidationHook(Hook):
         self._steps: set[int] = set()
         self._evaluated_at: int | None = None
 
+    @property
+    def validates(self) -> bool:
+        """Whether images are evaluated that are not trained, if the data has enough."""
+        return self.every != 0 and (self.data is not None or bool(self.held_out_share))
+
     def before_train(self, run: Run) -> None:
         model = run.trainable
         if self.every == 0 or not isinstance(model, MaskedImageModel):
