@@ -34,6 +34,7 @@ demo: install
 	$(BIN)/diffengine train amused_32_emoji --overwrite
 	$(BIN)/diffengine convert amused_32_emoji work_dirs/amused_32_emoji/iter_600.pth $(DEMO)/pipeline --pipeline
 	$(BIN)/diffengine eval $(DEMO)/pipeline --data amused_32_emoji --split all --guidance 1 -o $(DEMO)
+	@echo "how it learnt: work_dirs/amused_32_emoji/report.html"
 
 $(DEMO)/pipeline:
 	$(MAKE) demo

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from diffengine.datasets.base import ImageDataset, UnreadableImage
+from diffengine.datasets.survey import spread
 from diffengine.errors import require
 
 SMALLEST_DATA = 32  # images; fewer are all trained
@@ -31,14 +32,15 @@ def hold_out(dataset: ImageDataset, share: float) -> Split:
     """Hold out a share of a data set's images, from 8 to 64: those with the smallest digests of their content.
 
     So duplicates fall on one side, and images that are added later leave most of the split unchanged. Nothing is held
-    out of fewer than 32 images, or if their content is not known.
+    out of fewer than 32 images, or if their content is not known. If nothing is asked for, only the twin's images are
+    read.
 
     Args:
         share: in [0, 1); 0 holds nothing out.
     """
     require(0 <= share < 1, f"validation_share got {share}; expected a number from 0, below 1")
     digests: dict[int, int] = {}
-    for index in range(len(dataset)):
+    for index in range(len(dataset)) if share > 0 else spread(len(dataset), MOST):
         try:
             content = dataset.content(index)
         except UnreadableImage:

@@ -63,6 +63,27 @@ def test_duplicates_fall_on_one_side_and_the_split_survives_added_images(folder:
     assert kept <= held_out | {f"copy of {name}" for name in held_out}  # no image changes from trained to held out
 
 
+def test_only_the_beginning_of_files_is_read(tmp_path: Path) -> None:
+    for name, colour in (("a", 1), ("b", 2), ("c", 2)):
+        Image.new("RGB", (256, 256), (colour, 0, 0)).save(tmp_path / f"{name}.bmp")  # 197 kB
+        (tmp_path / f"{name}.txt").write_text(name)
+    dataset = ImageTextDataset(str(tmp_path))
+    first, second, third = (dataset.content(index) for index in range(3))
+    assert len(first) == 8 + 65536
+    assert first != second == third
+
+
+def test_few_images_are_read_if_nothing_is_held_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    content = ImageTextDataset.content
+    monkeypatch.setattr(ImageTextDataset, "content", lambda self, index: read.append(index) or content(self, index))
+    monkeypatch.setattr("diffengine.datasets.split.MOST", 10)
+    assert len(hold_out(ImageTextDataset(str(folder)), 0.0).twin) == len(read) == 10
+    read.clear()
+    hold_out(ImageTextDataset(str(folder)), 0.05)
+    assert len(read) == 40
+
+
 def test_images_of_a_subject_are_all_trained(folder: Path) -> None:
     split = hold_out(SubjectDataset(str(folder), instance_prompt="sks"), 0.5)
     assert (split.train, split.held_out, split.twin) == (None, [], [])
