@@ -69,6 +69,16 @@ def test_the_slider_moves(page: Browser, file: Path) -> None:
     assert (page.run(shown), page.run(image)) == ("step 20", newest)
 
 
+def test_the_sliders_of_several_runs_move_together(page: Browser, make: Make, tmp_path: Path) -> None:
+    opened(page, write_page([make("one", steps=5), make("two", steps=3)], tmp_path / "both.html"), 1400)
+    shown = "[...document.querySelectorAll('.lapse output')].map((each) => each.dataset.step)"
+    assert page.run(shown) == ["40", "20"]
+    page.run("document.querySelector('input.time').focus()")
+    for key, expected in (("Home", ["0", "0"]), ("ArrowRight", ["10", "10"]), ("End", ["40", "20"])):
+        page.press(key)
+        assert page.run(shown) == expected
+
+
 def test_play(page: Browser, file: Path) -> None:
     opened(page, file, 1400)
     state = "document.querySelector('.lapse').innerText.split(/\\s*\\n\\s*/).join(' ')"

@@ -552,6 +552,20 @@ function shot(source, text, size) {
     : el("span", { class: "soft small", text: "missing" });
 }
 
+// The sliders of all runs on the page: where one is moved, the others follow to the nearest step.
+const lapses = [];
+
+function follow(moved) {
+  const step = moved.steps[Number(moved.slider.value)];
+  lapses
+    .filter((lapse) => lapse !== moved)
+    .forEach(({ slider, steps: all, show }) => {
+      const distances = all.map((other) => Math.abs(other - step));
+      slider.value = distances.indexOf(Math.min(...distances));
+      show();
+    });
+}
+
 function timeLapse(run, at) {
   const { steps: all, prompts, images, grid } = run.previews;
   const stepText = (index) => `step ${steps(all[index])}`;
@@ -576,15 +590,21 @@ function timeLapse(run, at) {
     class: "time",
     "aria-label": `Step of the previews of ${NAMES[at]}`,
     "aria-valuetext": stepText(all.length - 1),
-    oninput: show,
+    oninput: () => moved(),
   });
+  const moved = () => {
+    show();
+    follow(lapse);
+  };
+  const lapse = { slider, steps: all, show };
+  lapses.push(lapse);
   const cards = shots.map((image, index) =>
     el("figure", {}, image, grid ? null : el("figcaption", { text: prompts[index], dir: "auto" })),
   );
   return el(
     "div",
     {},
-    el("div", { class: "lapse" }, playButton(slider, show), slider, shown),
+    el("div", { class: "lapse" }, playButton(slider, moved), slider, shown),
     el("div", { class: grid ? "shots grids" : "shots", style: { "--shot": "132px" } }, ...cards),
   );
 }
