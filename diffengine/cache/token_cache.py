@@ -22,7 +22,8 @@ from diffengine.datasets import Sample, Stream, collate, variation_batches
 from diffengine.errors import UserError, require
 from diffengine.files import locked
 from diffengine.models.base import Encoder
-from diffengine.text import Progress, format_bytes
+from diffengine.terminal import Progress
+from diffengine.text import format_bytes
 
 Choice = bool | Literal["auto"]
 NUM_SPOT_CHECKS = 8  # images encoded again at each start
@@ -228,15 +229,15 @@ class TokenCache:
             batches = [list(range(row, min(row + size, chunk[1]))) for chunk in chunks for row in range(*chunk, size)]
             read = variation_batches(self.stream, batches, self.data.get("num_workers", 0))
             encoded = (self._encode(batch) for batch in read)
-            progress = Progress(sum(map(len, batches)), "encoded", "image variations")
-            for first, end in chunks:
-                samples: list[Sample | None] = []
-                while len(samples) < end - first:
-                    batch = next(encoded)
-                    samples += batch
-                    if distributed.rank() == 0:
-                        progress.advance(len(batch))
-                builder.write((first, end), columns_of(samples, template))
+            with Progress(sum(map(len, batches)), "encoded", "image variations") as progress:
+                for first, end in chunks:
+                    samples: list[Sample | None] = []
+                    while len(samples) < end - first:
+                        batch = next(encoded)
+                        samples += batch
+                        if distributed.rank() == 0:
+                            progress.advance(len(batch))
+                    builder.write((first, end), columns_of(samples, template))
 
         return self._build(builder, write, "images")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import UserError, require
-from diffengine.text import Progress
+from diffengine.terminal import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,16 +70,16 @@ def run(options: argparse.Namespace) -> int:
     if options.compile:
         sampler.compile()
     steps = sum(setting.num_inference_steps for setting in settings)
-    progress = Progress(len(requests) * len(settings), "generated", "images", steps / len(settings))
     results: Results = {}
-    for setting in settings:
-        images = sampler.generate(requests, setting, size, on_step=progress.advance)
-        for number, (request, image) in enumerate(zip(requests, images)):
-            results[number, setting] = image
-            if not output.suffix:
-                used = setting.or_guided_by(sampler.guidance_scale)
-                several = used if len(settings) > 1 else None
-                save_image(image, output / _name(number, request, several), _texts(options.source, request, used))
+    with Progress(len(requests) * len(settings), "generated", "images", steps / len(settings)) as progress:
+        for setting in settings:
+            images = sampler.generate(requests, setting, size, on_step=progress.advance)
+            for number, (request, image) in enumerate(zip(requests, images)):
+                results[number, setting] = image
+                if not output.suffix:
+                    used = setting.or_guided_by(sampler.guidance_scale)
+                    several = used if len(settings) > 1 else None
+                    save_image(image, output / _name(number, request, several), _texts(options.source, request, used))
     if output.suffix:
         _write_grid(output, results, requests, settings, options)
     print(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")

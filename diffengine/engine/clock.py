@@ -54,6 +54,14 @@ class Clock:
             return self.done % every == 0
         return self.epochs_done // every > self.epochs_at(self.done - 1) // every
 
+    def next_due(self, every: int | None) -> int:
+        """The next step after which `every` so many epochs or steps are due, or the last step if it comes before."""
+        if not every:
+            return self.max_iters
+        units = ((self.epochs_done if self.by_epoch else self.done) // every + 1) * every
+        step = steps_for_epochs(units, self.num_samples, self.batch_size) if self.by_epoch else units
+        return min(step, self.max_iters)
+
     def stop(self) -> None:
         """Make the step just taken the last one."""
         self._stopped = True

@@ -7,7 +7,6 @@ start-up, logging, the layout of the work dir, wrapping, and `train`. Its resume
 
 import logging
 import random
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
 from diffengine import distributed
+from diffengine.terminal import ConsoleHandler
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
@@ -124,7 +124,7 @@ class Runner(MMRunner):
         close_logger(logger)
         logger.propagate = False
         logger.setLevel(logging.ERROR)  # silences mmengine's own lines during construction
-        console = logging.StreamHandler(sys.stdout)
+        console = ConsoleHandler()
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
         if self._rank == 0:

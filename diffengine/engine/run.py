@@ -25,6 +25,7 @@ from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, clo
 from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
 from diffengine.errors import UserError, require
 from diffengine.models.base import MaskedImageModel
+from diffengine.terminal import LiveLine
 
 MANY_EPOCHS, FEW_IMAGES = 200, 8  # fewer images, such as one of a style, are meant to be memorized
 
@@ -140,6 +141,8 @@ class Run(Runner):
         self.average: dict[str, Tensor] = {}  # weights by name, if a hook keeps an average (EMAHook)
         self.checkpoints_kept = 0  # the most on disk at once, set by CheckpointHook
         self.previewed_at: int | None = None  # the step of the newest preview, set by PreviewHook
+        self.next_preview: int | None = None  # its step, set by PreviewHook
+        self.live_line: LiveLine | None = None  # what a terminal shows, set by MetricsHook
         self.validation: tuple[int, dict[str, float]] = (0, {})  # the last one: its step, and its values by name
         chance = self.trainable.chance_loss
         self.reference_losses: dict[str, float] = {} if chance is None else dict([chance])
@@ -172,6 +175,8 @@ class Run(Runner):
             self.call_hook("on_error", error=error)
             raise
         finally:
+            if self.live_line is not None:
+                self.live_line.close()
             self.visualizer.close()
             close_logger(self.logger)
 
@@ -258,10 +263,12 @@ class Run(Runner):
         """The checkpoints in the work dir, the newest last."""
         return sorted(checkpoint.paths(self.work_dir), key=checkpoint.steps)
 
-    def record(self, values: Mapping[str, float], text: str, once: Mapping[str, float] | None = None) -> None:
-        """Write numbers of this moment to `metrics.jsonl` and the visualizer's backends, and a line to the console.
+    def record(
+        self, values: Mapping[str, float], text: str, once: Mapping[str, float] | None = None, printed: bool = True
+    ) -> None:
+        """Write numbers of this moment to `metrics.jsonl` and the visualizer's backends, and a line to the log.
 
-        What is no curve (`once`) goes to the file alone.
+        What is no curve (`once`) goes to the file alone. `printed`: whether the line goes to the console, too.
         """
         if distributed.rank() != 0:
             return
@@ -276,7 +283,7 @@ class Run(Runner):
         with (self.work_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         self.visualizer.add_scalars(dict(values), step=self.clock.done)
-        self.logger.info(text)
+        self.logger.info(text, extra={"printed": printed})
 
     def warn(self, text: str) -> None:
         """Say once what is likely to spoil the run, "what: why", on the console, in the log, and for the report."""

@@ -20,7 +20,7 @@ from diffengine.evaluation.scores import Score
 from diffengine.files import write_text
 from diffengine.grids import grid, save_image
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
-from diffengine.text import Progress
+from diffengine.terminal import Progress
 
 IN_GRID, CELLS = 12, 8  # captions in the grid; images in one of its rows
 SHOWN = ("guidance_scale", "num_inference_steps", "order")  # of the settings, in the table
@@ -118,7 +118,7 @@ def evaluate(
     requests = [ImageRequest(caption, seed + index) for index, caption in enumerate(captions)]
     steps = sum(setting.num_inference_steps for setting in settings) / len(settings)
     progress = Progress(len(sources) * len(settings) * len(requests), "generated", "images", steps)
-    found = Evaluation(folder, [], [], [*notes], {})
+    found, digest = Evaluation(folder, [], [], [*notes], {}), _digest(data.captions)
     if data.images is not None:
         found.notes.append(f"chance {1 / len({*data.captions, *data.others}):.4f}")
     for source in sources:
@@ -135,9 +135,10 @@ def evaluate(
             found.losses.append({"source": source.name, **_losses(folder, source, sampler, data.loss)})
         for setting in settings:
             setting = setting.or_guided_by(sampler.guidance_scale)
-            asked = {"prompts": _digest(data.captions), "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
-            generate = partial(_generate, sampler, requests, setting, side, progress)
-            images, seconds = kept(_name(setting), asked, len(requests), generate)
+            asked = {"prompts": digest, "seed": seed, "n": per_caption, "side": side, **asdict(setting)}
+            with progress:
+                generate = partial(_generate, sampler, requests, setting, side, progress)
+                images, seconds = kept(_name(setting), asked, len(requests), generate)
             found.images[f"{label}{_name(setting)}"] = images[::per_caption]
             head = {"source": source.name, **{name: asdict(setting)[name] for name in SHOWN}}
             for row in _rows(images, gallery, data, per_caption, scores):
@@ -209,9 +210,9 @@ def _losses(folder: Path, source: Source, sampler: ImageSampler, data: LossData)
         if kept["of"] == asked:
             return kept["losses"]
     images, twin = (fixed_images(sampler, samples, data.seed) for samples in (held_out, trained))
-    progress = Progress(2 * len(held_out) + len(trained), "computed the loss of", "images", len(TIMES))
     found: Row = {"ln V": math.log(sampler.num_codes)}
-    found |= held_out_losses(sampler, images, twin, LOSS_BATCH, progress.advance)
+    with Progress(2 * len(held_out) + len(trained), "computed the loss of", "images", len(TIMES)) as progress:
+        found |= held_out_losses(sampler, images, twin, LOSS_BATCH, progress.advance)
     write_text(file, json.dumps({"of": asked, "losses": found}, indent=2) + "\n")
     return found
 

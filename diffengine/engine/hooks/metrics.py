@@ -15,11 +15,13 @@ from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.errors import Diverged, require
 from diffengine.files import write_text
-from diffengine.text import format_bytes, format_duration
+from diffengine.terminal import LiveLine, Progressed
+from diffengine.text import format_bytes, format_duration, format_rate
 
 GRAD_NORM = "grad_norm"
 FIRST_STEPS = 50  # after which a loss above chance is a bad sign
 BROKEN_LINES = 3  # lines in a row without a finite loss that end the run
+QUIET = 60.0  # seconds without a line, where there is no terminal, after which one says how far the run is
 STACKED = 256  # steps whose sums are kept separately before they are added up
 
 
@@ -29,6 +31,9 @@ class MetricsHook(Hook):
 
     `memory_gb` is the most memory that training took so far, on a GPU without previews. The first line after the first
     step also has, once, what the memory is used for and what checkpoints take.
+
+    On a terminal a live line shows the numbers, and of their lines only the first is printed. Elsewhere all are, and if
+    there was none for a minute, a line that says how far the run is.
 
     Args:
         every: optimizer steps between two lines (always steps). The first and the last step have a line as well.
@@ -54,6 +59,10 @@ class MetricsHook(Hook):
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= run.clock.done]
             write_text(self._file, "".join(kept))
         self._clear()
+        self._loss: float | None = None  # of the last line
+        self._before = 0, 0.0  # samples of the last line, and their seconds
+        if distributed.rank() == 0:
+            self._line = run.live_line = LiveLine(lambda: self._progress(run), lambda: self._write_pace(run), QUIET)
 
     def after_step(self, run: Run, step: Step) -> None:
         self._began = min(self._began, time.perf_counter() - step.seconds["all"])
@@ -72,6 +81,8 @@ class MetricsHook(Hook):
         done = run.clock.done
         if done % self.every == 0 or done == self._first or run.clock.finished:
             self._write_line(run)
+        if distributed.rank() == 0:
+            self._line.tick()
 
     def on_interrupt(self, run: Run) -> None:
         """Write the steps since the last line."""
@@ -81,6 +92,7 @@ class MetricsHook(Hook):
     def _write_line(self, run: Run) -> None:
         """Read the device, once, and write one line everywhere."""
         metrics = self._read(run)
+        self._loss, self._before = metrics["loss"], (self._samples, self._samples / metrics["images_per_second"])
         self._clear()
         self._refuse_broken(run, metrics["loss"])
         if distributed.rank() != 0:
@@ -92,7 +104,9 @@ class MetricsHook(Hook):
         due = not self._described_memory and clock.done != self._first  # once, when the optimizer has its state
         memory, described = self._memory(run) if due else ({}, "")
         self._described_memory |= due
-        run.record(metrics, self._console(run, metrics), memory)
+        printed = clock.done == self._first or not self._line.live
+        run.record(metrics, self._console(run, metrics), memory, printed)
+        self._line.wrote_line()
         if described:
             run.logger.info(described)
         if not math.isfinite(metrics["loss"]):
@@ -149,6 +163,27 @@ class MetricsHook(Hook):
         per_step = (time.perf_counter() - self._began) / (run.clock.done - self._first + 1)
         return format_duration(per_step * (run.clock.max_iters - run.clock.done))
 
+    def _pace(self, run: Run) -> list[str]:
+        """The time to the end, and images per second since the line before the last one; the device is not read."""
+        samples, seconds = self._before[0] + self._samples, self._before[1] + self._seconds
+        return [f"{self._left(run)} left", f"{format_rate(samples / seconds)} images/s"] if samples else []
+
+    def _progress(self, run: Run) -> Progressed:
+        """What the live line shows."""
+        clock, held_out, preview = run.clock, run.validation[1].get("val/loss"), run.next_preview
+        numbers = [f"{clock.done}/{clock.max_iters}"]
+        if self._loss is not None:
+            numbers.append(f"loss {self._loss:.4g}")
+        if held_out is not None:
+            numbers.append(f"val {held_out:.4g}")
+        numbers += self._pace(run)
+        if preview is not None and preview > clock.done:
+            numbers.append(f"preview in {preview - clock.done}")
+        return clock.done / clock.max_iters, numbers
+
+    def _write_pace(self, run: Run) -> None:
+        run.logger.info("  ".join([f"step {run.clock.done}/{run.clock.max_iters}", *self._pace(run)]))
+
     def _console(self, run: Run, metrics: dict[str, float]) -> str:
         clock, chance = run.clock, run.trainable.chance_loss
         reference = f" ({chance[0]} = {chance[1]:.3f})" if chance and clock.done == self._first else ""
@@ -157,6 +192,6 @@ class MetricsHook(Hook):
         epoch = f"epoch {clock.epochs_done}/{clock.max_epochs}  " if clock.by_epoch else ""
         return (
             f"{epoch}step {clock.done}/{clock.max_iters}  loss {metrics['loss']:.4f}{reference}{extra}  "
-            f"lr {metrics['lr']:.2e}  {metrics['images_per_second']:.3g} images/s  "
+            f"lr {metrics['lr']:.2e}  {format_rate(metrics['images_per_second'])} images/s  "
             f"data wait {metrics['data_wait']:.0%}  memory {metrics['memory_gb']:.2f} GB  {self._left(run)} left"
         )

@@ -59,10 +59,12 @@ class PreviewHook(Hook):
     def before_train(self, run: Run) -> None:
         if run.clock.done == 0:
             self._show(run)
+        self._plan(run)
 
     def after_step(self, run: Run, step: Step) -> None:
         if run.clock.due(self.every):
             self._show(run)
+            self._plan(run)
 
     def after_train(self, run: Run) -> None:
         self._show(run)
@@ -75,6 +77,9 @@ class PreviewHook(Hook):
                 grid.save(run.work_dir / "before_after.png")
 
         distributed.on_rank_0(compare)
+
+    def _plan(self, run: Run) -> None:
+        run.next_preview = run.clock.next_due(self.every) if self.prompts else None
 
     def _show(self, run: Run) -> None:
         if self.prompts and self._shown_at != run.clock.done:
