@@ -57,9 +57,11 @@ class LiveLine:
             self.close()
 
     def wrote_line(self) -> None:
-        """Another plain line says how far it is: the next one has time."""
+        """As `tick`, after another plain line that says how far it is."""
         if self._live is None:
             self._shown = time.perf_counter()
+        else:
+            self.tick()
 
     def close(self) -> None:
         """Show it for the last time, and give the terminal back."""

@@ -15,7 +15,19 @@ ROOT = Path(diffengine.__file__).parent
 FILES = {file.relative_to(ROOT).as_posix(): file for file in sorted(ROOT.rglob("*.py"))}
 # Layers from the bottom up. A package imports from its own layer and from those below.
 LAYERS = [
-    {"__init__", "config", "distributed", "errors", "files", "fonts", "grids", "registry", "signatures", "text"},
+    {
+        "__init__",
+        "config",
+        "distributed",
+        "errors",
+        "files",
+        "fonts",
+        "grids",
+        "registry",
+        "signatures",
+        "terminal",
+        "text",
+    },
     {"datasets", "models"},
     {"cache", "evaluation", "export", "report"},
     {"engine"},
@@ -114,7 +126,7 @@ def test_import_and_help_load_no_heavy_package() -> None:
         "import sys, diffengine, diffengine.cli as cli\n"
         "cli.parser().format_help()\n"
         "assert cli.main(['list-cfg']) == 0\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'mmengine', 'datasets', 'numpy', 'PIL'}\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'mmengine', 'datasets', 'numpy', 'PIL', 'rich'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -58,6 +58,20 @@ def test_nothing_is_due_without_an_interval() -> None:
     assert not clock.due(None)
 
 
+@pytest.mark.parametrize("length", [{"max_epochs": 7}, {"max_iters": 17}])
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (10, 5), (4, 10), (1, 8)])
+@pytest.mark.parametrize("every", [1, 2, 3, 50, None])
+def test_what_is_due_next(size: int, batch: int, length: dict[str, int], every: int | None) -> None:
+    clock, due = _clock(size, batch, **length), []
+    for done in range(1, clock.max_iters + 1):
+        clock.done = done
+        if clock.due(every):
+            due.append(done)
+    for done in range(clock.max_iters):
+        clock.done = done
+        assert clock.next_due(every) == next((step for step in due if step > done), clock.max_iters)
+
+
 @pytest.mark.parametrize(
     ("epochs", "iters", "text"),
     [

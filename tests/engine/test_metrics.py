@@ -16,11 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffengine import terminal
 from diffengine.engine import memory
 from diffengine.engine.hooks import PreviewHook
-from diffengine.text import format_duration
+from diffengine.text import format_duration, format_rate
 from tests.engine import runs
 from tests.engine.runs import WITH_TEXT_ENCODER, Toy, train
+from tests.support.terminal import use_terminal
 
 aten = torch.ops.aten
 SYNCHRONIZING = {  # operators that make the host wait for the device
@@ -122,8 +124,15 @@ class Close(Hook):
 
 
 @pytest.mark.parametrize("model", ["amused", "vq"])
-def test_nothing_is_read_between_log_lines(toy: Toy, tmp_path: Path, model: str) -> None:
-    """Steps 1 and 8 are logged. Between them the step, clipping and all hooks read nothing from the device."""
+def test_nothing_is_read_between_log_lines(
+    toy: Toy, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 and 8 are logged. Between them the step, clipping and all hooks read nothing from the device.
+
+    Nor does the live line, which is shown at every step.
+    """
+    screen = use_terminal(monkeypatch)
+    monkeypatch.setattr(terminal, "REFRESH", 0)
     if model == "vq":
         runner = runs.build(toy.vq_config("reads_vq", max_iters=8, log_every=8), tmp_path)
     else:
@@ -136,6 +145,7 @@ def test_nothing_is_read_between_log_lines(toy: Toy, tmp_path: Path, model: str)
     seen = {step: dict(counts) for step, counts in counter.by_step.items()}
     assert {step: seen[step] for step in range(2, 8)} == {step: {} for step in range(2, 8)}
     assert seen[8]["tolist"] == 2  # one read of all sums; one, before the save, of whether the weights are finite
+    assert all(f" {step}/8 loss " in "".join(screen.frames) for step in range(2, 8))
     assert set(seen[8]) == ({"tolist"} if model == "amused" else set(seen[1]))
 
 
@@ -262,6 +272,16 @@ def test_a_diverged_run_is_reported_and_saves_nothing(toy: Toy, tmp_path: Path, 
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
     assert "lower the learning rate" in log
     assert math.isfinite(lines[0]["loss"])
+
+
+def test_rates() -> None:
+    assert [format_rate(value) for value in (0.9254, 9.254, 99.94, 105.4, 1050)] == [
+        "0.925",
+        "9.25",
+        "99.9",
+        "105",
+        "1,050",
+    ]
 
 
 def test_durations() -> None:

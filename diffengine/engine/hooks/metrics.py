@@ -81,7 +81,7 @@ class MetricsHook(Hook):
         done = run.clock.done
         if done % self.every == 0 or done == self._first or run.clock.finished:
             self._write_line(run)
-        if distributed.rank() == 0:
+        elif distributed.rank() == 0:
             self._line.tick()
 
     def on_interrupt(self, run: Run) -> None:
