@@ -33,7 +33,9 @@ RUNS = {
     "amused_32_emoji": ["emoji=8", "max_iters=12", "preview_every=6", "checkpoint_every=6", "log_every=3"],
 }
 LABELS = {"folder", "version"}  # checkpoint entries that depend on where and by which version it was written
-UNSTABLE = {"images_per_second", "seconds_per_step", "data_wait", "memory_gb"}  # metrics that differ from run to run
+UNSTABLE = {  # metrics that differ from run to run
+    "time", "images_per_second", "tokens_per_second", "seconds_per_step", "data_wait", "memory_gb",
+}  # fmt: skip
 
 
 @contextmanager

@@ -166,11 +166,15 @@ class ToTensor(Transform):
 
 
 class DropCaption(Transform):
-    """Replaces the caption by "" with probability `p`, default 0.1: guidance needs the unconditional case."""
+    """Replaces the caption by "" with probability `p`, default 0.1: guidance needs the unconditional case.
+
+    Sets `caption_dropped`, whether it did.
+    """
 
     def __init__(self, p: float = 0.1) -> None:
         require(0 <= p <= 1, f"DropCaption got p={p}; expected a probability from 0 to 1")
         self.p = p
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return {**sample, "text": ""} if rng.random() < self.p else sample
+        dropped = rng.random() < self.p
+        return {**sample, "text": "" if dropped else sample["text"], "caption_dropped": dropped}

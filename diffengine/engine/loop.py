@@ -12,6 +12,7 @@ import math
 import signal
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -39,11 +40,15 @@ if TYPE_CHECKING:
 class Step:
     """What one optimizer step leaves for the hooks. Tensors are still on the device."""
 
-    sums: dict[str, Tensor]  # weighted sums over this rank's targets: "loss" and what the model logs
+    sums: dict[str, Tensor]  # weighted sums over this rank's targets: "loss" and what the model logs; see its `forward`
     targets: float  # this rank's, each with its sample's weight, on the host
+    bucket_targets: dict[int, float]  # `targets` by the bucket of their sample; {} if samples have none
+    tokens: int  # of this rank's images, masked or not; 0 for a model that learns from pixels
+    captions_dropped: int  # on this rank
     samples: int  # of all ranks together
     learning_rate: float  # of this step
     grad_norm: Tensor | None  # before clipping; None without clipping
+    group_norms: Tensor | None  # (groups,), of the optimizer wrapper's `groups`; None without clipping or with one
     skipped: int  # unreadable images replaced on this rank
     seconds: dict[str, float]  # on the host: "data" (the wait), "prepare", "forward_backward", "optimizer" and "all"
 
@@ -146,13 +151,16 @@ class StepLoop(BaseLoop):
         sums = self.micro.fit(accumulate, lambda: self._snapshot(run), run.logger.info, self.clock.done + 1)
         learning_rate, started = optim.optimizer.param_groups[0]["lr"], self._now()
         try:
-            grad_norm = optim.step()  # clip, step, clear the gradients
+            grad_norm, group_norms = optim.step() or (None, None)  # clip, step, clear the gradients
         except torch.OutOfMemoryError as error:  # the optimizer's state, which no smaller micro-batch makes smaller
             raise too_large("the optimizer's state does", str(error)) from error
         run.param_scheduler.step()
         self._seconds["optimizer"] = self._now() - started
-        skipped = sum(batch.get("skipped", ()))
-        return Step(sums, count_targets(batch), self.batch_size, learning_rate, grad_norm, skipped, self._seconds)
+        return Step(
+            sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
+            sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate, grad_norm, group_norms,
+            sum(batch.get("skipped", ())), self._seconds,
+        )  # fmt: skip
 
     def _forward_backward(self, run: "Run", micro_batch: dict[str, Any], scale: float) -> dict[str, Tensor]:
         """Add the gradients of `scale` times a micro-batch's loss; return the sums of its loss and logs."""
@@ -206,6 +214,15 @@ def count_targets(batch: dict[str, Any]) -> float:
     if "weight" not in batch:
         return sum(batch["num_targets"])
     return math.fsum(weight * count for weight, count in zip(batch["weight"], batch["num_targets"]))
+
+
+def targets_by_bucket(batch: dict[str, Any]) -> dict[int, float]:
+    """Weighted targets of a host batch by the `bucket` of their sample; {} if samples have none."""
+    found: dict[int, float] = defaultdict(int)
+    weights = batch.get("weight") or itertools.repeat(1)
+    for bucket, weight, count in zip(batch.get("bucket", ()), weights, batch["num_targets"]):
+        found[bucket] += weight * count
+    return found
 
 
 def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:

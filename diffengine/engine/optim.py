@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffengine.engine.mmengine_seam import OptimWrapper
 from diffengine.errors import UserError, require
+from diffengine.models.base import TrainableModel
 from diffengine.registry import build, resolve
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -77,7 +78,7 @@ def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, 
 
 
 def build_optim_wrapper(
-    optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None, *, model: nn.Module
+    optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None, *, model: TrainableModel
 ) -> "StepOptimWrapper":
     """The `optim_wrapper` section.
 
@@ -90,7 +91,8 @@ def build_optim_wrapper(
     require(clip_grad is None or clip_grad > 0, f"clip_grad got {clip_grad}; expected a number above 0, or None")
     device = next(model.parameters()).device
     built = build_optimizer(optimizer, parameter_groups(model))
-    return StepOptimWrapper(built, resolve_precision(precision, device)[0], clip_grad, device, optimizer)
+    groups = {parameter: model.gradient_group(name) for name, parameter in trained_parameters(model).items()}
+    return StepOptimWrapper(built, resolve_precision(precision, device)[0], clip_grad, device, optimizer, groups)
 
 
 def build_param_scheduler(
@@ -110,21 +112,43 @@ def build_param_scheduler(
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_iters, num_training_steps=num_iters)
 
 
+class Norms(NamedTuple):
+    """Norms of a step's gradients before clipping, on the device."""
+
+    total: Tensor  # scalar, of all gradients
+    groups: Tensor | None  # (groups,), in the order of `StepOptimWrapper.groups`; None for a model with one group
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """`torch.nn.utils.clip_grad_norm_`, bit for bit, which keeps the norm of each gradient: (total, each (N,))."""
+    norms_N = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+    total = torch.linalg.vector_norm(norms_N)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+    return total, norms_N
+
+
 @final
 class StepOptimWrapper(OptimWrapper):
     """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
 
     (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.) `options` is the config's
-    `optimizer`, from which another of the same type can be built.
+    `optimizer`, from which another of the same type can be built; `group_of` names each parameter's group.
     """
 
     def __init__(
-        self, optimizer: Optimizer, precision: str, clip_grad: float | None, device: torch.device, options: dict
-    ) -> None:
+        self, optimizer: Optimizer, precision: str, clip_grad: float | None, device: torch.device, options: dict,
+        group_of: Mapping[nn.Parameter, str],
+    ) -> None:  # fmt: skip
         super().__init__(optimizer)
         self.precision, self.max_norm, self.device, self.options = precision, clip_grad, device, options
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.groups = list(dict.fromkeys(group_of.values()))  # whose gradients' norms are logged
+        self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
+        self._last: tuple[tuple[int, ...], Any] = (
+            (),
+            None,
+        )  # the last step's, also on the device
 
     def autocast(self) -> AbstractContextManager:
         """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""
@@ -135,13 +159,22 @@ class StepOptimWrapper(OptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         self.scaler.scale(loss).backward(**kwargs)
 
-    def step(self, **kwargs: Any) -> Tensor | None:
-        """Clip, step, clear the gradients. Returns the norm before clipping, on the device; None without clipping."""
-        norm = None
+    def step(self, **kwargs: Any) -> Norms | None:
+        """Clip, step, clear the gradients. Returns the norms before clipping; None without clipping."""
+        norms = None
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+            pairs = zip(self.parameters, self._numbers)
+            used, numbers = zip(*(pair for pair in pairs if pair[0].grad is not None))
+            total, norms_N = clip(used, self.max_norm)
+            norms = Norms(total, self._by_group(norms_N, numbers) if len(self.groups) > 1 else None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norms
+
+    def _by_group(self, norms_N: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        """Norms (groups,) from the norms of single gradients and the numbers of their groups."""
+        if numbers != self._last[0]:  # a parameter may have no gradient in some steps
+            self._last = numbers, torch.tensor(numbers, device=norms_N.device)
+        return norms_N.new_zeros(len(self.groups)).index_add_(0, self._last[1], norms_N.square()).sqrt_()

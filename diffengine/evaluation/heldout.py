@@ -14,9 +14,9 @@ from torch import Tensor
 from diffengine import distributed
 from diffengine.datasets import Sample, as_list, collate, generator
 from diffengine.datasets.stream import VALIDATION
-from diffengine.models.masking import Schedule, num_masked
+from diffengine.models.masking import BUCKETS, Schedule, num_masked
 
-TIMES = tuple((index + 0.5) / 8 for index in range(8))
+TIMES = tuple((index + 0.5) / BUCKETS for index in range(BUCKETS))  # the middles of training's buckets
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class TrainableModel(nn.Module, ABC):
         """Compute the loss of one micro-batch, without reading from the device.
 
         Returns:
-            The loss *summed* over the targets (`batch["num_targets"]` of them), a scalar; and detached sums to log.
+            The loss *summed* over the targets (`batch["num_targets"]` of them), a scalar; and detached sums to log:
+            scalars over all targets, or vectors with one sum for each `bucket` of the samples. "loss_t" is logged as
+            loss_t0 for bucket 0, and so on, each divided by the targets of its bucket.
         """
 
     @abstractmethod
@@ -94,6 +96,10 @@ class TrainableModel(nn.Module, ABC):
     def chance_loss(self) -> tuple[str, float] | None:
         """The loss of an untrained model, with its name: ("ln 8192", 9.01)."""
         return None
+
+    def gradient_group(self, name: str) -> str:
+        """The group, of few, in which the gradient of parameter `name` is logged; by default its component's name."""
+        return name.partition(".")[0]
 
     def compile_blocks(self) -> int:
         """Run blocks compiled from now on when gradients are recorded; returns how many there are."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffengine.errors import require
 
 Schedule = Literal["cosine", "linear"]
+BUCKETS = 8  # of t, for losses by the share of masked tokens: eighths of [0, 1), nearly all masked to few
 
 
 def num_masked(t: float, num_tokens: int, schedule: Schedule = "cosine") -> int:
@@ -63,7 +64,7 @@ class RandomMask:
     """Draws a sample's masked positions, as the last transform of the data pipeline.
 
     Adds `masked`, int64 (n,): the first n = `num_masked(t)` of the image's L positions in random order, for
-    t ~ U(0, 1); and `num_targets` = n.
+    t ~ U(0, 1); `num_targets` = n; `num_tokens` = L; and `bucket`, the eighth of [0, 1) that t is in, from 0.
     """
 
     grid: TokenGrid
@@ -74,13 +75,21 @@ class RandomMask:
             num_tokens = sample["token_ids"].numel()
         else:
             num_tokens = math.prod(self.grid.sides(*sample["image"].shape[-2:]))
-        n = num_masked(rng.random(), num_tokens, self.schedule)
-        return {**sample, "masked": rng.permutation(num_tokens)[:n], "num_targets": n}
+        t = rng.random()
+        n = num_masked(t, num_tokens, self.schedule)
+        counts = {"num_targets": n, "num_tokens": num_tokens, "bucket": int(BUCKETS * t)}
+        return {**sample, "masked": rng.permutation(num_tokens)[:n], **counts}
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:
     """Flat positions (M,) int64 in a (B,h,w) batch, from each image's `masked` (n_i,), on the host."""
     return torch.from_numpy(np.concatenate([row + index * num_tokens for index, row in enumerate(masked)]))
+
+
+def sums_by_bucket(values: Tensor, index: Tensor, bucket: Tensor, num_tokens: int) -> Tensor:
+    """Sums (`BUCKETS`,) of masked tokens' values (M,) at flat positions `index` (M,), by their image's bucket (B,)."""
+    rows = index.div(num_tokens, rounding_mode="floor")
+    return values.new_zeros(BUCKETS).index_add_(0, bucket.index_select(0, rows), values)
 
 
 def mask_tokens(token_ids: Tensor, index: Tensor, mask_id: int) -> Tensor:

@@ -121,8 +121,9 @@ def test_random_crops_are_uniform():
 @pytest.mark.parametrize(("p", "low", "high"), [(0, 0, 0), (0.1, 160, 240), (0.9, 1760, 1840), (1, 2000, 2000)])
 def test_captions_are_dropped_with_probability_p(p, low, high):
     generator, transform = rng(), DropCaption(p)
-    dropped = sum(transform({"text": "a fox"}, generator)["text"] == "" for _ in range(2000))
-    assert low <= dropped <= high
+    samples = [transform({"text": "a fox"}, generator) for _ in range(2000)]
+    assert all(sample["text"] == ("" if sample["caption_dropped"] else "a fox") for sample in samples)
+    assert low <= sum(sample["caption_dropped"] for sample in samples) <= high
 
 
 def test_options_do_not_change_later_random_numbers():

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,13 @@ class FirstStep:
     loss_sum: float
     targets: int
     loss: float
+    details: dict[str, float] = field(default_factory=dict)
+
+    def read_line(self, work_dir: Path) -> None:
+        """Take `loss` and `details` from the first line of metrics.jsonl."""
+        line = metrics(work_dir)[0]
+        self.loss = line["loss"]
+        self.details = {name: line[name] for name in line if name.startswith(("loss_t", "grad_norm", "captions"))}
 
 
 class FirstStepHook(Hook):
@@ -135,14 +142,14 @@ class FirstStepHook(Hook):
 
 
 def first_step(path: str, work_dir: Path, *options: str) -> FirstStep:
-    """Train one step. `loss` is the value in metrics.jsonl."""
+    """Train one step. `loss` and `details` are values in metrics.jsonl."""
     runner = build(path, work_dir, *options)
     hook = FirstStepHook()
     runner.register_hook(hook)
     runner.train()
     assert hook.step is not None
     if (work_dir / "metrics.jsonl").exists():
-        hook.step.loss = metrics(work_dir)[0]["loss"]
+        hook.step.read_line(work_dir)
     return hook.step
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffengine import terminal
 from diffengine.engine import memory
-from diffengine.engine.hooks import PreviewHook
+from diffengine.engine.hooks import MetricsHook, PreviewHook
 from diffengine.text import format_duration, format_rate
 from tests.engine import runs
-from tests.engine.runs import WITH_TEXT_ENCODER, Toy, train
+from tests.engine.runs import WITH_TEXT_ENCODER, Toy, assert_equal, train
 from tests.support.terminal import use_terminal
 
 aten = torch.ops.aten
@@ -150,14 +151,16 @@ def test_nothing_is_read_between_log_lines(
 
 
 class SumsHook(Hook):
-    """Records the sum of losses and the number of targets of each step."""
+    """Records the sum of losses, the number of targets, the number of empty captions and the norms of each step."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[float, int]] = []
+        self.steps: list[tuple[float, int, int, list[float]]] = []
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert outputs.targets == sum(len(row) for row in data_batch["masked"])
-        self.steps.append((outputs.sums["loss"].item(), outputs.targets))
+        assert outputs.sums["loss_t"].sum().item() == pytest.approx(outputs.sums["loss"].item(), rel=1e-6)
+        dropped = data_batch["text"].count("")
+        self.steps.append((outputs.sums["loss"].item(), outputs.targets, dropped, outputs.group_norms.tolist()))
 
 
 def _scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -167,7 +170,8 @@ def _scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_logged_loss_is_the_mean_over_all_targets_since_the_last_line(toy: Toy, tmp_path: Path) -> None:
-    runner = runs.build(toy.config("lines", max_iters=8, log_every=3, micro_batch_size=3), tmp_path)
+    settings = {"max_iters": 8, "log_every": 3, "micro_batch_size": 3, "caption_dropout": 0.5}
+    runner = runs.build(toy.config("lines", **settings), tmp_path)
     sums = SumsHook()
     runner.register_hook(sums)
     runner.train()
@@ -176,17 +180,38 @@ def test_a_logged_loss_is_the_mean_over_all_targets_since_the_last_line(toy: Toy
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     start = 0
     for line in lines:
-        losses, targets = zip(*sums.steps[start : line["iter"]])
+        losses, targets, dropped, norms = zip(*sums.steps[start : line["iter"]])
         assert line["loss"] == pytest.approx(sum(losses) / sum(targets), rel=1e-6)
         assert 0 <= line["accuracy"] <= 1
         assert line["grad_norm"] > 0
         assert line["images_per_second"] == pytest.approx(4 / line["seconds_per_step"])
+        assert line["tokens_per_second"] == pytest.approx(64 * line["images_per_second"])
+        assert line["captions_dropped"] == sum(dropped) / (4 * len(dropped))
+        groups = [line[f"grad_norm_{group}"] for group in runner.optim_wrapper.groups]
+        assert groups == pytest.approx([sum(norm) / len(norm) for norm in zip(*norms)], rel=1e-6)
+        assert {name for name in line if name.startswith("loss_t")} <= {f"loss_t{bucket}" for bucket in range(8)}
         assert 0 < line["data_wait"] < 1
         assert line["memory_gb"] > 0.1
         start = line["iter"]
+    assert 0 < sum(step[2] for step in sums.steps) < 32
     scalars = _scalars(tmp_path)
-    assert scalars["loss"] == [(line["iter"], pytest.approx(line["loss"])) for line in lines]
-    assert set(scalars) == set(lines[0]) - {"iter", "epoch", "time"}
+    assert scalars["train/loss"] == [(line["iter"], pytest.approx(line["loss"])) for line in lines]
+    names = {name.partition("/")[2] for name in scalars}
+    assert names == {name for line in lines for name in line} - {"iter", "epoch", "time"} - MEMORY_METRICS
+    console = [line for line in (tmp_path / "log.txt").read_text().splitlines() if " images/s " in line]
+    assert len(console) == len(lines)
+    assert not [line for line in console if re.search("loss_t|grad_norm_|captions|tokens", line)]
+
+
+def test_metrics_change_no_weight(toy: Toy, tmp_path: Path) -> None:
+    states = []
+    for logged in (True, False):
+        runner = runs.build(toy.config("logged", max_iters=2), tmp_path / str(logged))
+        runner._hooks = [hook for hook in runner.hooks if logged or not isinstance(hook, MetricsHook)]
+        runner.train()
+        assert (tmp_path / str(logged) / "metrics.jsonl").exists() == logged
+        states.append(runner.trainable.trained_state())
+    assert_equal(*states)
 
 
 MEMORY_METRICS = {"memory_weights_gb", "memory_gradients_gb", "memory_optimizer_gb", "checkpoint_gb"}
@@ -200,7 +225,7 @@ def test_memory_metrics_are_logged_once(toy: Toy, tmp_path: Path) -> None:
     lines = runs.metrics(tmp_path)
     assert [line["iter"] for line in lines if MEMORY_METRICS & set(line)] == [3]
     line = lines[1]
-    assert set(line) - set(lines[0]) == MEMORY_METRICS
+    assert {name for name in set(line) - set(lines[0]) if not name.startswith("loss_t")} == MEMORY_METRICS
     weights = dict(runs.build(path, tmp_path / "other").trainable.named_parameters())
     count = sum(item.numel() for item in weights.values())
     assert line["memory_gradients_gb"] == 4 * count / 1e9
@@ -253,7 +278,7 @@ def test_a_resumed_run_logs_no_step_twice_in_tensorboard(toy: Toy, tmp_path: Pat
     assert train(path, tmp_path) == 0
     (tmp_path / "iter_6.pth").unlink()
     assert train(path, tmp_path, "--resume") == 0
-    assert [step for step, _ in _scalars(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in _scalars(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 

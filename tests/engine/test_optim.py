@@ -126,14 +126,22 @@ def test_fused_equals_unfused(toy: Toy, tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+class Grouped(nn.Linear):
+    """A layer whose weight and bias are two groups of gradients."""
+
+    def gradient_group(self, name: str) -> str:
+        return name
+
+
 def test_clipping() -> None:
-    model = nn.Linear(3, 1, bias=False)
+    model: Any = Grouped(3, 1, bias=False)
     wrapper = build_optim_wrapper({"type": "torch.optim.SGD", "lr": 1.0}, "fp32", 0.5, model=model)
     before = model.weight.detach().clone()
     wrapper.backward(model(torch.tensor([[3.0, 0.0, 4.0]])).sum())
-    norm = wrapper.step()
-    assert norm is not None
-    assert norm.item() == pytest.approx(5.0)
+    norms = wrapper.step()
+    assert norms is not None
+    assert norms.total.item() == pytest.approx(5.0)
+    assert norms.groups is None  # there is one
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.3, 0.0, 0.4]]))
     assert model.weight.grad is None
     free = build_optim_wrapper({"type": "torch.optim.SGD", "lr": 1.0}, "fp32", model=model)
@@ -141,6 +149,36 @@ def test_clipping() -> None:
     assert free.step() is None
     with pytest.raises(UserError, match="clip_grad got 0"):
         build_optim_wrapper(ADAMW, "fp32", 0, model=model)
+
+
+def test_clipping_equals_torchs_and_keeps_norms_by_group(toy: Toy, tmp_path: Path) -> None:
+    """Total and gradients bit for bit, of a U-ViT and a text encoder of which one layer has no gradient this time."""
+    runner = runs.build(toy.config("groups"), tmp_path, WITH_TEXT_ENCODER, "optim_wrapper.clip_grad=0.5")
+    wrapper, named, generator = runner.optim_wrapper, dict(runner.trainable.named_parameters()), torch.Generator()
+    clipped: list[torch.Tensor] = []
+    wrapper.optimizer.register_step_pre_hook(
+        lambda *_: clipped.extend(p.grad.clone() for p in wrapper.parameters if p.grad is not None)
+    )
+    for unused in (None, "transformer.mlm_layer.conv2.weight"):
+        clipped.clear()
+        for name, parameter in named.items():
+            parameter.grad = None if name == unused else torch.randn(parameter.shape, generator=generator)
+        used = [parameter for parameter in wrapper.parameters if parameter.grad is not None]
+        before = {parameter: parameter.grad.clone() for parameter in used}
+        norms = wrapper.step()
+        for parameter, gradient in before.items():
+            parameter.grad = gradient.clone()
+        total = torch.nn.utils.clip_grad_norm_(used, 0.5, foreach=True)
+        assert norms is not None
+        assert torch.equal(norms.total, total)
+        assert all(torch.equal(one, parameter.grad) for one, parameter in zip(clipped, used))
+        assert set(wrapper.groups) == {"embed", "down_up", "layers", "head", "text_encoder"}
+        for group, norm in zip(wrapper.groups, norms.groups):
+            of_group = [
+                before[parameter].flatten() for name, parameter in named.items()
+                if name != unused and runner.trainable.gradient_group(name) == group
+            ]  # fmt: skip
+            assert norm.item() == pytest.approx(torch.cat(of_group).double().norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +391,7 @@ class Casts(TorchDispatchMode):
 def test_autocast_does_not_cache_casts_of_weights() -> None:
     """torch's own autocast keeps them until it ends, which wastes memory with gradient checkpointing."""
     alive = {}
-    layer = nn.Linear(8, 8, bias=False)
+    layer: Any = Grouped(8, 8, bias=False)
     ours = build_optim_wrapper({"type": "torch.optim.AdamW"}, "bf16", model=layer).autocast()
     for name, autocast in {"ours": ours, "torch": torch.autocast("cpu", torch.bfloat16)}.items():
         with torch.no_grad(), Casts() as casts, autocast:

@@ -32,6 +32,10 @@ def flatten(grads: list[torch.Tensor]) -> torch.Tensor:
 def assert_same_step(one: FirstStep, other: FirstStep) -> None:
     assert one.masked == other.masked
     assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert one.details.keys() == other.details.keys() >= {"grad_norm", "grad_norm_embed", "captions_dropped"}
+    for name, value in one.details.items():
+        tolerance = TOLERANCE if name.startswith("grad_norm") else 1e-6
+        assert value == pytest.approx(other.details[name], rel=tolerance), name
     a, b = flatten(one.grads), flatten(other.grads)
     assert float((a - b).norm()) <= TOLERANCE * float(a.norm())
 
@@ -175,7 +179,7 @@ def _joined(ranks: list[dict[str, Any]], key: str) -> FirstStep:
     for one, other in zip(first.grads, second.grads):
         assert torch.equal(one, other)
     masked, loss_sum = first.masked + second.masked, first.loss_sum + second.loss_sum
-    return FirstStep(first.grads, masked, loss_sum, first.targets + second.targets, first.loss)
+    return FirstStep(first.grads, masked, loss_sum, first.targets + second.targets, first.loss, first.details)
 
 
 def test_two_processes_take_the_same_step(ranks: list[dict[str, Any]], whole: FirstStep) -> None:

@@ -8,7 +8,8 @@ import torch
 from mmengine.hooks import Hook
 
 from diffengine import distributed
-from diffengine.datasets import collate
+from diffengine.datasets import collate, generator
+from diffengine.datasets.stream import SAMPLE
 from diffengine.engine.loop import count_targets
 from tests.engine import runs
 from tests.engine.runs import FirstStep, Toy
@@ -48,7 +49,8 @@ def test_the_loss_follows_its_formula(toy: Toy, folders: tuple[Path, Path], whol
     runner = runs.build(_config(toy, "formula", folders), tmp_path)
     samples = [runner.train_loop.stream[position] for position in range(8)]
     weighted_sum = total_weight = unweighted_sum = 0.0
-    for sample in samples:
+    buckets: dict[int, list[float]] = {}
+    for position, sample in enumerate(samples):
         alone = collate([{key: value for key, value in sample.items() if key != "weight"}])
         with torch.no_grad():
             loss, _ = runner.trainable(runner.trainable.prepare(alone))
@@ -56,10 +58,17 @@ def test_the_loss_follows_its_formula(toy: Toy, folders: tuple[Path, Path], whol
         assert weight in {"sks": [1.0], "a cat": [PRIOR]}.get(sample["text"], [1.0, PRIOR])  # "": a dropped caption
         weighted_sum += weight * loss.item()
         total_weight += weight * len(sample["masked"])
+        t = generator(runner.seed, SAMPLE, position).random(3)[2]  # after the draws of caption and dropout
+        bucket = buckets.setdefault(int(8 * t), [0, 0])
+        bucket[0] += weight * loss.item()
+        bucket[1] += weight * len(sample["masked"])
         unweighted_sum += loss.item()
     assert len({sample["weight"] for sample in samples}) == 2
     assert whole.loss == pytest.approx(weighted_sum / total_weight, rel=1e-6)
     assert whole.targets == pytest.approx(total_weight, rel=1e-15)
+    logged = {name: value for name, value in whole.details.items() if name.startswith("loss_t")}
+    expected = {f"loss_t{bucket}": loss_sum / weight for bucket, (loss_sum, weight) in buckets.items()}
+    assert logged == pytest.approx(expected, rel=1e-6)
     unweighted = unweighted_sum / sum(len(sample["masked"]) for sample in samples)
     assert abs(unweighted / whole.loss - 1) > 1e-4
 
@@ -89,7 +98,7 @@ def test_two_processes_take_the_same_step(
     runs.on_ranks(2, _train_on_rank, toy, folders, tmp_path)
     first, second = (FirstStep(**torch.load(tmp_path / f"rank{rank}.pt")) for rank in range(2))
     assert first.targets + second.targets == pytest.approx(whole.targets, rel=1e-15)
-    assert_same_step(whole, FirstStep(first.grads, first.masked + second.masked, 0, 0, first.loss))
+    assert_same_step(whole, FirstStep(first.grads, first.masked + second.masked, 0, 0, first.loss, first.details))
 
 
 class SumsHook(Hook):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffengine.errors import UserError
-from diffengine.models.masking import RandomMask, TokenGrid, mask_tokens, masked_index, num_masked
+from diffengine.models.masking import RandomMask, TokenGrid, mask_tokens, masked_index, num_masked, sums_by_bucket
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,8 @@ def test_masked_positions_start_one_permutation() -> None:
         n, order = num_masked(rng.random(), 256), rng.permutation(256)
         sample = masked_sample(seed)
         assert sample["num_targets"] == n == len(sample["masked"])
+        assert sample["num_tokens"] == 256
+        assert sample["bucket"] / 8 <= np.random.default_rng(seed).random() < (sample["bucket"] + 1) / 8
         np.testing.assert_array_equal(sample["masked"], order[:n])
         assert len(set(sample["masked"].tolist())) == n
         assert sample["text"] == "a"
@@ -64,6 +66,13 @@ def test_indivisible_sides_are_an_error(size: tuple[int, int], suggested: str) -
 def test_grid_of_a_model_without_downsampling() -> None:
     assert TokenGrid(4).sides(60, 36) == (15, 9)
     assert TokenGrid(4)({"text": "a"}, np.random.default_rng(0)) == {"text": "a"}
+
+
+def test_sums_by_bucket() -> None:
+    """Images 0 and 2 are in bucket 5, image 1 is in bucket 0; each has 12 tokens."""
+    index = masked_index([np.array([11, 0]), np.array([5]), np.array([0])], num_tokens=12)
+    sums = sums_by_bucket(torch.tensor([1.0, 2.0, 4.0, 8.0]), index, torch.tensor([5, 0, 5]), 12)
+    assert sums.tolist() == [4, 0, 0, 0, 0, 11, 0, 0]
 
 
 def test_only_masked_tokens_are_replaced() -> None:

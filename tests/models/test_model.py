@@ -77,6 +77,48 @@ def test_loss_and_gradients_match_the_formula(toy: Path, batch: dict[str, Any], 
             assert_close(parameter.grad, gradients[name])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_by_bucket_leave_the_gradients_bit_equal(toy: Path, batch: dict[str, Any], smoothing: float) -> None:
+    """Compared with torch's own sum over all masked tokens; each bucket has the loss of its images alone."""
+    model = AmusedModel(str(toy), label_smoothing=smoothing).train()
+    sums: list[Tensor] = []
+    for index in range(3):
+        one = {key: value[index : index + 1] for key, value in batch.items()}
+        sums.append(model(model.prepare(one))[0].detach())
+    loss, logs = model(model.prepare({**batch, "bucket": [6, 2, 6]}))
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert_close(
+        logs["loss_t"], torch.stack([0 * loss, 0 * loss, sums[1], *[0 * loss] * 3, sums[0] + sums[2], 0 * loss])
+    )
+    cross_entropy = F.cross_entropy
+
+    def summed(*arguments: Any, reduction: str, **options: Any) -> Tensor:
+        return cross_entropy(*arguments, reduction="sum", **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", summed)
+        other, _ = model(model.prepare(batch))
+    for gradient, expected in zip(gradients, torch.autograd.grad(other, list(model.parameters()), allow_unused=True)):
+        assert (gradient is None) == (expected is None)
+        assert gradient is None or torch.equal(gradient, expected)
+
+
+def test_groups_of_gradients(toy: Path) -> None:
+    model = AmusedModel(str(toy), train=["transformer", "text_encoder"])
+    groups: dict[str, set[str]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(model.gradient_group(name), set()).add(".".join(name.split(".")[:2]))
+    assert groups == {
+        "embed": {f"transformer.{name}" for name in ("embed", "encoder_proj", "encoder_proj_layer_norm", "cond_embed")},
+        "down_up": {"transformer.down_block", "transformer.up_block"},
+        "layers": {"transformer.transformer_layers"} | {
+            f"transformer.project_{name}" for name in ("to_hidden", "to_hidden_norm", "from_hidden", "from_hidden_norm")
+        },
+        "head": {"transformer.mlm_layer"},
+        "text_encoder": {"text_encoder.text_model", "text_encoder.text_projection"},
+    }  # fmt: skip
+
+
 def test_training_and_pipeline_give_the_transformer_the_same_inputs(model: AmusedModel, batch: dict[str, Any]) -> None:
     inputs: list[dict[str, Tensor]] = []
 

@@ -26,7 +26,10 @@ def test_weighted_loss_matches_the_formula(toy: Path, batch: dict[str, Any], smo
         single.append((loss, logs["accuracy"]))
     expected = sum(w * loss for w, (loss, _) in zip(weights, single))
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    loss, logs = model(model.prepare({**batch, "weight": weights}))
+    loss, logs = model(model.prepare({**batch, "weight": weights, "bucket": [1, 7, 1]}))
+    by_bucket = [weights[0] * single[0][0] + weights[2] * single[2][0], weights[1] * single[1][0]]
+    assert_close(logs["loss_t"][[1, 7]], torch.stack(by_bucket).detach())
+    assert logs["loss_t"].count_nonzero() == 2
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert_close(loss.detach(), expected.detach())
     assert logs["accuracy"] == pytest.approx(sum(w * float(correct) for w, (_, correct) in zip(weights, single)))

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from typing import final
 
 import torch
@@ -18,7 +19,8 @@ from diffengine.files import write_text
 from diffengine.terminal import LiveLine, Progressed
 from diffengine.text import format_bytes, format_duration, format_rate
 
-GRAD_NORM = "grad_norm"
+GRAD_NORM, GRAD_NORM_GROUPS = "grad_norm", "grad_norm by group"
+COUNTS = ("targets", "tokens", "captions_dropped", "skipped")  # of a step, on this rank
 FIRST_STEPS = 50  # after which a loss above chance is a bad sign
 BROKEN_LINES = 3  # lines in a row without a finite loss that end the run
 QUIET = 60.0  # seconds without a line, where there is no terminal, after which one says how far the run is
@@ -30,7 +32,8 @@ class MetricsHook(Hook):
     """Adds numbers up on the device and reads them once per log line, never in between.
 
     `memory_gb` is the most memory that training took so far, on a GPU without previews. The first line after the first
-    step also has, once, what the memory is used for and what checkpoints take.
+    step also has, once, what the memory is used for and what checkpoints take. The console leaves out details: losses
+    by bucket, gradients' norms by group, dropped captions and tokens per second.
 
     On a terminal a live line shows the numbers, and of their lines only the first is printed. Elsewhere all are, and if
     there was none for a minute, a line that says how far the run is.
@@ -46,9 +49,10 @@ class MetricsHook(Hook):
         self.every = every
 
     def _clear(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}  # one per step, on the device
-        self._steps = self._samples = self._skipped = 0
-        self._targets = self._waited = self._seconds = 0.0
+        self._sums: dict[str, list[Tensor]] = {}  # one per step, on the device: scalars, or by bucket or group
+        self._counts: Counter[str | int] = Counter()  # see COUNTS; and targets by bucket
+        self._steps = self._samples = 0
+        self._waited = self._seconds = 0.0
 
     def before_train(self, run: Run) -> None:
         self._file = run.work_dir / "metrics.jsonl"
@@ -66,15 +70,15 @@ class MetricsHook(Hook):
 
     def after_step(self, run: Run, step: Step) -> None:
         self._began = min(self._began, time.perf_counter() - step.seconds["all"])
-        sums = step.sums if step.grad_norm is None else {**step.sums, GRAD_NORM: step.grad_norm}
-        for name, value in sums.items():
-            self._sums.setdefault(name, []).append(value)
-        self._targets += step.targets
+        for name, value in {**step.sums, GRAD_NORM: step.grad_norm, GRAD_NORM_GROUPS: step.group_norms}.items():
+            if value is not None:
+                self._sums.setdefault(name, []).append(value)
+        self._counts.update({name: getattr(step, name) for name in COUNTS})
+        self._counts.update(step.bucket_targets)
         self._steps += 1
         if self._steps % STACKED == 0:
-            self._sums = {name: [torch.stack(values).sum()] for name, values in self._sums.items()}
+            self._sums = {name: [torch.stack(values).sum(dim=0)] for name, values in self._sums.items()}
         self._samples += step.samples
-        self._skipped += step.skipped
         self._learning_rate = step.learning_rate
         self._waited += step.seconds["data"]
         self._seconds += step.seconds["all"]
@@ -91,7 +95,7 @@ class MetricsHook(Hook):
 
     def _write_line(self, run: Run) -> None:
         """Read the device, once, and write one line everywhere."""
-        metrics = self._read(run)
+        metrics, details = self._read(run)
         self._loss, self._before = metrics["loss"], (self._samples, self._samples / metrics["images_per_second"])
         self._clear()
         self._refuse_broken(run, metrics["loss"])
@@ -105,7 +109,7 @@ class MetricsHook(Hook):
         memory, described = self._memory(run) if due else ({}, "")
         self._described_memory |= due
         printed = clock.done == self._first or not self._line.live
-        run.record(metrics, self._console(run, metrics), memory, printed)
+        run.record({**metrics, **details}, self._console(run, metrics), memory, printed)
         self._line.wrote_line()
         if described:
             run.logger.info(described)
@@ -122,15 +126,11 @@ class MetricsHook(Hook):
                 f"training diverged: the loss is {loss} for {BROKEN_LINES} lines; lower the learning rate; {last}"
             )
 
-    def _read(self, run: Run) -> dict[str, float]:
+    def _read(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
+        """The numbers of the line, and details that the console leaves out."""
         started = time.perf_counter()
-        targets, skipped = distributed.add_counts(self._targets, self._skipped)
-        packed = torch.stack([torch.stack(values).float().sum() for values in self._sums.values()])
-        if distributed.world_size() > 1:
-            dist.all_reduce(packed)
-        metrics = {name: value / targets for name, value in zip(self._sums, packed.tolist())}
-        if GRAD_NORM in metrics:  # a mean over steps, and equal on all ranks
-            metrics[GRAD_NORM] *= targets / (self._steps * distributed.world_size())
+        counts = self._counts_of_all_ranks()
+        metrics, details = self._means(run, counts)
         seconds = self._seconds + time.perf_counter() - started  # the read waited for what was still running
         metrics |= run.trainable.extra_metrics()
         metrics["lr"] = self._learning_rate
@@ -138,9 +138,39 @@ class MetricsHook(Hook):
         metrics["seconds_per_step"] = seconds / self._steps
         metrics["data_wait"] = self._waited / seconds
         metrics["memory_gb"] = run.peak_memory() / 1e9
-        if skipped:
-            metrics["skipped_pictures"] = skipped
-        return metrics
+        if counts["skipped"]:
+            metrics["skipped_pictures"] = counts["skipped"]
+        if counts["tokens"]:
+            details["tokens_per_second"] = counts["tokens"] / seconds
+        if run.trainable.caption_lengths([])[1]:  # it reads captions
+            details["captions_dropped"] = counts["captions_dropped"] / self._samples
+        return metrics, details
+
+    def _counts_of_all_ranks(self) -> dict[str | int, float]:
+        """COUNTS and, by number, the targets of each bucket."""
+        names = [*COUNTS, *range(max((len(values[0]) for values in self._sums.values() if values[0].ndim), default=0))]
+        return dict(zip(names, distributed.add_counts(*(self._counts[name] for name in names))))
+
+    def _means(self, run: Run, counts: dict[str | int, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums over all ranks divided by what they are over: scalars, and those by bucket or group by their names."""
+        packed = [torch.stack(values).float().sum(dim=0).reshape(-1) for values in self._sums.values()]
+        joined = torch.cat(packed)
+        if distributed.world_size() > 1:
+            dist.all_reduce(joined)
+        numbers, steps = iter(joined.tolist()), self._steps * distributed.world_size()  # norms are equal on all ranks
+        metrics: dict[str, float] = {}
+        details: dict[str, float] = {}
+        for name, values in self._sums.items():
+            if name == GRAD_NORM:
+                metrics[name] = next(numbers) / steps
+            elif name == GRAD_NORM_GROUPS:
+                details |= {f"{GRAD_NORM}_{group}": next(numbers) / steps for group in run.optim_wrapper.groups}
+            elif values[0].ndim == 0:
+                metrics[name] = next(numbers) / counts["targets"]
+            else:
+                means = [(f"{name}{bucket}", next(numbers), counts[bucket]) for bucket in range(len(values[0]))]
+                details |= {key: total / count for key, total, count in means if count}
+        return metrics, details
 
     def _memory(self, run: Run) -> tuple[dict[str, float], str]:
         """What memory is used for and what a checkpoint takes: GB by metric, and a line for the console."""

@@ -20,14 +20,14 @@ from diffengine.models.amused.components import Components
 from diffengine.models.amused.encoder import AmusedEncoder
 from diffengine.models.amused.preprocessor import AmusedPreprocessor, encode_ids
 from diffengine.models.amused.sampler import AmusedSampler
-from diffengine.models.amused.transformer import blocks_of, head, trunk
+from diffengine.models.amused.transformer import blocks_of, group_of, head, trunk
 from diffengine.models.amused.vocabulary import learn_vocabulary
 from diffengine.models.base import Batch, LabelledImage, MaskedImageModel, PreviewRequest
 from diffengine.models.blocks import wrap_blocks
 from diffengine.models.frozen import Frozen, evaluating, hold_in, restored
 from diffengine.models.generation import GenerationOptions, ImageRequest
 from diffengine.models.loading import component_folder
-from diffengine.models.masking import RandomMask, Schedule, TokenGrid, mask_tokens
+from diffengine.models.masking import RandomMask, Schedule, TokenGrid, mask_tokens, sums_by_bucket
 
 TRAINABLE = ("transformer", "text_encoder")
 PREVIEW_OPTIONS = ("guidance_scale", "num_inference_steps", "temperature", "strip")
@@ -172,23 +172,24 @@ class AmusedModel(MaskedImageModel):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As in the contract, over masked tokens; with `target_weights` (M,), loss and logs are weighted sums."""
-        index = batch["masked_index"]
+        index, token_ids = batch["masked_index"], batch["token_ids"]
         if "pooled_text_emb" in batch:
             hidden_BTD, pooled_BD = batch["hidden_states"], batch["pooled_text_emb"]
         else:
             hidden_BTD, pooled_BD = self.encode_text(batch["text_ids"])
         transformer = self.module("transformer")
-        masked = mask_tokens(batch["token_ids"], index, self.mask_id)
+        masked = mask_tokens(token_ids, index, self.mask_id)
         logits_MV = head(transformer, trunk(transformer, masked, batch["micro_conds"], hidden_BTD, pooled_BD), index)
         logits_MV = logits_MV.float()
-        targets_M = batch["token_ids"].flatten().index_select(0, index)
+        targets_M = token_ids.flatten().index_select(0, index)
         correct_M = (logits_MV.argmax(dim=1) == targets_M).float()
-        weights_M = batch.get("target_weights")
-        reduction = "sum" if weights_M is None else "none"
-        loss = F.cross_entropy(logits_MV, targets_M, label_smoothing=self.label_smoothing, reduction=reduction)
-        if weights_M is None:
-            return loss, {"accuracy": correct_M.sum()}
-        return loss @ weights_M, {"accuracy": correct_M @ weights_M}
+        loss_M = F.cross_entropy(logits_MV, targets_M, label_smoothing=self.label_smoothing, reduction="none")
+        if "target_weights" in batch:
+            loss_M, correct_M = loss_M * batch["target_weights"], correct_M * batch["target_weights"]
+        logs = {"accuracy": correct_M.sum()}
+        if "bucket" in batch:
+            logs["loss_t"] = sums_by_bucket(loss_M.detach(), index, batch["bucket"], token_ids[0].numel())
+        return loss_M.sum(), logs
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Caption ids (B,T) as in AmusedPipeline: `hidden_states[-2]` (B,T,D) and `text_embeds` (B,D)."""
@@ -204,6 +205,11 @@ class AmusedModel(MaskedImageModel):
         blocks = blocks_of(self.module("transformer"))
         wrap_blocks(blocks, checkpointed=self._checkpointed, compiled=True)
         return len(blocks)
+
+    def gradient_group(self, name: str) -> str:
+        """The text encoder, and the transformer's by `group_of`; an adapter's parameters are with their layer's."""
+        component, _, rest = name.partition(".")
+        return group_of(rest) if component == "transformer" else component
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
         """Those of adapters' bases and of frozen components; the VQ model stays in fp32."""

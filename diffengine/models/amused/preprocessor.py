@@ -37,23 +37,26 @@ class AmusedPreprocessor:
 
         Args:
             batch: `image` (B,3,H,W) in [0,1] or, from a cache, `token_ids` (B,h,w); `micro_conds` (B,5), `text` [B],
-                `masked` [B], perhaps `weight` [B].
+                `masked` [B], perhaps `weight` [B] and `bucket` [B].
 
         Returns:
             `token_ids` (B,h,w) int64, `micro_conds`, `masked_index` (M,) int64, and `text_ids` (B,T) int64 or, from a
-            cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, `target_weights` (M,) too.
+            cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, `target_weights` (M,) too; with
+            buckets, `bucket` (B,) int64.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
         else:
             token_ids = self.encode(to_device(batch["image"], device))
-        weights = {}
+        optional = {}
+        if "bucket" in batch:
+            optional["bucket"] = to_device(torch.tensor(batch["bucket"]), device)
         if "weight" in batch:
             counts = torch.tensor([len(row) for row in batch["masked"]])
             weight_M = torch.tensor(batch["weight"]).repeat_interleave(counts)
-            weights["target_weights"] = to_device(weight_M, device)
+            optional["target_weights"] = to_device(weight_M, device)
         return {
-            **weights,
+            **optional,
             "token_ids": token_ids,
             "micro_conds": to_device(batch["micro_conds"], device),
             **self._captions(batch["text"], device),

@@ -24,6 +24,13 @@ def blocks_of(module: Any) -> list[nn.Module]:
     return [*ends, *module.transformer_layers]
 
 
+def group_of(name: str) -> str:
+    """The group of a transformer's parameter: "embed" (tokens and conditions), "down_up", "layers" or "head"."""
+    child = name.partition(".")[0]
+    groups = {"down_block": "down_up", "up_block": "down_up", "transformer_layers": "layers", "mlm_layer": "head"}
+    return "layers" if child.startswith("project_") else groups.get(child, "embed")
+
+
 def trunk(transformer: UVit2DModel, token_ids: Tensor, micro_conds: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
     """Everything but the token head: (B,C,h,w), from token ids (B,h,w), conditions (B,5) and the text encoder's."""
     head, transformer.mlm_layer = transformer.mlm_layer, nn.Identity()

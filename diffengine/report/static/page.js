@@ -196,18 +196,39 @@ function heldOutCurves() {
   ).filter(Boolean);
 }
 
-function levelCurves() {
+// Curves of each run for [key, label] pairs; their colors differ or, with many runs, their dashes.
+function keyedCurves(where, pairs, more) {
   return RUNS.flatMap((run, at) =>
-    [...Array(8).keys()].map((level) =>
-      curve(
-        `${MANY ? `${NAMES[at]}: ` : ""}t ${((level + 0.5) / 8).toFixed(2)}`,
-        run.val,
-        `val/loss_t${level}`,
-        MANY ? at % 8 : level,
-        { width: 1.5, points: true, dash: MANY ? [1 + level, 3] : [] },
-      ),
+    pairs.map(([key, label], index) =>
+      curve(MANY ? `${NAMES[at]}: ${label}` : label, run[where], key, MANY ? at % 8 : index % 8, {
+        width: 1.5,
+        dash: MANY ? [1 + index, 3] : [],
+        ...more,
+      }),
     ),
   ).filter(Boolean);
+}
+
+function levelCurves(where, prefix, more) {
+  const label = (level) => `t ${((level + 0.5) / 8).toFixed(2)}`;
+  const pairs = [...Array(8).keys()].map((level) => [`${prefix}loss_t${level}`, label(level)]);
+  return keyedCurves(where, pairs, more);
+}
+
+function groupCurves() {
+  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))];
+  const groups = keys.filter((key) => key.startsWith("grad_norm_"));
+  return keyedCurves(
+    "train",
+    groups.map((key) => [key, key.slice("grad_norm_".length).replaceAll("_", " ")]),
+  );
+}
+
+function throughputNotes() {
+  return RUNS.flatMap((run, at) => {
+    const tokens = mean(run.train.tokens_per_second);
+    return tokens === null ? [] : [{ text: `${MANY ? `${NAMES[at]}: ` : ""}${number(tokens, 3)} image tokens per second` }];
+  });
 }
 
 function references() {
@@ -254,7 +275,7 @@ function accuracyCurves() {
 // What a model or a hook logs besides: a chart for each metric that no other chart shows.
 function otherSpecifications() {
   const known =
-    /^(iter|epoch|time|loss|accuracy|lr|grad_norm|images_per_second|seconds_per_step|data_wait)$|^(memory|checkpoint|skipped)_/;
+    /^(iter|epoch|time|loss(_t\d)?|accuracy|lr|(images|tokens)_per_second|seconds_per_step|data_wait)$|^grad_norm|^(memory|checkpoint|skipped)_/;
   const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))].filter((key) => !known.test(key));
   return keys.slice(0, 16).map((key) => ({
     title: key[0].toUpperCase() + key.slice(1).replaceAll("_", " "),
@@ -280,15 +301,27 @@ function specifications() {
       lines: [{ name: "captions ignored", value: 0 }],
     },
     {
+      title: "Training loss by t",
+      about: "near t = 0 nearly all tokens are masked, near 1 few; smoothed",
+      curves: levelCurves("train", "", { smooth: true }),
+      log: true,
+    },
+    {
       title: "Held-out loss by t",
       about: "near t = 0 nearly all tokens are masked, near 1 few",
-      curves: levelCurves(),
+      curves: levelCurves("val", "val/", { points: true }),
       log: true,
     },
     { title: "Token accuracy", curves: accuracyCurves() },
     { title: "Learning rate", curves: perRun("lr", "train", "learning rate") },
     { title: "Gradient norm", about: "before clipping", curves: perRun("grad_norm", "train", "norm"), log: true },
-    { title: "Throughput", about: "images per second", curves: perRun("images_per_second", "train", "images/s") },
+    { title: "Gradient norm by group", about: "before clipping", curves: groupCurves(), log: true },
+    {
+      title: "Throughput",
+      about: "images per second",
+      curves: perRun("images_per_second", "train", "images/s"),
+      notes: throughputNotes(),
+    },
     {
       title: "Memory",
       about: "most memory that training took so far, in GB",
@@ -852,6 +885,7 @@ function timeRows(run) {
     run.seconds && pace ? ["share of the time in steps", share(Math.min(1, (pace * run.step) / run.seconds))] : null,
     wait !== null ? ["waiting for data", share(wait)] : null,
     train.images_per_second ? ["images per second", number(mean(train.images_per_second), 3)] : null,
+    train.tokens_per_second ? ["image tokens per second", number(mean(train.tokens_per_second), 3)] : null,
     ...Object.entries(run.memory)
       .filter(([, size]) => size)
       .map(([name, size]) => [
