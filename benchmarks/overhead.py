@@ -30,6 +30,7 @@ from mmengine.hooks import Hook
 
 from benchmarks import common
 from diffengine.datasets import PositionSampler, make_loader
+from diffengine.engine import optim
 from diffengine.engine.run import Run
 from tests.engine.test_metrics import Close, CountReads
 from tests.support import models, photos
@@ -168,7 +169,7 @@ def compare(root: Path, start: int, count: int, replay: bool) -> tuple[Clock, Cl
     runner.register_hook(hook)
     with ExitStack() as stack:
         stack.enter_context(patch.object(Clock, "replay", replay))
-        for owner, name in ((torch.autograd, "backward"), (torch.nn.utils, "clip_grad_norm_")):
+        for owner, name in ((torch.autograd, "backward"), (torch.nn.utils, "clip_grad_norm_"), (optim, "clip")):
             stack.enter_context(patch.object(owner, name, Clock.timed(getattr(owner, name))))
         runner.train()
     return hook.bare, hook.ours

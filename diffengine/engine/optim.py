@@ -119,12 +119,17 @@ class Norms(NamedTuple):
     groups: Tensor | None  # (groups,), in the order of `StepOptimWrapper.groups`; None for a model with one group
 
 
-def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """`torch.nn.utils.clip_grad_norm_`, bit for bit, which keeps the norm of each gradient: (total, each (N,))."""
-    norms_N = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor, list[int]]:
+    """`torch.nn.utils.clip_grad_norm_`, bit for bit, which keeps the norm of each gradient.
+
+    Returns:
+        The norm of all gradients, the norms (N,) of single ones, and the indices of the parameters that have one.
+    """
+    indices = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
+    norms_N = torch.stack(torch._foreach_norm([parameters[index].grad for index in indices]))
     total = torch.linalg.vector_norm(norms_N)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
-    return total, norms_N
+    return total, norms_N, indices
 
 
 @final
@@ -145,10 +150,7 @@ class StepOptimWrapper(OptimWrapper):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.groups = list(dict.fromkeys(group_of.values()))  # whose gradients' norms are logged
         self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
-        self._last: tuple[tuple[int, ...], Any] = (
-            (),
-            None,
-        )  # the last step's, also on the device
+        self._last: tuple[list[int], Any] = ([], None)  # the last step's `indices`, and their groups on the device
 
     def autocast(self) -> AbstractContextManager:
         """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""
@@ -164,17 +166,16 @@ class StepOptimWrapper(OptimWrapper):
         norms = None
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            pairs = zip(self.parameters, self._numbers)
-            used, numbers = zip(*(pair for pair in pairs if pair[0].grad is not None))
-            total, norms_N = clip(used, self.max_norm)
-            norms = Norms(total, self._by_group(norms_N, numbers) if len(self.groups) > 1 else None)
+            total, norms_N, indices = clip(self.parameters, self.max_norm)
+            norms = Norms(total, self._by_group(norms_N, indices) if len(self.groups) > 1 else None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norms
 
-    def _by_group(self, norms_N: Tensor, numbers: tuple[int, ...]) -> Tensor:
-        """Norms (groups,) from the norms of single gradients and the numbers of their groups."""
-        if numbers != self._last[0]:  # a parameter may have no gradient in some steps
-            self._last = numbers, torch.tensor(numbers, device=norms_N.device)
+    def _by_group(self, norms_N: Tensor, indices: list[int]) -> Tensor:
+        """Norms (groups,) from the norms of single gradients and the indices of their parameters."""
+        if indices != self._last[0]:  # a parameter may have no gradient in some steps
+            numbers = [self._numbers[index] for index in indices]
+            self._last = indices, torch.tensor(numbers, device=norms_N.device)
         return norms_N.new_zeros(len(self.groups)).index_add_(0, self._last[1], norms_N.square()).sqrt_()

@@ -15,14 +15,16 @@ NASTY = ["a <script>alert(1)</script> & </script> cat", "猫が雪の中にい�
 
 
 def lines(count: int, validated: bool = True) -> list[dict[str, Any]]:
-    """Log lines of training every 10 steps, and of validation every 100."""
+    """Log lines of training every 10 steps, and of validation every 100. A line lacks some losses by t."""
     found: list[dict[str, Any]] = []
     for step in range(10, 10 * count + 1, 10):
         loss = 2 + 3.5 * math.exp(-step / (3 * count)) + 0.1 * math.sin(step)
         found.append({
             "iter": step, "epoch": 0, "time": 1.8e9 + step, "loss": loss, "accuracy": 1 / (1 + loss), "lr": 1e-4,
             "grad_norm": 1.5, "images_per_second": 60.123456789, "seconds_per_step": 1.0, "data_wait": 0.01,
-            "memory_gb": 1.0,
+            "memory_gb": 1.0, "tokens_per_second": 15391.5, "captions_dropped": 0.1,
+            **{f"grad_norm_{group}": 0.5 for group in ("embed", "down_up", "layers", "head")},
+            **{f"loss_t{level}": loss - level / 8 for level in range(8) if (step // 10 + level) % 3},
         })  # fmt: skip
         if validated and step % 100 == 0:
             levels = {f"val/loss_t{level}": loss + level / 8 for level in range(8)}

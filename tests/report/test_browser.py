@@ -1,5 +1,6 @@
 """The page in a headless Chromium, at the width of a phone and of a desk."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 
 from diffengine.report import write_page
 from tests.report.conftest import NASTY, Make
+from tests.report.test_page import FIXTURE
 from tests.support.browser import Browser, browser, find
 
 pytestmark = pytest.mark.skipif(find() is None, reason="chromium is not installed: apt-get install chromium")
+CHARTS = 13
 LOSS = "document.querySelector('[data-chart=\"Loss\"]')"
 
 
@@ -38,10 +41,30 @@ def opened(page: Browser, file: Path, width: int, dark: bool = False) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_opens(page: Browser, file: Path, width: int, dark: bool) -> None:
     opened(page, file, width, dark)
-    assert page.run("document.querySelectorAll('.chart canvas').length") == 10
-    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["10,300"] * 10
+    assert page.run("document.querySelectorAll('.chart canvas').length") == CHARTS
+    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["10,300"] * CHARTS
     assert page.run("document.querySelector('[data-status]').textContent") == "done"
     assert page.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+
+
+def test_details_of_training(page: Browser, file: Path) -> None:
+    """Losses by t are smoothed over the lines that have them; groups are named; tokens stand under the throughput."""
+    opened(page, file, 1400)
+    labels = "charts.find(({spec}) => spec.title === '%s').spec.curves.map((each) => each.label)"
+    times = [f"t {(level + 0.5) / 8:.2f}" for level in range(8)]
+    assert page.run(labels % "Training loss by t") == page.run(labels % "Held-out loss by t") == times
+    assert page.run(labels % "Gradient norm by group") == ["embed", "down up", "layers", "head"]
+    assert page.run(labels % "Captions dropped") == ["value"]
+    throughput = page.run("document.querySelector('[data-chart=\"Throughput\"] .note').textContent")
+    assert throughput == "15,400 image tokens per second"
+
+
+def test_a_run_of_an_older_version(page: Browser, tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURE, tmp_path / "tiny")
+    opened(page, write_page([folder], tmp_path / "report.html"), 1400)
+    titles = page.run("charts.map(({spec}) => spec.title)")
+    assert "Loss" in titles
+    assert not [title for title in titles if "by" in title or "aptions" in title]
 
 
 @pytest.mark.parametrize("width", [390, 1400])
@@ -106,7 +129,7 @@ def test_hover_shows_a_value(page: Browser, file: Path, width: int) -> None:
 def test_zoom_log_scale_and_smoothing(page: Browser, file: Path) -> None:
     opened(page, file, 1400)
     page.run("charts[0].plot.setScale('x', {min: 50, max: 100})")
-    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["50,100"] * 10
+    assert page.run("charts.map(({plot}) => [plot.scales.x.min, plot.scales.x.max].join())") == ["50,100"] * CHARTS
     page.run("document.getElementById('log').click()")
     assert page.run("charts[0].plot.scales.y.distr") == 3
     assert page.run("charts[0].plot.scales.x.max") == 100

@@ -227,7 +227,8 @@ function groupCurves() {
 function throughputNotes() {
   return RUNS.flatMap((run, at) => {
     const tokens = mean(run.train.tokens_per_second);
-    return tokens === null ? [] : [{ text: `${MANY ? `${NAMES[at]}: ` : ""}${number(tokens, 3)} image tokens per second` }];
+    const name = MANY ? `${NAMES[at]}: ` : "";
+    return tokens === null ? [] : [{ text: `${name}${number(tokens, 3)} image tokens per second` }];
   });
 }
 
@@ -274,9 +275,11 @@ function accuracyCurves() {
 
 // What a model or a hook logs besides: a chart for each metric that no other chart shows.
 function otherSpecifications() {
-  const known =
-    /^(iter|epoch|time|loss(_t\d)?|accuracy|lr|(images|tokens)_per_second|seconds_per_step|data_wait)$|^grad_norm|^(memory|checkpoint|skipped)_/;
-  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))].filter((key) => !known.test(key));
+  const known = /^(iter|epoch|time|loss(_t\d)?|accuracy|lr|(images|tokens)_per_second|seconds_per_step|data_wait)$/;
+  const groups = /^(grad_norm|memory_|checkpoint_|skipped_)/;
+  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))].filter(
+    (key) => !known.test(key) && !groups.test(key),
+  );
   return keys.slice(0, 16).map((key) => ({
     title: key[0].toUpperCase() + key.slice(1).replaceAll("_", " "),
     curves: perRun(key, "train", "value"),
