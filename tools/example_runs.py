@@ -26,7 +26,7 @@ class AnyCaption(EmojiDataset):
 
 RUNS: dict[str, dict[str, Any]] = {
     "good": {"max_iters": 300, "dropout": 0.2},
-    "over-fitted": {"max_iters": 900, "dropout": 0.0},
+    "over-fitted": {"max_iters": 600, "dropout": 0.0},
     "captions-ignored": {
         "max_iters": 300,
         "dropout": 0.2,

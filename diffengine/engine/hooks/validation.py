@@ -149,7 +149,7 @@ class ValidationHook(Hook):
         rises = losses[-1] > best["val/loss"] + OVERFITTING and last["val/train_loss"] < best["val/train_loss"]
         if since >= 2 and rises:
             run.warn(f"over-fitting since step {best['iter']}: the held-out loss rises, that of trained images falls")
-        learns, gain = losses[-1] < losses[0] - LEARNS, last["val/caption_gain"]
+        learns, gain = losses[-1] < losses[0] - LEARNS, max(line["val/caption_gain"] for line in lines[1:] or lines)
         if run.clock.done >= run.clock.max_iters / 4 and learns and gain < NO_GAIN:
             run.warn(
                 f"captions are ignored: the loss is only {gain:.3f} lower with them; check that they fit the images"
