@@ -52,11 +52,11 @@ def test_a_live_line_below_plain_lines(toy: Toy, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(terminal, "REFRESH", 0)
     write_photo_folder(tmp_path / "held_out", 2, 40)
     settings = {"validation_data": str(tmp_path / "held_out"), "validation_every": 2, "preview_every": 2}
-    path = toy.config("live", max_iters=4, log_every=2, prompts=["a cat"], cache=False, **settings)
+    path = toy.config("live", max_iters=4, log_every=1, prompts=["a cat"], cache=False, **settings)
     assert train(path, work_dir, "--cfg-options", says()) == 0
     lines, values = logged(work_dir), runs.metrics(work_dir)
     first, *others = [line for line in lines if is_metrics(line)]
-    assert [line.split()[1] for line in [first, *others]] == ["1/4", "2/4", "4/4"]
+    assert [line.split()[1] for line in [first, *others]] == ["1/4", "2/4", "3/4", "4/4"]
     assert "(ln 64 = 4.159)" in first
     expected = [line for line in lines if line not in others]
     expected.insert(next(index for index, line in enumerate(lines) if line.startswith("warning")) - 1, CAPTION)
@@ -68,7 +68,7 @@ def test_a_live_line_below_plain_lines(toy: Toy, tmp_path: Path, monkeypatch: py
     assert screen.screen[-1].startswith("━━━")
     assert f" 4/4 loss {losses[4]:.4g} val {held_out[4]:.4g} 0:00 left " in screen.screen[-1]
     assert screen.screen[-1].endswith(" images/s")
-    (frame, *_) = [frame for frame in screen.frames if f" 3/4 loss {losses[2]:.4g} val {held_out[2]:.4g} " in frame]
+    (frame, *_) = [frame for frame in screen.frames if f" 3/4 loss {losses[3]:.4g} val {held_out[2]:.4g} " in frame]
     assert frame.endswith(" images/s preview in 1")
     assert max(map(len, screen.frames)) <= 80
     assert screen.cursor_is_shown
