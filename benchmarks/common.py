@@ -44,7 +44,7 @@ MID_TEXT = {
 }  # fmt: skip
 
 # The shipped recipes are timed without the hooks that run only at some steps.
-STEPS_ONLY = ("default_hooks.preview=None", "default_hooks.checkpoint=None", "default_hooks.export=None")
+STEPS_ONLY = tuple(f"default_hooks.{name}=None" for name in ("preview", "validation", "checkpoint", "export", "report"))
 
 
 # ------------------------------------------------------------------------------------- models and images
