@@ -1,6 +1,7 @@
 """What the commands do, from Python: errors are raised as UserError, not printed."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffengine.datasets import (
     hold_out,
     spread,
     square_transforms,
-)  # fmt: skip
+)
 from diffengine.datasets.split import MOST
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
@@ -206,14 +207,15 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
         return None
     loader, seed = resolved["train_dataloader"], resolved["seed"]
 
-    def samples(side: int) -> Any:
+    @cache  # all sources have the same samples
+    def read() -> Any:
         dataset = as_dataset(build(loader["dataset"]))
         transforms = [build(transform) for transform in loader["image_transforms"]]
         split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")
         stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, split=split)
         return hook.samples(stream, loader["dataset"])
 
-    return LossData(samples, seed)
+    return LossData(lambda side: read(), seed)
 
 
 def _source(source: str | Path, base: str | None, dtype: str, compile: bool) -> Source:

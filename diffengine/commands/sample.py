@@ -56,11 +56,12 @@ def run(options: argparse.Namespace) -> int:
     size, output = _size(options), _output(options)
 
     from diffengine.api import checkpoint_of, load_sampler
+    from diffengine.engine.checkpoint import BEST
     from diffengine.grids import save_image
 
     folder, newest = Path(options.source), None if options.base else checkpoint_of(options.source)
     if newest is not None and folder.is_dir():
-        best = folder / "best.pth"
+        best = folder / BEST
         other = f"; the one with the lowest validation loss: '{best}'" if best.exists() else ""
         print(f"generating with the newest checkpoint, '{newest}'{other}")
     sampler = load_sampler(options.source, options.base, options.dtype)

@@ -22,7 +22,7 @@ from diffengine.datasets.transforms import (
     Transform,
     center_square,
     square_transforms,
-)  # fmt: skip
+)
 
 __all__ = [
     "GOLDEN_RATIO",

@@ -153,6 +153,11 @@ def held_out_share(hooks: Sequence[AnyHook]) -> float | None:
     return next((hook.held_out_share for hook in hooks if getattr(hook, "held_out_share", None) is not None), None)
 
 
+def validates(hooks: Sequence[AnyHook]) -> bool:
+    """Whether a hook evaluates images that are not trained."""
+    return any(getattr(hook, "validates", False) for hook in hooks)
+
+
 def build_backends(job: Job) -> list[BaseVisBackend]:
     """The `vis_backends` section."""
     section = job.resolved.get("vis_backends", DEFAULT_BACKENDS)

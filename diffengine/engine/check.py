@@ -160,8 +160,7 @@ def _report(job: Job, run: Run, clock: Clock, stream: Stream, missing: int, seco
         memory["activations"] = max(0, peak - sum(memory.values()))
     cache = _describe_cache(build.build_token_cache(job, stream, run.trainable, run.optim_wrapper), run)
     hooks = build.build_hooks(job)
-    validates = any(getattr(hook, "validates", False) for hook in hooks)
-    kept = [hook.kept_at_once(clock, validates) for hook in hooks if isinstance(hook, CheckpointHook)]
+    kept = [hook.kept_at_once(clock, build.validates(hooks)) for hook in hooks if isinstance(hook, CheckpointHook)]
     parent = existing_parent(job.work_dir)
     cache_parent = existing_parent(cache["folder"]) if isinstance(cache, dict) else parent
     one_disk = parent.stat().st_dev == cache_parent.stat().st_dev

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 
 from diffengine import distributed
-from diffengine.engine import checkpoint, memory
+from diffengine.engine import build, checkpoint, memory
 from diffengine.engine.clock import Clock
 from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
@@ -41,8 +41,7 @@ class CheckpointHook(Hook):
 
     def before_run(self, run: Run) -> None:
         """Refuse to start if the disk would fill up, before anything is generated."""
-        validates = any(getattr(hook, "validates", False) for hook in run.hooks)
-        run.checkpoints_kept = self.kept_at_once(run.clock, validates)
+        run.checkpoints_kept = self.kept_at_once(run.clock, build.validates(run.hooks))
         distributed.on_rank_0(lambda: checkpoint.check_disk(run.work_dir, expected_size(run), run.checkpoints_kept))
 
     def kept_at_once(self, clock: Clock, validates: bool) -> int:

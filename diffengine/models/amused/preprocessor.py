@@ -84,10 +84,14 @@ class AmusedPreprocessor:
         with torch.inference_mode(), in_fp32(pixels.device):
             for chunk in pixels.float().split(self.vq_batch_size):
                 # Channels-last is faster. It rounds differently, so an id may change if two codes are equally near.
-                latents = vqvae.encode(chunk.contiguous(memory_format=torch.channels_last)).latents
-                ids = vqvae.quantize(latents)[2][2]
-                chunks.append(ids.view(len(latents), *latents.shape[2:]))
+                chunks.append(vq_ids(vqvae, chunk.contiguous(memory_format=torch.channels_last)))
         return torch.cat(chunks)  # here, since autograd refuses tensors that were made in inference mode
+
+
+def vq_ids(vqvae: VQModel, pixels: Tensor) -> Tensor:
+    """Pixels (B,3,H,W) in [0,1] as token ids (B,h,w) int64."""
+    latents = vqvae.encode(pixels).latents
+    return vqvae.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
 
 
 def caption_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.errors import require
-from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp32, to_device
+from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp32, to_device, vq_ids
 from diffengine.models.amused.transformer import blocks_of, conditions_once, head, trunk
 from diffengine.models.cuda_graphs import CudaGraphs
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, NotFinite, Unmasking
@@ -221,17 +221,14 @@ class AmusedSampler(ImageSampler):
         """The token ids (1,h,w) of an RGB image, whose centre is cut out and resized to the grid."""
         image = _fit(image.convert("RGB"), (grid[1] * self.grid.factor, grid[0] * self.grid.factor))
         with in_fp32(self.device):
-            latents = self.vqvae.encode(self._images.preprocess(image).to(self.device)).latents
-            return self.vqvae.quantize(latents)[2][2].view(1, *grid)
+            return vq_ids(self.vqvae, self._images.preprocess(image).to(self.device))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Mapping[str, Tensor]:
         self.grid.sides(*images.shape[-2:])
         with in_fp32(self.device):
-            pixels = images.to(self.device, memory_format=torch.channels_last)  # as in training
-            latents = self.vqvae.encode(pixels).latents
-            ids = self.vqvae.quantize(latents)[2][2]
-        return {"token_ids": ids.view(len(latents), *latents.shape[2:]).cpu()}
+            ids = vq_ids(self.vqvae, images.to(self.device, memory_format=torch.channels_last))  # as in training
+        return {"token_ids": ids.cpu()}
 
     @torch.no_grad()
     def masked_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -906,7 +906,7 @@ function timeRows(run) {
 }
 
 function environmentCard(run, at) {
-  const place = Object.entries(run.environment),
+  const environment = Object.entries(run.environment),
     costs = timeRows(run).filter(Boolean);
   return el(
     "div",
@@ -916,7 +916,9 @@ function environmentCard(run, at) {
       "div",
       { class: "grid" },
       costs.length ? el("div", { class: "stack" }, el("h3", { text: "Time and memory" }), pairs(costs)) : null,
-      place.length ? el("div", { class: "stack" }, el("h3", { text: "Environment" }), pairs(place)) : null,
+      environment.length
+        ? el("div", { class: "stack" }, el("h3", { text: "Environment" }), pairs(environment))
+        : null,
     ),
   );
 }
