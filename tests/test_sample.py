@@ -226,7 +226,7 @@ def test_a_long_prompt_is_reported(here: Path, capfd: pytest.CaptureFixture) -> 
         (["a", "--guidance", "2", "inf"], "--guidance got inf"),
         (["a", "--guidance", "nan"], "--guidance got nan"),
         (["a", "--steps", "1000"], "got 1000 steps for 8x8 tokens; expected at most one step per token"),
-        (["a", "--steps", "1000", "-o", "out"], "got 1000 steps"),
+        (["a", "--steps", "4", "1000", "-o", "out"], "got 1000 steps"),
         (["a", "--steps", "4", "0"], "--steps got 0; expected at least 1"),
         (["a", "--mask", "mask.png"], "--mask got no --image"),
         (["a", "--strength", "0.5"], "--strength got no --image"),
@@ -253,6 +253,7 @@ def test_a_long_prompt_is_reported(here: Path, capfd: pytest.CaptureFixture) -> 
 )
 def test_refusals(here: Path, capfd: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
     assert message in refused(capfd, *arguments)
+    assert not Path("out").exists()
 
 
 # ------------------------------------------------------------------------------------------ guidance by the model

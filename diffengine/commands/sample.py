@@ -73,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
     steps = sum(setting.num_inference_steps for setting in settings)
     results: Results = {}
     with Progress(len(requests) * len(settings), "generated", "images", steps / len(settings)) as progress:
-        for setting in settings:
-            images = sampler.generate(requests, setting, size, on_step=progress.advance)
+        generated = [sampler.generate(requests, setting, size, on_step=progress.advance) for setting in settings]
+        for setting, images in zip(settings, generated):
             for number, (request, image) in enumerate(zip(requests, images)):
                 results[number, setting] = image
                 if not output.suffix:

@@ -123,6 +123,8 @@ def evaluate(
         found.notes.append(f"chance {1 / len({*data.captions, *data.others}):.4f}")
     for source in sources:
         sampler, kept = source.open(), partial(_kept, folder / "images", source)
+        for setting in settings:
+            sampler.generate(requests, setting, _square(side))  # checks them all, and generates nothing yet
         label = f"{source.name}: " if len(sources) > 1 else ""
         gallery = _gallery(data, side or sampler.side)
         if gallery is not None:
@@ -164,8 +166,12 @@ def _generate(
     side: int | None, progress: Progress, missing: Sequence[int],
 ) -> Iterator[Image.Image]:  # fmt: skip
     progress.skip((len(requests) - len(missing)) * setting.num_inference_steps)
-    size = None if side is None else (side, side)
-    return sampler.generate([requests[index] for index in missing], setting, size, on_step=progress.advance)
+    wanted = [requests[index] for index in missing]
+    return sampler.generate(wanted, setting, _square(side), on_step=progress.advance)
+
+
+def _square(side: int | None) -> tuple[int, int] | None:
+    return None if side is None else (side, side)
 
 
 def _kept(

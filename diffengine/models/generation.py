@@ -129,7 +129,7 @@ class ImageSampler(ABC):
         batch_size: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[Image.Image]:
-        """Yield an RGB image per request, in order, a batch at a time.
+        """Check all requests, then yield an RGB image for each, in order, a batch at a time.
 
         Args:
             options: None for the defaults.

@@ -164,7 +164,7 @@ def test_groups() -> None:
     [
         (["--guidance", "-1"], "--guidance got -1; expected a number from 0"),
         (["--steps", "0"], "--steps got 0; expected at least 1"),
-        (["--steps", "65"], "got 65 steps for 8x8 tokens; expected at most one step per token"),
+        (["--steps", "4", "65"], "got 65 steps for 8x8 tokens; expected at most one step per token"),
         (["--n", "0"], "--n got 0; expected at least 1"),
         (["--max-images", "0"], "--max-images got 0; expected at least 1"),
         (["--data", "no/folder"], "there is no folder no/folder"),
@@ -175,3 +175,4 @@ def test_mistakes(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, argum
     assert main(["eval", str(run.work_dir), "-o", str(tmp_path / "out"), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert answer in line
+    assert not list(tmp_path.glob("out/**/*.png"))

@@ -95,7 +95,6 @@ class AmusedSampler(ImageSampler):
         kept = self.tokenizer.model_max_length - 1  # the last one is the end token
         return self.tokenizer.decode(ids[kept:-1]).strip() if len(ids) > kept + 1 else ""
 
-    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[ImageRequest],
@@ -105,17 +104,28 @@ class AmusedSampler(ImageSampler):
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[Image.Image]:
         options = options or GenerationOptions()
+        batches: list[tuple[list[ImageRequest], tuple[int, int]]] = []
 
         def together(request: ImageRequest) -> tuple[Size, int]:
             return self._size(request, size), first_step(request, options)
 
         for ((width, height), _), group in groupby(requests, together):
             grid, rest = self.grid.sides(height, width), list(group)
+            check_steps(options, grid)
             most = batch_size or min(IMAGES_AT_ONCE, max(1, TOKENS_AT_ONCE[self.device.type] // math.prod(grid)))
-            for start in range(0, len(rest), most):
-                batch = rest[start : start + most]
-                report = partial(_report, on_step, len(batch)) if on_step else None
-                yield from self.decode(self.tokens(batch, options, grid, report))
+            batches += [(rest[start : start + most], grid) for start in range(0, len(rest), most)]
+        return self._generate(batches, options, on_step)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        batches: Sequence[tuple[list[ImageRequest], tuple[int, int]]],
+        options: GenerationOptions,
+        on_step: Callable[[int], None] | None,
+    ) -> Iterator[Image.Image]:
+        for batch, grid in batches:
+            report = partial(_report, on_step, len(batch)) if on_step else None
+            yield from self.decode(self.tokens(batch, options, grid, report))
 
     @torch.no_grad()
     def generate_steps(
@@ -160,7 +170,7 @@ class AmusedSampler(ImageSampler):
         """
         (h, w), steps = grid, options.num_inference_steps
         length, first = h * w, first_step(requests[0], options)
-        require(steps <= length, f"got {steps} steps for {w}x{h} tokens; expected at most one step per token")
+        check_steps(options, grid)
         options = options.or_guided_by(self.guidance_scale)
         images = [self._start(request, options, grid) for request in requests]
         ids_BL = torch.stack([image.ids_L for image in images])
@@ -399,6 +409,12 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
             return list(pool.map(function, items)) if len(items) > 1 else [function(items[0])]
     finally:
         torch.set_num_threads(threads)
+
+
+def check_steps(options: GenerationOptions, grid: tuple[int, int]) -> None:
+    """Refuse more steps than tokens: each step keeps at least one."""
+    (h, w), steps = grid, options.num_inference_steps
+    require(steps <= h * w, f"got {steps} steps for {w}x{h} tokens; expected at most one step per token")
 
 
 def first_step(request: ImageRequest, options: GenerationOptions) -> int:
