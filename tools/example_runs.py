@@ -24,13 +24,16 @@ class AnyCaption(EmojiDataset):
         return {**super().__getitem__(index), "text": captions}
 
 
+OPTIONS = {"count": "emoji", "backgrounds": "backgrounds", "min_transparent": "min_transparent", "size": "resolution"}
+ANY_CAPTION = {"type": "example_runs.AnyCaption", **{name: f"${{{setting}}}" for name, setting in OPTIONS.items()}}
+
 RUNS: dict[str, dict[str, Any]] = {
     "good": {"max_iters": 300, "dropout": 0.2},
     "over-fitted": {"max_iters": 600, "dropout": 0.0},
     "captions-ignored": {
         "max_iters": 300,
         "dropout": 0.2,
-        "train_dataloader": {"dataset": {"type": "example_runs.AnyCaption"}},
+        "train_dataloader": {"dataset": ANY_CAPTION},
     },
     "diverged": {"max_iters": 300, "learning_rate": 3.0, "clip_grad": None, "log_every": 10},
 }

@@ -197,7 +197,7 @@ class Run(Runner):
             for line in [*lines, survey_captions(captions, self.trainable.caption_lengths)]:
                 if line:
                     info(line)
-            self._warn_of_settings(sizes[-1] if sizes else None)
+            self._warn_of_settings(sizes[-1] if sizes else min(stream.dataset.size(0) or [0]) or None)
         info(f"blocks run {self.compiled}")
 
     def _warn_of_settings(self, side: int | None) -> None:

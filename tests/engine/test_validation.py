@@ -1,6 +1,7 @@
 """Validation in a run: held-out images, metrics, the best checkpoint, early stopping, warnings, and old weights."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_warnings(toy: Toy, data: Path, tmp_path: Path) -> None:
     assert [(warning["step"], warning["text"].partition(":")[0]) for warning in run.warnings] == [
         (10, "captions are ignored"), (30, "over-fitting since step 10"),
     ]  # fmt: skip
+
+
+def test_a_held_out_loss_that_never_fell_below_chance_is_no_over_fitting(toy: Toy, data: Path, tmp_path: Path) -> None:
+    run = runs.build(config(toy, data, "chance", max_iters=400), tmp_path / "run")
+    hook = next(hook for hook in run.hooks if isinstance(hook, ValidationHook))
+    chance = math.log(64)
+    written = [
+        {"iter": step, "val/loss": chance + step / 100, "val/train_loss": chance - step / 100, "val/caption_gain": 1.0}
+        for step in range(0, 90, 10)
+    ]
+    (run.work_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    hook._judge(run)
+    assert run.warnings == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from diffengine.registry import build
 FEWEST_TIMES, MOST_TIMES = 8, 40  # evaluations of a run that chooses its interval
 LARGEST_SHARE = 0.05  # of the run's time, unless that allows fewer than the fewest
 OVERFITTING = 0.02  # nats above the lowest held-out loss that are more than rounding
-LEARNS = 0.1  # nats below the loss before training
+LEARNS = 0.1  # nats below chance, or below the loss before training, that are more than rounding
 NO_GAIN = 0.01  # nats: a caption gain below it is near 0
 UNIGRAM_IMAGES = 4096  # trained images whose tokens are counted
 
@@ -143,13 +143,14 @@ class ValidationHook(Hook):
     def _judge(self, run: Run) -> None:
         """Warn of what the curves show, and stop if they have shown no gain for long."""
         lines = [line for line in distributed.on_rank_0(lambda: run.metrics) if line.get("val/loss") is not None]
-        losses, last = [line["val/loss"] for line in lines], lines[-1]
-        best = lines[losses.index(min(losses))]
-        since = len(lines) - 1 - lines.index(best)
-        rises = losses[-1] > best["val/loss"] + OVERFITTING and last["val/train_loss"] < best["val/train_loss"]
-        if since >= 2 and rises:
+        first, last, best = lines[0], lines[-1], min(lines, key=lambda line: line["val/loss"])
+        since, chance = len(lines) - 1 - lines.index(best), run.trainable.chance_loss
+        learnt = chance is None or best["val/loss"] < chance[1] - LEARNS
+        rises = last["val/loss"] > best["val/loss"] + OVERFITTING and last["val/train_loss"] < best["val/train_loss"]
+        if since >= 2 and learnt and rises:
             run.warn(f"over-fitting since step {best['iter']}: the held-out loss rises, that of trained images falls")
-        learns, gain = losses[-1] < losses[0] - LEARNS, max(line["val/caption_gain"] for line in lines[1:] or lines)
+        learns = last["val/train_loss"] < first["val/train_loss"] - LEARNS
+        gain = max(line["val/caption_gain"] for line in lines[1:] or lines)
         if run.clock.done >= run.clock.max_iters / 4 and learns and gain < NO_GAIN:
             run.warn(
                 f"captions are ignored: the loss is only {gain:.3f} lower with them; check that they fit the images"
