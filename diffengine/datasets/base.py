@@ -55,6 +55,10 @@ class ImageDataset(ABC):
         image = self[index].get("image")
         return None if image is None else repr(image.size).encode() + image.tobytes()
 
+    def name(self, index: int) -> str:
+        """What messages call an image: its file, if it has one."""
+        return f"image {index}"
+
     def size(self, index: int) -> Size | None:
         """(width, height) of an image in pixels, without decoding it; None if that is not known."""
         return None

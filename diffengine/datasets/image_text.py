@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ class ImageTextDataset(ImageDataset):
                 return os.fstat(file.fileno()).st_size.to_bytes(8, "little") + file.read(BEGINNING)
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        with suppress(UnreadableImage):
+            return self._source(index, self._rows[index])[1]
+        return super().name(index)
 
     def size(self, index: int) -> Size:
         return read_size(*self._source(index, self._rows[index]))

@@ -99,6 +99,10 @@ class SubjectDataset(ImageDataset):
         if self.class_prompt is not None:
             yield from [[self.class_prompt]] * self.num_class_images
 
+    def name(self, index: int) -> str:
+        dataset, inner = self._locate(index)
+        return dataset.name(inner)
+
     def size(self, index: int) -> Size:
         dataset, inner = self._locate(index)
         return dataset.size(inner)

@@ -9,6 +9,7 @@
      "num_samples"        images of the data set
      "micro_batch_size"   {"asked", "found"}, only if memory ran out
      "ema"        {"updates", "weights"}, of EMAHook
+     "metrics"    the steps since the last line of metrics.jsonl, of MetricsHook
      ...}         what hooks add in `before_save_checkpoint`
 
 `torch.load(weights_only=True)` accepts one, and reading it executes nothing. state.py collects and restores it.

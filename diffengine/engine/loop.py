@@ -4,6 +4,8 @@ The loss of a step is the mean over *all* its targets, however they are split ov
 summed on the host, and each micro-batch back-propagates `loss_sum * world / total` (DDP averages over ranks). So the
 split changes nothing but rounding, and a step that runs out of memory is taken again in smaller micro-batches. A sample
 with a weight w_i counts that much: sum_i w_i sum_j ce_ij / sum_i w_i n_i.
+
+A step whose loss or gradients are not finite is bad. It changes no weight and no state, and counts as any other.
 """
 
 import hashlib
@@ -15,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
@@ -30,27 +31,11 @@ from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import Compile
 from diffengine.engine.micro import MicroBatches, too_large
 from diffengine.engine.mmengine_seam import BaseLoop
+from diffengine.engine.step import Step
 from diffengine.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from diffengine.engine.run import Run
-
-
-@dataclass
-class Step:
-    """What one optimizer step leaves for the hooks. Tensors are still on the device."""
-
-    sums: dict[str, Tensor]  # weighted sums over this rank's targets: "loss" and what the model logs; see its `forward`
-    targets: float  # this rank's, each with its sample's weight, on the host
-    bucket_targets: dict[int, float]  # `targets` by the bucket of their sample; {} if samples have none
-    tokens: int  # of this rank's images, masked or not; 0 for a model that learns from pixels
-    captions_dropped: int  # on this rank
-    samples: int  # of all ranks together
-    learning_rate: float  # of this step
-    grad_norm: Tensor | None  # before clipping; None without clipping
-    group_norms: Tensor | None  # (groups,), of the optimizer wrapper's `groups`; None without clipping or with one
-    skipped: int  # unreadable images replaced on this rank
-    seconds: dict[str, float]  # on the host: "data" (the wait), "prepare", "forward_backward", "optimizer" and "all"
 
 
 @final
@@ -103,7 +88,8 @@ class StepLoop(BaseLoop):
         A signal raises Interrupted, once the step is finished and hooks' `on_interrupt` has run.
         """
         self._runner, clock, step = run, self.clock, None
-        self._buffers = list(run.trainable.buffers())  # listing them walks all modules
+        modules = [module for module in run.trainable.modules() if module.training]  # those of others do not change
+        self._buffers = [buffer for module in modules for buffer in module.buffers(recurse=False)]
         self._now = _synchronized_clock if synchronize and torch.cuda.is_available() else time.perf_counter
         end = self.max_iters if steps is None else min(self.max_iters, clock.done + steps)
         run.call_hook("before_train")
@@ -134,6 +120,7 @@ class StepLoop(BaseLoop):
     def step(self, run: "Run", batch: dict[str, Any], total: float) -> Step:
         """Take one optimizer step over this rank's share of a batch that has `total` weighted targets on all ranks."""
         optim, scale = run.optim_wrapper, distributed.world_size() / total
+        buffers = [buffer.clone() for buffer in self._buffers]
 
         def accumulate(exchange: bool) -> dict[str, Tensor]:
             sums: dict[str, Tensor] = {}
@@ -151,14 +138,17 @@ class StepLoop(BaseLoop):
         sums = self.micro.fit(accumulate, lambda: self._snapshot(run), run.logger.info, self.clock.done + 1)
         learning_rate, started = optim.optimizer.param_groups[0]["lr"], self._now()
         try:
-            grad_norm, group_norms = optim.step() or (None, None)  # clip, step, clear the gradients
+            norms = optim.step()  # clip, step, clear the gradients
         except torch.OutOfMemoryError as error:  # the optimizer's state, which no smaller micro-batch makes smaller
             raise too_large("the optimizer's state does", str(error)) from error
         run.param_scheduler.step()
+        good = norms.total.isfinite()
+        for buffer, before in zip(self._buffers, buffers):
+            buffer.copy_(torch.where(good, buffer, before))
         self._seconds["optimizer"] = self._now() - started
         return Step(
-            sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
-            sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate, grad_norm, group_norms,
+            ~good, sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
+            sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate, norms.total, norms.groups,
             sum(batch.get("skipped", ())), self._seconds,
         )  # fmt: skip
 

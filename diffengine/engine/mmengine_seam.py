@@ -29,8 +29,8 @@ from diffengine.terminal import ConsoleHandler
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
-    from diffengine.engine.loop import Step
     from diffengine.engine.run import Run
+    from diffengine.engine.step import Step
 
 __all__ = ["AnyHook", "BaseLoop", "BaseVisBackend", "Config", "Hook", "OptimWrapper", "Runner"]
 

@@ -113,14 +113,14 @@ def build_param_scheduler(
 
 
 class Norms(NamedTuple):
-    """Norms of a step's gradients before clipping, on the device."""
+    """Norms of a step's gradients before clipping, on the device. A step whose `total` is not finite is skipped."""
 
     total: Tensor  # scalar, of all gradients
     groups: Tensor | None  # (groups,), in the order of `StepOptimWrapper.groups`; None for a model with one group
 
 
-def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor, list[int]]:
-    """`torch.nn.utils.clip_grad_norm_`, bit for bit, which keeps the norm of each gradient.
+def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> tuple[Tensor, Tensor, list[int]]:
+    """`torch.nn.utils.clip_grad_norm_`, bit for bit, which keeps the norm of each gradient. None: no limit.
 
     Returns:
         The norm of all gradients, the norms (N,) of single ones, and the indices of the parameters that have one.
@@ -128,7 +128,8 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, T
     indices = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
     norms_N = torch.stack(torch._foreach_norm([parameters[index].grad for index in indices]))
     total = torch.linalg.vector_norm(norms_N)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
     return total, norms_N, indices
 
 
@@ -136,8 +137,8 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, T
 class StepOptimWrapper(OptimWrapper):
     """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
 
-    (With fp16 the loss scaler reads one value per step, unless the optimizer is fused.) `options` is the config's
-    `optimizer`, from which another of the same type can be built; `group_of` names each parameter's group.
+    (An optimizer that is not fused reads one value per step, and so does the first step; see `_take`.) `options` is the
+    config's `optimizer`, from which another of the same type can be built; `group_of` names each parameter's group.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class StepOptimWrapper(OptimWrapper):
         self.groups = list(dict.fromkeys(group_of.values()))  # whose gradients' norms are logged
         self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
         self._last: tuple[list[int], Any] = ([], None)  # the last step's `indices`, and their groups on the device
+        self._taken = False  # whether the optimizer has taken a step in this process
 
     def autocast(self) -> AbstractContextManager:
         """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""
@@ -159,19 +161,35 @@ class StepOptimWrapper(OptimWrapper):
         return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        self.scaler.scale(loss).backward(**kwargs)
+        """Add a loss's gradients. One that is not finite makes them NaN, which spreads to all ranks."""
+        self.scaler.scale(loss).backward(1 + 0 * loss.detach(), **kwargs)
 
-    def step(self, **kwargs: Any) -> Norms | None:
-        """Clip, step, clear the gradients. Returns the norms before clipping; None without clipping."""
-        norms = None
-        if self.max_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            total, norms_N, indices = clip(self.parameters, self.max_norm)
-            norms = Norms(total, self._by_group(norms_N, indices) if len(self.groups) > 1 else None)
-        self.scaler.step(self.optimizer)
+    def step(self, **kwargs: Any) -> Norms:
+        """Clip, step unless gradients are not finite, clear them. Returns the norms before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        total, norms_N, indices = clip(self.parameters, self.max_norm)
+        norms = Norms(total, self._by_group(norms_N, indices) if len(self.groups) > 1 else None)
+        self._take(total.isfinite())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def _take(self, good: Tensor) -> None:
+        """Step the optimizer if `good`, a scalar on the device; else its state and the weights stay as they are.
+
+        A fused kernel decides on the device, as with torch's GradScaler. Other optimizers need the host to decide. So
+        does the first step, in which an optimizer allocates its state: a skipped one leaves SGD's uninitialized.
+        """
+        optimizer: Any = self.optimizer
+        if self._taken and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~good).float()
+            optimizer.step()
+            del optimizer.found_inf
+        elif good.item():
+            optimizer.step()
+            self._taken = True
+        else:
+            optimizer._opt_called = True  # else torch's schedules warn that they are stepped first
 
     def _by_group(self, norms_N: Tensor, indices: list[int]) -> Tensor:
         """Norms (groups,) from the norms of single gradients and the indices of their parameters."""

@@ -20,9 +20,10 @@ from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
 from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import compile_model
-from diffengine.engine.loop import Step, StepLoop
+from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
 from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
+from diffengine.engine.step import Step
 from diffengine.errors import UserError, require
 from diffengine.models.base import MaskedImageModel
 from diffengine.terminal import LiveLine

@@ -14,6 +14,7 @@ from diffengine.config import PLAIN, REFERENCE, SECTIONS, Plain, resolve, substi
 from diffengine.engine import checkpoint
 from diffengine.engine.build import BUILDERS, Training, choose_guidance
 from diffengine.engine.optim import StepOptimWrapper, build_optimizer, trained_parameters
+from diffengine.engine.step import COUNTS
 from diffengine.errors import UserError, require
 from diffengine.models import trusted_classes
 from diffengine.models.base import TrainableModel, describe
@@ -176,7 +177,25 @@ def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None
         weights = {name: torch.empty_like(item, dtype=torch.float32, device="meta") for name, item in trained.items()}
         unlike = differences(state["ema"], {"updates": 0, "weights": weights}, "ema")
         problems += unlike or _count_problems("ema.updates", state["ema"]["updates"], steps, ", the steps taken")
+    if "metrics" in state:
+        problems += _window_problems(state["metrics"])
     _refuse(problems, path)
+
+
+def _window_problems(saved: Any) -> list[str]:
+    """What in a saved `Window` does not fit together."""
+    widths, counts = (saved.get("widths"), saved.get("counts")) if isinstance(saved, dict) else (None, None)
+    if not (isinstance(widths, dict) and all(type(width) is int and width > 0 for width in widths.values())):
+        return [f"metrics.widths is {widths!r}; expected columns by name"]
+    if not (isinstance(counts, list) and all(isinstance(row, list) and len(row) >= len(COUNTS) for row in counts)):
+        return [f"metrics.counts is {describe(counts)}; expected rows of {len(COUNTS)} numbers or more"]
+    expected = {
+        "widths": widths,
+        "rows": torch.empty(len(counts), sum(widths.values()), device="meta"),
+        "counts": [[0] * max(map(len, counts))] * len(counts) if counts else [],
+        **dict.fromkeys(("waited", "seconds", "bad_in_a_row"), 0),
+    }
+    return differences(saved, expected, "metrics")
 
 
 def _refuse(problems: list[str], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -23,6 +24,7 @@ from diffengine.engine import checkpoint
 from diffengine.engine.build import load_config, make_job
 from diffengine.engine.run import Run, build_run
 from diffengine.engine.workdir import claimed
+from diffengine.models.vq import VQTokenizerModel
 
 CPU = torch.device("cpu")
 WITH_TEXT_ENCODER = "model.train=['transformer', 'text_encoder']"
@@ -158,6 +160,14 @@ def metrics(work_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+MEASURED = ("time", "images_per_second", "seconds_per_step", "tokens_per_second", "data_wait", "memory_gb")
+
+
+def results(work_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what differs between two equal runs."""
+    return [{name: line[name] for name in line if name not in MEASURED} for line in metrics(work_dir)]
+
+
 class SignalAt(Hook):
     """Sends a signal to this process, or to its process group, after a step."""
 
@@ -171,6 +181,19 @@ class SignalAt(Hook):
             else:
                 os.kill(os.getpid(), self.signum)
             time.sleep(0.3)  # so that workers have time to react
+
+
+class BadSteps(Hook):
+    """Makes the loss of some steps (from 1) infinite by the weight of their first sample, or NaN by its pixels."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if batch_idx + 1 in self.steps and isinstance(runner.trainable, VQTokenizerModel):
+            data_batch["image"][0] = math.nan
+        elif batch_idx + 1 in self.steps:
+            data_batch["weight"] = [1e38] + [1.0] * (len(data_batch["num_targets"]) - 1)
 
 
 def signal_at(step: int, signum: int, group: bool = False) -> str:

@@ -190,7 +190,7 @@ def test_check_leaves_no_file_behind(
     before = snapshot(tmp_path, toy.model, toy.data)
     steps = []
     step = StepOptimWrapper.step
-    monkeypatch.setattr(StepOptimWrapper, "step", lambda self: steps.append(step(self)))
+    monkeypatch.setattr(StepOptimWrapper, "step", lambda self: steps.append(self) or step(self))
     with claimed(work_dir, None, overwrite=True):  # as the other process does
         assert cli.main(["check", path, "--work-dir", str(work_dir)]) == 0
     after = snapshot(tmp_path, toy.model, toy.data)

@@ -3,6 +3,7 @@
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,9 +69,9 @@ def test_the_average_follows_its_formula(averaged_run: AveragedRun) -> None:
 
 def test_the_decay_warms_up() -> None:
     hook = EMAHook()
-    assert [hook.decay_at(n) for n in (0, 1, 8)] == [1 / 10, 2 / 11, 9 / 18]
-    assert hook.decay_at(10**6) == 0.9999
-    assert EMAHook(0.9, warmup=False).decay_at(0) == 0.9
+    steps = torch.tensor([0, 1, 8, 10**6], dtype=torch.float64)
+    assert hook.decay_at(steps).tolist() == [1 / 10, 2 / 11, 9 / 18, 0.9999]
+    assert EMAHook(0.9, warmup=False).decay_at(steps).tolist() == [0.9] * 4
     for decay in (0, 1, -0.5, math.nan):
         with pytest.raises(UserError, match=f"got decay={decay}; expected a number between 0 and 1"):
             EMAHook(decay)
@@ -167,7 +168,7 @@ def test_the_average_covers_trained_weights_and_reads_nothing_from_the_device(to
     (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
     hook.before_run(runner)
     with device_reads() as reads:
-        hook.after_train_iter(runner, 0)
+        hook.after_train_iter(runner, 0, outputs=SimpleNamespace(bad=torch.tensor(False)))
     assert not reads
     trained = {name for name, _ in runner.trainable.text_encoder.named_parameters()}
     assert runner.average.keys() == {f"text_encoder.{name}" for name in trained}

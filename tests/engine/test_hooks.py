@@ -10,8 +10,8 @@ import torch
 from diffengine import cli
 from diffengine.engine import checkpoint
 from diffengine.engine.hooks import Hook
-from diffengine.engine.loop import Step
 from diffengine.engine.run import Run
+from diffengine.engine.step import Step
 from tests.engine.runs import Toy, assert_equal_checkpoints, build, train
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -139,14 +139,14 @@ def test_clipping() -> None:
     before = model.weight.detach().clone()
     wrapper.backward(model(torch.tensor([[3.0, 0.0, 4.0]])).sum())
     norms = wrapper.step()
-    assert norms is not None
     assert norms.total.item() == pytest.approx(5.0)
     assert norms.groups is None  # there is one
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.3, 0.0, 0.4]]))
     assert model.weight.grad is None
     free = build_optim_wrapper({"type": "torch.optim.SGD", "lr": 1.0}, "fp32", model=model)
     free.backward(model(torch.tensor([[3.0, 0.0, 4.0]])).sum())
-    assert free.step() is None
+    assert free.step().total.item() == pytest.approx(5.0)
+    torch.testing.assert_close(model.weight, before - torch.tensor([[3.3, 0.0, 4.4]]))
     with pytest.raises(UserError, match="clip_grad got 0"):
         build_optim_wrapper(ADAMW, "fp32", 0, model=model)
 
@@ -169,7 +169,6 @@ def test_clipping_equals_torchs_and_keeps_norms_by_group(toy: Toy, tmp_path: Pat
         for parameter, gradient in before.items():
             parameter.grad = gradient.clone()
         total = torch.nn.utils.clip_grad_norm_(used, 0.5, foreach=True)
-        assert norms is not None
         assert torch.equal(norms.total, total)
         assert all(torch.equal(one, parameter.grad) for one, parameter in zip(clipped, used))
         assert set(wrapper.groups) == {"embed", "down_up", "layers", "head", "text_encoder"}
@@ -230,6 +229,42 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, dict):
         return [item for child in value.values() for item in _tensors(child)]
     return [value] if isinstance(value, torch.Tensor) else []
+
+
+SKIPS = {
+    "fused": ADAMW,
+    "foreach": {**ADAMW, "foreach": True},
+    "momentum": {"type": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
+    "adagrad": {"type": "torch.optim.Adagrad", "lr": 0.1},
+    **OTHER_OPTIMIZERS,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes", "ignore::FutureWarning:bitsandbytes", "error")
+@pytest.mark.parametrize("clip_grad", [1.0, None])
+@pytest.mark.parametrize("name", SKIPS)
+def test_a_bad_step_changes_neither_weights_nor_state(name: str, clip_grad: float | None) -> None:
+    """Gradients that are NaN (N) or infinite (G), or an infinite loss (L), also first of all."""
+    pytest.importorskip(SKIPS[name]["type"].partition(".")[0])
+    results = []
+    for sequence in ("NG.LG..N", "..."):
+        torch.manual_seed(0)
+        model: Any = Grouped(100, 50)
+        wrapper = build_optim_wrapper(dict(SKIPS[name]), "fp32", clip_grad, model=model)
+        schedule = build_param_scheduler(optimizer=wrapper.optimizer, num_iters=10)
+        inputs = iter(torch.randn(10, 4, 100))
+        for step in sequence:
+            loss = model(next(inputs) if step == "." else torch.ones(4, 100)).square().mean()
+            wrapper.backward(loss + (math.inf if step == "L" else 0))
+            if step == "N":
+                model.weight.grad[3, 4] = math.nan
+            elif step == "G":
+                model.bias.grad[0] = -math.inf
+            norms = wrapper.step()
+            schedule.step()
+            assert norms.total.isfinite() == (step == ".")
+        results.append({"model": model.state_dict(), "optimizer": wrapper.optimizer.state_dict()["state"]})
+    runs.assert_equal(*results)
 
 
 def test_a_missing_package_is_named(

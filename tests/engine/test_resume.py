@@ -39,6 +39,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(toy: Toy, reference: Path, tm
     assert train(path, tmp_path, "--resume", "--cfg-options", "num_workers=0") == 0
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 5, 10, 12]
+    assert runs.results(tmp_path) == runs.results(reference)
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -70,6 +71,7 @@ def test_a_signal_finishes_the_step_and_saves(toy: Toy, epochs: Path, tmp_path: 
     assert not (tmp_path / "transformer").exists()
     assert train(path, tmp_path, "--resume") == 0
     assert_equal_checkpoints(tmp_path / "epoch_2.pth", epochs / "epoch_2.pth")
+    assert runs.results(tmp_path) == runs.results(epochs)
     assert (tmp_path / "transformer").is_dir()
 
 
@@ -81,6 +83,7 @@ def test_workers_ignore_a_signal_to_the_process_group(toy: Toy, reference: Path,
     assert (tmp_path / "iter_5.pth").exists()
     assert train(path, tmp_path, "--resume", str(tmp_path / "iter_5.pth")) == 0
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
+    assert runs.results(tmp_path) == runs.results(reference)
 
 
 def test_a_second_signal_stops_at_once() -> None:

@@ -57,6 +57,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda s: s.update(micro_batch_size={"found": 2}),
         "micro_batch_size is {'found': 2}; expected 'asked', and 'found' from 1 to 4",
     ),
+    "line without its columns": (lambda s: s["metrics"].update(widths=None), "metrics.widths is None; expected"),
+    "line of a step without its numbers": (
+        lambda s: s["metrics"].update(counts=[[1.0] * 4]),
+        "metrics.rows is (3, 16) float32; expected (1, 16) float32",
+    ),
+    "line of minus infinity seconds": (lambda s: s["metrics"].update(seconds=float("-inf")), "metrics.seconds is -inf"),
     "weight of integers": (
         lambda s: s["model"].update({key: value.long() for key, value in s["model"].items()}),
         ") int64, expected (",

@@ -8,8 +8,8 @@ import pytest
 
 from diffengine import terminal
 from diffengine.engine.hooks import Hook, metrics
-from diffengine.engine.loop import Step
 from diffengine.engine.run import Run
+from diffengine.engine.step import Step
 from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.runs import Toy, signal_at, train

@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_and_resumed(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges(toy: Toy, tmp_path: Path) -> None:
-    settings = {"learning_rate": 1e30, "clip_grad": None, "max_iters": 3}
+    settings = {"learning_rate": 1e30, "clip_grad": None, "max_iters": 3, "max_bad_steps": 2}
     assert train(toy.config("diverges", default_hooks={}, **settings), tmp_path) == 2
     known = facts(tmp_path)
     assert known["status"] == "diverged"

@@ -8,10 +8,10 @@ import torch
 from diffengine import distributed
 from diffengine.engine import build, checkpoint, memory
 from diffengine.engine.clock import Clock
-from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.engine.state import collect
+from diffengine.engine.step import Step
 from diffengine.errors import Diverged, require
 from diffengine.text import format_bytes
 
@@ -26,7 +26,8 @@ class CheckpointHook(Hook):
 
     Args:
         every: None for the end only.
-        keep: the newest to keep; None for all. The old one is deleted when the new one is complete.
+        keep: the newest to keep; None for all. The old one is deleted when the new one is complete, and not after a
+            bad step: the weights of the new one may give nothing but bad steps.
         best_by: a metric of the validation; None: no `best.pth`.
     """
 
@@ -41,6 +42,7 @@ class CheckpointHook(Hook):
 
     def before_run(self, run: Run) -> None:
         """Refuse to start if the disk would fill up, before anything is generated."""
+        self._bad = torch.tensor(False, device=run.job.device)  # whether the last step was bad
         run.checkpoints_kept = self.kept_at_once(run.clock, build.validates(run.hooks))
         distributed.on_rank_0(lambda: checkpoint.check_disk(run.work_dir, expected_size(run), run.checkpoints_kept))
 
@@ -62,6 +64,7 @@ class CheckpointHook(Hook):
         self._best = min(values, default=math.inf)
 
     def after_step(self, run: Run, step: Step) -> None:
+        self._bad = step.bad
         if run.clock.due(self.every) or run.clock.finished:
             self.on_interrupt(run)
         validated_at, values = run.validation
@@ -85,15 +88,17 @@ class CheckpointHook(Hook):
     def _save(self, run: Run, state: dict[str, Any]) -> None:
         """Write a checkpoint and delete old ones; refuse weights that are not finite, which would replace good ones."""
         path, weights = run.work_dir / f"{run.clock.checkpoint_name}.pth", state["model"]
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in weights.values()]).tolist()  # one read
-        broken = [name for name, whole in zip(weights, finite) if not whole]
+        finite = [torch.isfinite(tensor).all() for tensor in weights.values()]
+        bad, *whole = torch.stack([self._bad, *finite]).tolist()  # one read
+        broken = [name for name, is_whole in zip(weights, whole) if not is_whole]
         if broken:
             raise Diverged(
                 f"training diverged: {len(broken)} weights are not finite at step {run.clock.done} (first {broken[0]}) "
                 f"and were not saved; lower the learning rate, and --resume from what is in '{run.work_dir}'"
             )
         checkpoint.write(path, state)
-        checkpoint.prune(run.work_dir, self.keep)
+        if not bad:
+            checkpoint.prune(run.work_dir, self.keep)
         run.logger.info(f"saved {path} ({format_bytes(path.stat().st_size)})")
 
 

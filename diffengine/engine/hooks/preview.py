@@ -10,9 +10,9 @@ from PIL import Image
 
 from diffengine import distributed
 from diffengine.datasets import GOLDEN_RATIO, ImageDataset, UnreadableImage, center_square
-from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
+from diffengine.engine.step import Step
 from diffengine.errors import require
 from diffengine.files import write_text
 from diffengine.grids import save_grid, save_webp, stack

@@ -7,9 +7,9 @@ from typing import Any, final
 
 from diffengine import distributed
 from diffengine.engine import facts
-from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
+from diffengine.engine.step import Step
 from diffengine.errors import Diverged, Interrupted, UserError, require
 from diffengine.files import write_text
 from diffengine.models.base import MaskedImageModel

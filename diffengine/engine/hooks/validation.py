@@ -7,9 +7,9 @@ from diffengine import distributed
 from diffengine.datasets import ImageDataset, Sample, Stream, as_dataset, fixed_samples_of
 from diffengine.datasets.split import FEWEST, MOST
 from diffengine.datasets.survey import spread
-from diffengine.engine.loop import Step
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
+from diffengine.engine.step import Step
 from diffengine.errors import require
 from diffengine.evaluation.heldout import TIMES, FixedImage, fixed_images, held_out_losses, unigram_loss
 from diffengine.models.base import MaskedImageModel

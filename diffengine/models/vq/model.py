@@ -114,7 +114,8 @@ class VQTokenizerModel(TrainableModel):
             choice = np.random.default_rng((self.seed, self._step)).integers(len(latents_ND), size=self.codes)
             fresh_VD = latents_ND[torch.from_numpy(choice).to(latents_ND.device)]
             weight = self.vqvae.quantize.embedding.weight
-            weight.copy_(torch.where((self.usage == 0)[:, None], fresh_VD, weight))
+            replaced = (self.usage == 0) & fresh_VD.isfinite().all(dim=1)
+            weight.copy_(torch.where(replaced[:, None], fresh_VD, weight))
             if torch.distributed.is_initialized():
                 torch.distributed.broadcast(weight.data, src=0)
         self.usage_before.copy_(self.usage)
