@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import breakdown, cache, common, counted, equal, memory, overhead, resume, sampling, throughput
+from benchmarks import breakdown, cache, common, counted, equal, memory, overhead, resume, sampling, soak, throughput
 from diffengine.engine import checkpoint
 from diffengine.engine.build import build_model, load_config
 from diffengine.engine.memory import memory_of
@@ -134,6 +134,20 @@ def test_throughput_of_a_script(table, tmp_path: Path, monkeypatch: pytest.Monke
     assert rate == pytest.approx(2 / seconds, rel=0.02)  # cells have three digits
     assert memory > 0
     assert row["matmul utilization"].endswith("%")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kills"),
+    [
+        ("1", "5"),
+        pytest.param("1", "100", marks=pytest.mark.soak),
+        pytest.param("2", "40", marks=pytest.mark.soak),
+    ],
+)
+def test_stopped_runs_end_as_if_they_were_not(table, ranks: str, kills: str) -> None:
+    rows = table(soak, "--ranks", ranks, "--kills", kills)
+    assert [row["stopped by"] for row in rows] == list(soak.MOMENTS)
+    assert {row["runs"] for row in rows} == {row["equal"] for row in rows} == {str(int(kills) // 5)}
 
 
 @pytest.mark.soak
