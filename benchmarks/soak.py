@@ -226,7 +226,7 @@ def difference(folder: Path, expected: Path) -> str:
 
 def _hidden(folder: Path) -> set[Path]:
     """Temporary files and locks."""
-    return {path.relative_to(folder) for pattern in (".*", "*.tmp", "*.part") for path in folder.rglob(pattern)}
+    return {path.relative_to(folder) for pattern in (".*", "*.tmp") for path in folder.rglob(pattern)}
 
 
 def _exact(path: Path) -> dict[str, Any]:

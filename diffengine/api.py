@@ -41,6 +41,8 @@ from diffengine.models.loading import quiet_libraries
 from diffengine.models.pipelines import open_pipeline
 from diffengine.registry import build, resolve
 
+MOST_IMAGES = 1000  # of a caption
+
 
 def _job(name: str, settings: Mapping[str, Any]) -> Job:
     quiet_libraries()
@@ -156,7 +158,7 @@ def evaluate(
         UserError: a source or the data cannot be opened, or a setting that a model cannot generate with.
     """
     quiet_libraries()
-    require(per_caption >= 1, f"--n got {per_caption}; expected at least 1")
+    require(1 <= per_caption <= MOST_IMAGES, f"--n got {per_caption}; expected 1 to {MOST_IMAGES}")
     settings = [GenerationOptions(scale, count, order=each) for scale, count, each in product(guidance, steps, order)]
     found = [_source(source, base, dtype, compile) for source in sources]
     if prompts is not None:

@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError, require
+from diffengine.errors import UserError, check_text, require
+from diffengine.files import expanded
 from diffengine.signatures import children, problems_against, problems_of
-from diffengine.text import did_you_mean
+from diffengine.text import did_you_mean, one_line
 
 Plain = dict[str, Any]
 Builders = Mapping[str, Callable]  # what builds a section that names no class, by section
@@ -44,6 +45,7 @@ TYPED = (
     "train_dataloader.dataset", "train_dataloader.image_transforms.*", "train_dataloader.transforms.*",
 )  # fmt: skip
 PLAIN = {"seed": 0, "work_dir": None}  # settings that the engine reads itself, with their defaults
+LARGEST_FILE, DEEPEST, LONGEST = 2**20, 50, 100_000  # bytes of a config file; levels of its values; letters of a text
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -61,7 +63,8 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str, folder: Path | None = None) -> Path:
     """The file of a shipped name, or of a path relative to `folder` (default: the current one)."""
-    path = Path(name).expanduser()
+    check_text(name, "a config's name")
+    path = expanded(name)
     if path.suffix == ".py":
         path = folder / path if folder else path
         require(path.is_file(), f"config file '{path}' does not exist; `diffengine list-cfg` lists the shipped ones")
@@ -112,6 +115,8 @@ def _read_file(path: Path) -> Plain:
             raise ImportError('imports here are names of classes only; to build on another config: extends = "NAME"')
         return Imported(name if wanted else name.partition(".")[0])
 
+    size = path.stat().st_size
+    require(size <= LARGEST_FILE, f"config '{path}' has {size:,} bytes; expected a Python file with settings")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))
         space: Plain = {"__builtins__": {**vars(builtins), "__import__": import_name}}
@@ -120,30 +125,49 @@ def _read_file(path: Path) -> Plain:
         raise UserError(f"config '{path}' is not UTF-8 text: {error}") from error
     except SyntaxError as error:
         raise UserError(f"config '{path}' line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # a file may raise anything, and it is the user's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f" line {lines[-1]}" if lines else ""
-        raise UserError(f"config '{path}'{line}: {type(error).__name__}: {error}") from error
+        raise UserError(f"config '{path}'{line}: {type(error).__name__}: {one_line(error)}") from error
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
     return _plain(own, f"config '{path}'")
 
 
-def _plain(value: Any, source: str) -> Any:
+def _plain(value: Any, source: str, depth: int = 0) -> Any:
     """Plain data only (what JSON can hold); tuples become lists, and imported classes their dotted names."""
+    require(depth <= DEEPEST, f"{source} holds values more than {DEEPEST} deep in one another, or one in itself")
+    if isinstance(value, Path):  # from Python: data=Path("photos")
+        value = str(value)
     if isinstance(value, Imported):
         return value._name
-    if isinstance(value, Path):  # from Python: data=Path("photos")
-        return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, source) for key, item in value.items()}
+        return {_plain(str(key), source): _plain(item, source, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, source) for item in value]
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return [_plain(item, source, depth + 1) for item in value]
+    if isinstance(value, str):
+        check_text(value, source)
+    fits_int64 = not isinstance(value, int) or -(2**63) <= value < 2**63
+    if (
+        value is None
+        or (isinstance(value, bool | str | int) and fits_int64)
+        or (type(value) is float and math.isfinite(value))
+    ):
         return value
-    got = f"{value!r} of {type(value).__name__}"
-    raise UserError(f"{source} holds more than plain values and imported classes: got {got}")
+    raise UserError(f"{source} holds more than plain values and imported classes: got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Any value, in a message."""
+    if isinstance(value, int):
+        return f"an int of {value.bit_length()} bits; expected at most 63"
+    try:
+        return f"{value!r:.100} of {type(value).__name__}"
+    except Exception:  # noqa: BLE001 - of a user's class
+        return type(value).__name__
 
 
 def extend(base: Plain, update: Plain) -> Plain:
@@ -169,6 +193,7 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
     config = json.loads(json.dumps(config))
     known = {*config, *SECTIONS, *PLAIN}
     for option in options:
+        check_text(option, "--cfg-options")
         key, equals, text = option.partition("=")
         key = key.strip()
         require(bool(equals and key), f"--cfg-options got '{option}'; expected KEY=VALUE, as in batch_size=4")
@@ -186,7 +211,7 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
 
 def _child(target: Any, name: str, path: str) -> Any:
     """An item of a dict or list; `path` is where it should be in the config."""
-    if isinstance(target, list) and name.lstrip("-").isdigit() and -len(target) <= int(name) < len(target):
+    if isinstance(target, list) and re.fullmatch(r"-?[0-9]{1,9}", name) and -len(target) <= int(name) < len(target):
         return target[int(name)]
     if isinstance(target, dict) and name in target:
         return target[name]
@@ -246,7 +271,10 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
             return value
         if whole := REFERENCE.fullmatch(value):
             return values[whole[1]]
-        return REFERENCE.sub(lambda match: str(values[match[1]]), value)
+        text = REFERENCE.sub(lambda match: str(values[match[1]]), value)
+        if len(text) > LONGEST:
+            problems.append(f"{path} has more than {LONGEST:,} letters once its references are replaced")
+        return text[:LONGEST]
 
     resolved = {key: replace(value, key, (key,)) for key, value in config.items()}
     return resolved, list(dict.fromkeys(problems))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffengine.errors import PeerError, UserError, disk_errors, require
+from diffengine.terminal import say
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ def world_size() -> int:
 def print_once(line: str) -> None:
     """Print a line on rank 0."""
     if rank() == 0:
-        print(line, flush=True)
+        say(line)
 
 
 def add_counts(*counts: float) -> list[float]:

@@ -1,9 +1,13 @@
 """The errors that are meant for the user, and the end of a run by a signal."""
 
 import errno
+import os
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from diffengine.text import one_line
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -38,13 +42,30 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def raised(error: BaseException) -> str:
+    """An exception of a user's code, or of what it configures, with the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{line}"
+
+
+def check_text(text: str, source: str) -> None:
+    """Refuse what no path or caption can hold: NUL, and half a character."""
+    try:
+        os.fsencode(text)
+        halves = False
+    except UnicodeEncodeError:
+        halves = True
+    require(not halves and "\0" not in text, f"{source} holds {text[:100]!r}: NUL and half a character are no text")
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through."""
+    """Turn an OSError of a file or of a full disk into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not error.filename:
             raise
         file = f"'{error.filename}'" if error.filename else "a file"
         advice = "free space or fix the permissions, or choose another folder"

@@ -1,10 +1,16 @@
 """Files that a crash cannot break, and locks."""
 
 import fcntl
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from diffengine.errors import UserError, require
+from diffengine.text import one_line
 
 
 @contextmanager
@@ -43,9 +49,47 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def read_text(file: Path, most: int = 2**30) -> str:
+    """The UTF-8 text of a file, without a byte order mark.
+
+    Raises:
+        UserError: it is no file, but a pipe or a device; it has more than `most` bytes, or it is not UTF-8 text.
+    """
+    try:
+        found = file.stat()
+        require(stat.S_ISREG(found.st_mode), f"{file} is no file; expected a text file")
+        require(found.st_size <= most, f"{file} has {found.st_size:,} bytes; expected at most {most:,}")
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    # Plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL.
+    require("\0" not in text, f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
+    return text
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of at most 64 MB; errors as of `read_text`, and if it holds something else."""
+    try:
+        found = json.loads(read_text(file, most=2**26))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON: {one_line(error)}") from error
+    require(isinstance(found, dict), f"{file} holds no JSON object")
+    return found
+
+
+def expanded(name: str | Path) -> Path:
+    """A path of the user's, "~" replaced."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"'{name}' names the home of a user that does not exist") from error
+
+
 def is_inside(path: str | Path, folder: str | Path) -> bool:
     """Whether `path` is `folder` itself or lies inside it. Links are followed."""
-    inner, outer = (Path(item).expanduser().resolve() for item in (path, folder))
+    inner, outer = (expanded(item).resolve() for item in (path, folder))
     return inner.is_relative_to(outer)
 
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, raised
+from diffengine.text import one_line
 
 EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
 
@@ -25,11 +26,13 @@ def resolve(type_name: str) -> Any:
     module, _, name = type_name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
         extra = EXTRAS.get(type_name.partition(".")[0]) if isinstance(error, ImportError) else None
         check = "check the import at the top of the config, and that the package that holds it is installed"
         advice = f"pip install 'diffengine[{extra}]'" if extra else check
-        raise UserError(f"type '{type_name}' cannot be imported ({error}): {advice}") from error
+        expected = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = one_line(error) if expected else raised(error)
+        raise UserError(f"type '{type_name}' cannot be imported ({reason}): {advice}") from error
 
 
 def build(section: Any, **given: Any) -> Any:
@@ -40,5 +43,9 @@ def build(section: Any, **given: Any) -> Any:
     cls = resolve(section["type"])
     try:
         return cls(**options, **given)
+    except (UserError, OSError):
+        raise
     except ImportError as error:  # a package that the class needs only now
         raise UserError(f"{section['type']} needs a package that is missing ({error}); install it") from error
+    except Exception as error:
+        raise UserError(f"{section['type']} cannot be built from {options!r:.200}: {raised(error)}") from error

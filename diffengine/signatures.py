@@ -105,6 +105,8 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) is origin
     if origin is dict:
         return isinstance(value, Mapping)
+    if getattr(origin, "__module__", "") == "torch":  # a Tensor, which a number may stand for: never plain
+        return False
     if origin not in (list, tuple):
         return True
     if not isinstance(value, list):

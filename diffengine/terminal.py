@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from diffengine.text import format_duration, format_rate
+from diffengine.text import format_duration, format_rate, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -133,7 +133,7 @@ class Progress:
         self._line.tick()
 
     def _write(self) -> None:
-        print(", ".join(self._describe()[1]), flush=True)
+        say(", ".join(self._describe()[1]))
 
     def _describe(self) -> Progressed:
         finished = self._count / self.steps
@@ -141,6 +141,13 @@ class Progress:
         left = format_duration(max(0.0, self.total - finished) / rate)
         count = f"{self.done} {int(finished):,}/{self.total:,} {self.things}"
         return finished / max(self.total, finished), [count, f"{format_rate(rate)}/s", f"{left} left"]
+
+
+class Printable(logging.Formatter):
+    """A formatter of lines for a terminal or a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -151,11 +158,17 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.setFormatter(Printable("%(message)s"))
         self.addFilter(lambda record: getattr(record, "printed", True))
 
     @property
     def stream(self) -> TextIO:
         return sys.stdout
+
+
+def say(text: str) -> None:
+    """Print a line, or several. What a command says goes through here."""
+    print(printable(text), flush=True)
 
 
 def on_terminal() -> bool:

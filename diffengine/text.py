@@ -1,7 +1,12 @@
 """What messages are made of: sizes, durations, rates, suggestions."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What could drive a terminal or turn a line around: control characters but tab and newline, and bidi controls. And
+# halves of characters, which cannot be printed.
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def format_bytes(size: float) -> str:
@@ -23,9 +28,17 @@ def format_rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def printable(text: str) -> str:
+    """A text that may hold names and words of others, for a terminal or a log: what is not text is escaped."""
+    return RAW.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def one_line(error: object) -> str:
     """The text of an error on one line; its class name if it has no text."""
-    return " ".join(str(error).split()) or type(error).__name__
+    try:
+        return printable(" ".join(str(error).split())) or type(error).__name__
+    except Exception:  # noqa: BLE001 - of a user's class
+        return type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

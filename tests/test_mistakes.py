@@ -215,7 +215,7 @@ ERRORS = {
     "negative seed": (options("seed=-1"), "seed got -1; expected an int from 0"),
     "empty batch": (
         options("batch_size=0"),
-        "batch_size got 0; expected at least 1",
+        "batch_size got 0; expected 1 to 1,000,000",
     ),
     "epochs and steps": (options("max_epochs=1"), "got max_epochs=1 and max_iters=1; expected one .* to None"),
     "neither epochs nor steps": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),

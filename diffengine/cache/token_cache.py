@@ -20,7 +20,7 @@ from diffengine.cache.samples import CachedDataset, columns_of
 from diffengine.cache.tables import Rows, Table, TableBuilder
 from diffengine.datasets import Sample, Stream, collate, variation_batches
 from diffengine.errors import UserError, require
-from diffengine.files import locked
+from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
 from diffengine.terminal import Progress
 from diffengine.text import format_bytes
@@ -49,7 +49,7 @@ def cached_dataset(section: Mapping[str, Any]) -> CachedDataset | None:
     """The data set that the cache at a `token_cache` section's `path` holds, for a machine without the images."""
     if section.get("path") is None or not section.get("use", "auto"):
         return None
-    table = image_table(Path(section["path"]).expanduser())
+    table = image_table(expanded(section["path"]))
     return None if table.fingerprint is None else CachedDataset(table, table.fingerprint["forms"])
 
 
@@ -163,7 +163,7 @@ class TokenCache:
     def folder(self) -> Path:
         """The folder, which need not exist yet. The same on all ranks."""
         default = digest_of([self.data["dataset"], self._key])[:12]  # also for a path: all ranks need the key
-        return self.work_dir.parent / "cache" / default if self.path is None else Path(self.path).expanduser()
+        return self.work_dir.parent / "cache" / default if self.path is None else expanded(self.path)
 
     @cached_property
     def _key(self) -> dict[str, Any]:

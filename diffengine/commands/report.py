@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from diffengine.errors import UserError, require
+from diffengine.files import expanded
+from diffengine.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from diffengine.report import write_page
 
-    folders = [Path(folder).expanduser() for folder in options.work_dir]
+    folders = [expanded(folder) for folder in options.work_dir]
     resolved = [folder.resolve() for folder in folders]
     require(len(set(resolved)) == len(folders), "report got the same work dir twice; name each once")
     file = Path(options.output) if options.output else (folders[0] if len(folders) == 1 else Path()) / "report.html"
@@ -25,5 +27,5 @@ def run(options: argparse.Namespace) -> int:
         write_page(folders, file)
     except FileNotFoundError as error:
         raise UserError(f"cannot write '{file}': {error.strerror}; make its folder first") from error
-    print(f"wrote {file}")
+    say(f"wrote {file}")
     return 0

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import UserError, require
-from diffengine.terminal import Progress
+from diffengine.files import read_text
+from diffengine.terminal import Progress, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from diffengine.models.generation import GenerationOptions, ImageRequest
 
     Results = dict[tuple[int, GenerationOptions], Image.Image]  # by number of the request
+
+
+MOST = 1_000_000  # images of a command
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +67,11 @@ def run(options: argparse.Namespace) -> int:
     if newest is not None and folder.is_dir():
         best = folder / BEST
         other = f"; the one with the lowest validation loss: '{best}'" if best.exists() else ""
-        print(f"generating with the newest checkpoint, '{newest}'{other}")
+        say(f"generating with the newest checkpoint, '{newest}'{other}")
     sampler = load_sampler(options.source, options.base, options.dtype)
     for prompt in dict.fromkeys(request.prompt for request in requests):
         if rest := sampler.cut(prompt):
-            print(f"the prompt '{prompt[:40]}...' is too long: the model does not read '{rest}'")
+            say(f"the prompt '{prompt[:40]}...' is too long: the model does not read '{rest}'")
     if options.compile:
         sampler.compile()
     steps = sum(setting.num_inference_steps for setting in settings)
@@ -83,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
                     save_image(image, output / _name(number, request, several), _texts(options.source, request, used))
     if output.suffix:
         _write_grid(output, results, requests, settings, options)
-    print(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")
+    say(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")
     return 0
 
 
@@ -98,11 +102,7 @@ def check_settings(options: argparse.Namespace) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a text file that are not empty."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts '{file}' cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text(Path(file), most=2**26).splitlines() if line.strip()]
     require(bool(prompts), f"--prompts '{file}' holds no prompt; expected one per line")
     return prompts
 
@@ -128,7 +128,8 @@ def _requests(options: argparse.Namespace) -> list["ImageRequest"]:
     if options.prompts:
         prompts += read_prompts(options.prompts)
     require(bool(prompts), "got no prompt; give some after the source, or a file with --prompts")
-    require(options.n >= 1, f"--n got {options.n}; expected at least 1")
+    most = MOST // len(prompts)
+    require(1 <= options.n <= most, f"--n got {options.n}; expected 1 to {most} for {len(prompts)} prompts")
     last = options.seed + len(prompts) * options.n
     require(options.seed >= 0 and last < 2**63, f"--seed got {options.seed}; expected a whole number from 0")
     strength = options.strength

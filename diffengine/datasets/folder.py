@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffengine.errors import UserError, require
+from diffengine.errors import UserError, check_text, require
+from diffengine.files import read_text
 
 IMAGE_ENDINGS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
@@ -37,6 +38,11 @@ def list_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
+def is_below(file: str, root: Path) -> bool:
+    """Whether a path is below a folder by its name; links are the business of who made them."""
+    return os.path.abspath(file).startswith(os.path.join(os.path.abspath(root), ""))
+
+
 def is_image(file: Path) -> bool:
     """Whether a file is named as an image is."""
     return file.suffix.lower() in IMAGE_ENDINGS
@@ -44,12 +50,13 @@ def is_image(file: Path) -> bool:
 
 def read_folder(
     root: Path, files: list[Path], image_column: str | None, caption_column: str | None,
-    caption: str | None, captions_from_file_names: bool,
+    caption: str | None, captions_from_file_names: bool, *, allow_outside: bool,
 ) -> list[Row]:  # fmt: skip
     """The images among `files` (all files of `root`) with their captions, sorted by path.
 
     Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
-    any; else a NAME.txt per image. An image with several metadata rows appears once per row.
+    any; else a NAME.txt per image. An image with several metadata rows appears once per row. A metadata file may name
+    images outside of `root` only if `allow_outside`.
     """
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
@@ -64,6 +71,9 @@ def read_folder(
         return [(str(file), caption_of_name(file)) for file in images]
     if by_metadata:
         rows = _from_metadata(metadata, image_column or "file_name", caption_column)
+        outside = [] if allow_outside else [name for name, _ in rows if not is_below(name, root)]
+        if outside:
+            raise UserError(f"the metadata of {root} names {outside[0]}, which is outside; set allow_outside=True")
     else:
         rows = _from_text_files(root, images)
     captioned = {os.path.normpath(name) for name, _ in rows}
@@ -79,19 +89,6 @@ def read_folder(
 def caption_of_name(file: Path) -> str:
     """red_fox.jpg -> "red fox". Letters are composed (NFC), since macOS stores names decomposed."""
     return " ".join(unicodedata.normalize("NFC", file.stem).replace("_", " ").split())
-
-
-def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    # Plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL.
-    require("\0" not in text, f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
-    return text
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -142,8 +139,9 @@ def _json_records(file: Path) -> Iterator[Record]:
             continue
         try:
             record = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {line} is not JSON: {error.msg}; write one object a line") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise UserError(f"{file}, line {line} is not JSON: {reason}; write one object a line") from error
         require(isinstance(record, dict), f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
         yield line, record
 
@@ -155,5 +153,7 @@ def _row(file: Path, line: int, record: dict[str, Any], image_column: str, capti
     require(exists, f"{row} names the image {name!r}, which does not exist; expected a path relative to this file")
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
     valid = bool(texts) and all(isinstance(text, str) for text in texts)
+    for text in texts if valid else ():
+        check_text(text, row)
     require(valid, f"{row}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of texts")
     return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

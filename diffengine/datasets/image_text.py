@@ -1,9 +1,10 @@
 """Captioned images from the hub, from Arrow or Parquet files, or from a folder of images."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
-from diffengine.datasets.folder import CAPTION_COLUMNS, METADATA_NAMES, Caption, is_image, list_files, read_folder
-from diffengine.datasets.images import read_image, read_size
+from diffengine.datasets.folder import (
+    CAPTION_COLUMNS,
+    METADATA_NAMES,
+    Caption,
+    is_below,
+    is_image,
+    list_files,
+    read_folder,
+)
+from diffengine.datasets.images import check_regular, read_image, read_size
 from diffengine.errors import UserError, require
+from diffengine.files import expanded
 from diffengine.text import one_line
 
+BEGINNING = 2**16  # bytes by which the content of a file is known
+LONGEST_CAPTION = 100_000  # letters; models read some hundreds
 # What `datasets` raises for the user's mistakes: no network, no such data, split or configuration, damaged files.
 # (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty data set on disk is an IndexError.)
-BEGINNING = 2**16  # bytes by which the content of a file is known
 LOAD_ERRORS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
 
 
@@ -42,6 +53,7 @@ class ImageTextDataset(ImageDataset):
         captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for folders of images.
         revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
         max_samples: use only the first so many. Default all.
+        allow_outside: let the data name images outside of its folder. Links in the folder may lead anywhere.
 
     Raises:
         UserError: the data does not exist or cannot be used.
@@ -50,7 +62,7 @@ class ImageTextDataset(ImageDataset):
     def __init__(
         self, path: str, *, split: str = "train", image_column: str | None = None, caption_column: str | None = None,
         caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
-        revision: str | None = None, max_samples: int | None = None,
+        revision: str | None = None, max_samples: int | None = None, allow_outside: bool = False,
     ) -> None:  # fmt: skip
         require(max_samples is None or max_samples >= 1, f"max_samples got {max_samples}; expected at least 1, or None")
         by_name = captions_from_file_names or None
@@ -58,17 +70,29 @@ class ImageTextDataset(ImageDataset):
         given = [name for name, value in sources.items() if value is not None]
         message = f"got {' and '.join(given)} for {path}; expected one source of captions, so leave out the others"
         require(len(given) <= 1, message)
-        local = Path(path).expanduser() if path and Path(path).expanduser().exists() else None
+        local = expanded(path) if path and expanded(path).exists() else None
         require(not (local and revision), f"revision got '{revision}', but local {path} has no revisions; unset it")
         self.path = path
         self.prefix = prefix
         self._caption = caption
+        self._inside: Path | None = None  # the folder that images must be in, unless the rows are checked already
         if folder := _find_images(local):
             require(split == "train", f"split got '{split}', but a folder of images has no splits; give a subfolder")
-            rows = _rows_of(read_folder(*folder, image_column, caption_column, caption, captions_from_file_names))
+            rows = _rows_of(
+                read_folder(
+                    *folder,
+                    image_column,
+                    caption_column,
+                    caption,
+                    captions_from_file_names,
+                    allow_outside=allow_outside,
+                )
+            )
         else:
             require(by_name is None, f"captions_from_file_names needs a folder of images, and {path} is none; unset it")
             rows = _load(path, local, split, revision)
+            if local is not None and not allow_outside:
+                self._inside = local if local.is_dir() else local.parent
             rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
         self._check_captions()
@@ -88,6 +112,7 @@ class ImageTextDataset(ImageDataset):
         """The length of its file and the first 64 KiB: all bytes of a large data set take minutes to read."""
         source, name = self._source(index, self._rows[index])
         try:
+            check_regular(source)
             if isinstance(source, bytes):
                 return len(source).to_bytes(8, "little") + source[:BEGINNING]
             with Path(source).open("rb") as file:
@@ -131,10 +156,15 @@ class ImageTextDataset(ImageDataset):
         """The bytes or the path of a row's image, and what errors call it."""
         cell = row["image"]
         encoded, file = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if not isinstance(encoded, bytes | None) or not isinstance(file, str | None):
+            raise UnreadableImage(f"row {index} of {self.path} holds no image; expected bytes, or a path")
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
             raise UnreadableImage(f"row {index} of {self.path} has no image; remove it, or set skip_unreadable=True")
+        if self._inside is not None and not is_below(file, self._inside):
+            reason = f"names {file}, which is outside of the data; set allow_outside=True"
+            raise UserError(f"row {index} of {self.path} {reason}")
         return file, file
 
     def _caption_cells(self) -> list[Caption]:
@@ -150,6 +180,10 @@ class ImageTextDataset(ImageDataset):
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
                 'give each image a text ("" for none)'
             )
+        lengths = [max((len(text) for text in as_list(cell)), default=0) for cell in cells]
+        if max(lengths, default=0) > LONGEST_CAPTION:
+            row = lengths.index(max(lengths))
+            raise UserError(f"row {row} of {self.path} has a caption of {lengths[row]:,} letters; expected a caption")
 
 
 def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
@@ -183,9 +217,11 @@ def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
 
 def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf.Dataset:
     """The rows of one split as `datasets` reads them; every error becomes one line."""
+    hf.logging.set_verbosity(logging.CRITICAL)  # what it logs is in the error, too
     try:
         if local is not None:
-            return _load_local(local, split)
+            with _without_progress():
+                return _load_local(local, split)
         is_hub_name = path != "" and not path.startswith((".", "/", "~")) and path.count("/") <= 1
         require(is_hub_name, f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
@@ -200,6 +236,18 @@ def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf
         message = f"revision {revision} of {path} is not in the cache, which has {', '.join(cached)}"
         require(revision in cached, f"{message}; go online once, or set another revision")
     return rows
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off: reading local files is quick."""
+    shown = not hf.utils.are_progress_bars_disabled()
+    hf.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            hf.enable_progress_bars()
 
 
 def _load_local(local: Path, split: str) -> hf.Dataset:

@@ -17,6 +17,7 @@ from diffengine.datasets.stream import Stream
 from diffengine.errors import UserError, require
 
 Batch = dict[str, Any]
+LARGEST = 1_000_000  # samples of a step
 
 
 @final
@@ -38,7 +39,7 @@ class PositionSampler(Sampler[list[int]]):
 
     def __post_init__(self) -> None:
         size, ranks = self.batch_size, self.world_size
-        require(size >= 1, f"batch_size got {size}; expected at least 1")
+        require(1 <= size <= LARGEST, f"batch_size got {size}; expected 1 to {LARGEST:,}")
         message = f"batch size {size} is split over {ranks} processes; expected at least one sample for each"
         require(size >= ranks, f"{message}; set it to {ranks} or more, or start fewer processes")
         assert 0 <= self.rank < ranks

@@ -10,7 +10,7 @@ from diffengine.datasets.folder import is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.missing import MissingImages
 from diffengine.errors import require
-from diffengine.files import is_inside
+from diffengine.files import expanded, is_inside
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class SubjectDataset(ImageDataset):
         """The class images to generate, numbered by the first free numbers; None without a class."""
         if self.class_data is None or self.class_prompt is None:
             return None
-        folder = Path(self.class_data).expanduser()
+        folder = expanded(self.class_data)
         message = f"class_data got '{folder}', which is not a folder; expected a folder of class images"
         require(folder.is_dir() or not folder.exists(), message)
         files = list_files(folder) if folder.is_dir() else []

@@ -20,7 +20,7 @@ from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
 from diffengine.errors import UserError, require
-from diffengine.files import is_inside
+from diffengine.files import expanded, is_inside
 from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.registry import build, resolve
 
@@ -48,14 +48,14 @@ def load_config(name: str, options: Iterable[str] = (), settings: Mapping | None
 def make_job(name: str, config: Plain, resolved: Plain, device: torch.device) -> Job:
     """A job of a loaded config; `name` is the config's name or path."""
     stem = Path(name).stem
-    work_dir = Path(resolved.get("work_dir") or f"work_dirs/{stem}").expanduser()
+    work_dir = expanded(resolved.get("work_dir") or f"work_dirs/{stem}")
     return Job(stem, config, resolved, work_dir, device)
 
 
 def build_dataset(job: Job) -> ImageDataset:
     """Build the data set; if its images are not on this machine, use the cache at `cache_path`."""
     options, section = job.resolved["train_dataloader"]["dataset"], job.resolved.get("token_cache", {})
-    paths = [Path(options[name]).expanduser() for name in LOCATION_OPTIONS if isinstance(options.get(name), str)]
+    paths = [expanded(options[name]) for name in LOCATION_OPTIONS if isinstance(options.get(name), str)]
     _check_outside(paths, job.work_dir, "work dir", "--work-dir")
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
@@ -145,7 +145,10 @@ def build_hooks(job: Job) -> list[AnyHook]:
     for cls in [resolve(section["type"]) for section in sections]:
         advice = [REFUSED[refused] for refused in REFUSED if isinstance(cls, type) and issubclass(cls, refused)]
         require(not advice, f"custom_hooks got {cls.__name__}, which cannot work here; {''.join(advice)}")
-    return [build(section) for section in sections]
+    hooks = [build(section) for section in sections]
+    for hook in hooks:
+        require(isinstance(hook, AnyHook), f"custom_hooks got a {type(hook).__name__}; expected a Hook")
+    return hooks
 
 
 def held_out_share(hooks: Sequence[AnyHook]) -> float | None:

@@ -23,7 +23,7 @@ from diffengine.engine.clock import Clock
 from diffengine.engine.hooks import CheckpointHook, EMAHook
 from diffengine.engine.run import Run, build_run
 from diffengine.errors import UserError
-from diffengine.files import existing_parent
+from diffengine.files import existing_parent, expanded
 
 SUBSET_ROWS = 16  # variations of images that are encoded to see how long one takes
 STEPS = 3  # several ranks try the first two before they take them
@@ -127,7 +127,7 @@ def _dry_job(job: Job, clock: Clock, stream: Stream, scratch: Path) -> Job:
     if isinstance(stream.dataset, CachedDataset):
         if distributed.rank() == 0:
             cache.mkdir()
-            for file in Path(section["path"]).expanduser().glob("[!.]*"):
+            for file in expanded(section["path"]).glob("[!.]*"):
                 (cache / file.name).symlink_to(file.resolve())
     elif section.get("use", "auto") == "auto" and clock.max_iters * clock.batch_size <= rows:
         section["use"] = False  # as the whole run decides; the subset is smaller

@@ -9,6 +9,7 @@ from diffengine.engine.optim import StepOptimWrapper
 from diffengine.errors import UserError
 from diffengine.grids import save_image
 from diffengine.models.base import MaskedImageModel, PreviewRequest, TrainableModel
+from diffengine.terminal import say
 
 BATCH = 8  # images generated at once
 
@@ -22,7 +23,7 @@ def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOp
             return None
         missing.claim(model.origin)
         if missing.numbers:
-            print(f"{_lack(missing)}: generating '{missing.prompt}' before training", flush=True)
+            say(f"{_lack(missing)}: generating '{missing.prompt}' before training")
         return missing
 
     missing = distributed.on_rank_0(claim)
@@ -69,4 +70,4 @@ def _generate(missing: MissingImages, numbers: list[int], model: TrainableModel,
         except OSError as error:
             raise UserError(f"cannot write class image '{path}': {error}") from error
     done = missing.numbers.index(numbers[-1]) + 1
-    print(f"generated {done}/{len(missing.numbers)} class images", flush=True)
+    say(f"generated {done}/{len(missing.numbers)} class images")

@@ -20,6 +20,7 @@ from diffengine.config import Plain, to_text
 from diffengine.engine import checkpoint
 from diffengine.errors import UserError, require
 from diffengine.files import locked, write_text
+from diffengine.terminal import say
 
 OURS = (checkpoint.BEST, "metrics.jsonl", "log.txt", "config.py", "before_after.png", "previews", "tensorboard",
         "run.json", "report.html", "report")  # fmt: skip
@@ -53,7 +54,7 @@ def _claim(work_dir: Path, resume: str | None, overwrite: bool, lock: ExitStack)
     newest = checkpoint.newest(work_dir)
     if resume == "newest":
         if newest is None:
-            print(f"'{work_dir}' has no checkpoint yet; starting from the beginning")
+            say(f"'{work_dir}' has no checkpoint yet; starting from the beginning")
         return newest
     path = Path(resume)
     taken = checkpoint.steps(path)

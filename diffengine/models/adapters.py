@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffengine.errors import UserError, require
+from diffengine.files import read_json
 from diffengine.models.loading import seeded
 from diffengine.registry import resolve
 from diffengine.text import one_line
@@ -171,9 +172,4 @@ def read_folder(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG
     if not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read '{path}': {one_line(error)}") from error
-    require(isinstance(settings, dict), f"'{path}' holds no settings of an adapter")
-    return settings
+    return read_json(path)

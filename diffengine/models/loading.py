@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from diffengine.errors import UserError, require
-from diffengine.text import did_you_mean
+from diffengine.files import expanded, read_json
+from diffengine.text import did_you_mean, one_line
+
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "layers_per_block", "num_res_blocks"), 1000
+LARGEST = 2**20  # of all other sizes
 
 
 def quiet_libraries() -> None:
@@ -28,7 +31,7 @@ def quiet_libraries() -> None:
 
 def component_folder(origin: str, name: str) -> Path | None:
     """The folder of component `name` in a local `origin`: its subfolder, else `origin` itself; None on the hub."""
-    folder = Path(origin).expanduser()
+    folder = expanded(origin)
     if not folder.is_dir():
         return None
     return folder / name if name and (folder / name).is_dir() else folder
@@ -53,11 +56,33 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
     elif name and folder.name != name and not list(folder.glob("*config.json")):
         listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
+    if folder is not None:
+        _check_files(folder)
     try:
         return load(str(folder or origin), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        reason, *_ = one_line(error).split("\n")
+        cls = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {cls}{reason}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse pipes and devices, which would be waited for, and sizes that no memory holds."""
+    for path in folder.iterdir():
+        require(path.is_file() or path.is_dir(), f"'{path}' is neither a file nor a folder; remove it")
+    if (config := folder / "config.json").is_file():
+        check_sizes(f"'{config}'", read_json(config))
+
+
+def check_sizes(name: str, sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes of a model by which no memory could hold it; they are of the config `name`."""
+    for key, value in sizes.items():
+        most = MOST_LAYERS if key in LAYERS else LARGEST
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise UserError(f"{name} has {key}={value!r:.100}; expected at most {most:,}")
 
 
 def load_module(origin: str, name: str, cls: Any) -> Any:

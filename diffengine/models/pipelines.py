@@ -1,12 +1,12 @@
 """Opening a pipeline that anyone has saved: a folder, a hub name, or what `convert` wrote on its base."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
 from diffengine.errors import UserError, require
+from diffengine.files import read_json
 from diffengine.models.adapters import load_with_peft, read_folder
 from diffengine.models.amused.components import CLASSES, Components
 from diffengine.models.amused.sampler import AmusedSampler
@@ -57,9 +57,7 @@ def _read_index(origin: str) -> dict[str, Any]:
     """The `model_index.json` of a folder or hub name; diffusers' own reader needs the pipeline's class."""
     path = Path(origin)
     file = path / "model_index.json" if path.is_dir() else Path(hf_hub_download(origin, "model_index.json"))
-    index = json.loads(file.read_text(encoding="utf-8"))
-    require(isinstance(index, dict), f"'{file}' holds no index of a pipeline")
-    return index
+    return read_json(file)
 
 
 def _put_on(modules: dict[str, Any], folder: Path) -> None:
@@ -88,7 +86,7 @@ def _class_of(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         return settings.get("_class_name") or settings["architectures"][0]  # diffusers', transformers'
     except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(f"'{path}' holds no config of a component: {error!r}") from error

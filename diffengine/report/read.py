@@ -14,7 +14,7 @@ from typing import Any, final
 from diffengine import config
 from diffengine.config import PLAIN, SECTIONS, Plain
 from diffengine.errors import UserError, require
-from diffengine.files import locked
+from diffengine.files import expanded, locked
 
 Line = dict[str, float | None]  # one line of metrics.jsonl
 RECENT = 40  # log lines that the time left is taken from
@@ -154,7 +154,7 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises:
         UserError: the folder does not exist, or no run wrote anything there.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     require(path.is_dir(), f"work dir '{path}' does not exist" if not path.exists() else f"'{path}' is not a folder")
     known = [name for name in ("run.json", "metrics.jsonl", "config.py") if (path / name).is_file()]
     require(bool(known), f"'{path}' holds no run: it has neither run.json nor metrics.jsonl nor config.py")

@@ -67,9 +67,9 @@ def test_any_script_is_encoded(assets: dict[str, str], text: str) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
-    ({"vocab_size": 513}, r"model.tokenizer.vocab_size got 513; expected a number of at least 514"),
+    ({"vocab_size": 513}, r"model.tokenizer.vocab_size got 513; expected a number from 514"),
     ({"vocab_size": "big"}, r"model.tokenizer.vocab_size got 'big'; expected a number"),
-    ({"max_length": 2}, r"model.tokenizer.max_length got 2; expected a number of at least 3"),
+    ({"max_length": 2}, r"model.tokenizer.max_length got 2; expected a number from 3"),
     ({"length": 2}, r"model.tokenizer: unknown key 'length'; it takes vocab_size and max_length"),
 ])  # fmt: skip
 def test_wrong_sizes(sizes: dict, message: str) -> None:

@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -16,8 +15,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.errors import require
+from diffengine.files import expanded
 from diffengine.models.amused.vocabulary import from_assets
-from diffengine.models.loading import load_component, load_module, seeded, unknown_sizes
+from diffengine.models.loading import check_sizes, load_component, load_module, seeded, unknown_sizes
 
 CLASSES = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
 
@@ -46,7 +46,7 @@ class Components:
 
     def describe_origin(self, name: str) -> str:
         """The name of a loaded component that is valid anywhere: a hub name, or a folder's absolute path."""
-        folder = Path(self.origins[name]).expanduser()
+        folder = expanded(self.origins[name])
         return str(folder.resolve()) if folder.is_dir() else self.origins[name]
 
     def load(self, name: str) -> Any:
@@ -79,6 +79,7 @@ class Components:
         if not self.from_sizes("text_encoder"):
             return self._read("text_encoder", CLIPTextConfig.from_pretrained)
         sizes, tokenizer = self.origins["text_encoder"], self.tokenizer
+        check_sizes("model.text_encoder", sizes)
         special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         follows = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **special}
         return CLIPTextConfig(**{"projection_dim": sizes.get("hidden_size", 512), **follows, **sizes})
@@ -156,8 +157,10 @@ class Components:
         options = inspect.signature(cls).parameters
         defaults = {key: option.default for key, option in options.items() if option.default is not option.empty}
         if self.from_sizes(name):
+            check_sizes(f"model.{name}", self.origins[name])
             return {**defaults, **self.origins[name]}
         config = self._read(name, cls.load_config)
+        check_sizes(f"{name} of '{self.origins[name]}'", config)
         found = config.get("_class_name", cls.__name__)
         require(found == cls.__name__, f"{name} of '{self.origins[name]}' is a {found}; expected a {cls.__name__}")
         return {**defaults, **{key: value for key, value in config.items() if not key.startswith("_")}}

@@ -12,6 +12,7 @@ from diffengine.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
+MOST = 2**20  # entries, or tokens of a caption
 
 
 def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dict[str, str]:
@@ -22,8 +23,8 @@ def learn_vocabulary(captions: Iterable[str], size: int, max_length: int) -> dic
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     for name, number, least in (("vocab_size", size, 2 * len(alphabet) + 2), ("max_length", max_length, 3)):
-        if not isinstance(number, int) or number < least:
-            raise UserError(f"model.tokenizer.{name} got {number!r}; expected a number of at least {least}")
+        if not isinstance(number, int) or not least <= number <= MOST:
+            raise UserError(f"model.tokenizer.{name} got {number!r}; expected a number from {least} to {MOST:,}")
     clip = make_tokenizer({START: 0, END: 1}, [], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer  # split as CLIP's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffengine.errors import UserError, require
 from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel
 from diffengine.models.frozen import evaluating
-from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
+from diffengine.models.loading import check_sizes, component_folder, load_module, seeded, unknown_sizes
 from diffengine.models.masking import TokenGrid
 
 
@@ -170,6 +170,7 @@ def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}
+    check_sizes("model.vqvae", sizes)
     problems = unknown_sizes("vqvae", sizes, VQModel)
     require(not problems, "model: " + "; ".join(problems))
     with seeded(seed):
