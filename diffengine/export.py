@@ -1,7 +1,7 @@
 """Trained modules as diffusers folders: written, loaded back, compared."""
 
 import json
-import shutil
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from diffengine import __version__
 from diffengine.errors import UserError, require
+from diffengine.files import delete, own, owned
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel, describe
 from diffengine.models.loading import load_module
 from diffengine.models.pipelines import GUIDANCE
 
-MARK = "_diffengine_version"  # in the index of a pipeline that we wrote; diffusers ignores it
+VERSION = "_diffengine_version"  # in the index of a pipeline; diffusers ignores it
+TEMPORARY = ".export.tmp"  # a folder in the one that is written to
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # The largest accepted difference of outputs, over the largest, from the live model's with weights in the written dtype.
@@ -117,12 +119,8 @@ def export_pipeline(model: TrainableModel, out: Path, *, dtype: torch.dtype = to
     if not isinstance(model, MaskedImageModel):
         trained = ", ".join(model.exportable)
         raise UserError(f"{type(model).__name__} has no pipeline; leave --pipeline out to export {trained}")
-    components = model.pipeline_components
-    check_targets(model, [out / name for name in components])
-    index = out / "model_index.json"
-    ours = not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace")
-    message = f"'{out}' holds a pipeline that diffengine did not write, which would be lost; write to another folder"
-    require(ours, message)
+    components, index = model.pipeline_components, out / "model_index.json"
+    check_targets(model, [*(out / name for name in components), index])
     with _writing(out) as temporary:
         folder = temporary / "pipeline"
         whole = {key: _whole(model, key, temporary) for key in model.exportable}
@@ -150,7 +148,7 @@ def _pipeline_index(model: MaskedImageModel, components: Mapping[str, Any]) -> d
     classes = {
         name: [type(item).__module__.partition(".")[0], type(item).__name__] for name, item in components.items()
     }
-    own = {MARK: __version__, **({} if model.guidance_scale is None else {GUIDANCE: model.guidance_scale})}
+    own = {VERSION: __version__, **({} if model.guidance_scale is None else {GUIDANCE: model.guidance_scale})}
     return {"_class_name": model.pipeline_class, "_diffusers_version": diffusers.__version__, **own, **classes}
 
 
@@ -167,29 +165,43 @@ def _unchecked(model: MaskedImageModel) -> list[str]:
 
 
 def check_targets(model: TrainableModel, targets: Iterable[Path]) -> None:
-    """Raise a UserError if a folder holds other things than an export, or a component was loaded from it."""
+    """Raise a UserError if something that we did not write would be lost, or a component was loaded from there."""
     sources = {folder.resolve(): name for name, folder in model.sources.items()}
     for target in targets:
         if name := sources.get(target.resolve()):
             lost = f"is the {name} that this model was made from, and would be lost"
             raise UserError(f"'{target}' {lost}; write to another folder")
-        ours = target.is_dir() and (list(target.glob("*config.json")) or not list(target.iterdir()))
-        if target.exists() and not ours:
-            raise UserError(f"'{target}' exists and holds no exported component; write to another folder")
+        _check_ours(target)
+
+
+def _check_ours(path: Path) -> None:
+    """Raise a UserError if there is something that we did not write."""
+    if os.path.lexists(path) and path.name not in owned(path.parent) and not _is_empty(path):
+        lost = f"'{path}' exists and was not written by diffengine"
+        raise UserError(f"{lost}; move it away, or write to another folder")
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not list(path.iterdir())
 
 
 @contextmanager
 def _writing(out: Path) -> Iterator[Path]:
     """Yield an empty temporary folder in `out`, deleted in the end; turn errors of the disk into the user's."""
-    temporary = out / ".export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = out / TEMPORARY
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
+        _check_ours(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        own(out, owned(out) | {TEMPORARY})
+        try:
+            delete(temporary)  # of an export that was killed
+            temporary.mkdir()
+            yield temporary
+        finally:
+            delete(temporary)
+            own(out, owned(out) - {TEMPORARY})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to '{out}': {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(item: Path, target: Path) -> None:
@@ -203,16 +215,17 @@ def _publish(item: Path, target: Path) -> None:
         if file.is_file():
             file.chmod(sample.stat().st_mode)
     sample.unlink()
-    if not target.is_dir():
-        item.replace(target)
-        return
-    old = target.rename(item.with_name(f"{item.name}.old"))
+    own(target.parent, owned(target.parent) | {target.name})
+    old = item.with_name(f"{item.name}.old")
+    if os.path.lexists(target):
+        target.rename(old)
     try:
         item.rename(target)
     except OSError:
-        old.rename(target)
+        if os.path.lexists(old):
+            old.rename(target)
         raise
-    shutil.rmtree(old)
+    delete(old)
 
 
 def _open_as_fp32(folder: Path) -> None:

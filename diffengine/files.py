@@ -1,16 +1,26 @@
-"""Files that a crash cannot break, and locks."""
+"""Files that a crash cannot break, which of a folder's files are ours, and locks."""
 
 import fcntl
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffengine.errors import UserError, require
 from diffengine.text import one_line
+
+OWNED = "diffengine.json"  # in a folder that we write to: the names there that are ours
+
+# What a run or `convert` may have written into a work dir before there was such a file.
+OWNED_BEFORE = {
+    "config.py", "log.txt", "metrics.jsonl", "run.json", "report.html", "report", "previews", "before_after.png",
+    "tensorboard", "best.pth", "transformer", "text_encoder", "vqvae", "tokenizer", "scheduler", "model_index.json",
+}  # fmt: skip
+TRAINED, EXPORTED = "as it was trained.", '"_diffengine_version"'  # in config.py's first line; in model_index.json
 
 
 @contextmanager
@@ -33,6 +43,42 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def owned(folder: Path) -> set[str]:
+    """The names in a folder that are ours: they may be replaced and deleted, and no others."""
+    try:
+        names = json.loads((folder / OWNED).read_text(encoding="utf-8"))["owns"]
+        return {OWNED, *(name for name in names if Path(name).name == name and name not in ("", ".."))}
+    except (FileNotFoundError, NotADirectoryError):
+        return _owned_before(folder)
+    except (IsADirectoryError, ValueError, LookupError, TypeError):  # another program's
+        return set()
+
+
+def _owned_before(folder: Path) -> set[str]:
+    """What is ours in a folder without `OWNED`, which an older version may have written."""
+    config, index = folder / "config.py", folder / "model_index.json"
+    if config.is_file() and TRAINED in config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+        return OWNED_BEFORE
+    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    return {index.name, *(name for name in OWNED_BEFORE if f'"{name}":' in text)} if EXPORTED in text else set()
+
+
+def own(folder: Path, names: Iterable[str]) -> None:
+    """Note, before they are written, all the names in a folder that are ours; without any, delete the note."""
+    if listed := sorted({*names} - {OWNED}):
+        write_text(folder / OWNED, json.dumps({"owns": listed}, indent=1) + "\n")
+    else:
+        delete(folder / OWNED)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder or a link, but never what a link points to. It may be missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

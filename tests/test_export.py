@@ -52,7 +52,7 @@ def test_components_are_exported_bit_for_bit(toy: Path, tmp_path: Path) -> None:
     model = changed(toy, train=["transformer", "text_encoder"])
     folders = [item.folder for item in export_components(model, tmp_path)]
     assert folders == [tmp_path / "transformer", tmp_path / "text_encoder"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["text_encoder", "transformer"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["diffengine.json", "text_encoder", "transformer"]
     assert equal(UVit2DModel.from_pretrained(tmp_path, subfolder="transformer"), model.transformer)
     assert equal(CLIPTextModelWithProjection.from_pretrained(folders[1]), model.text_encoder)
     assert [file.suffix for file in sorted(folders[0].iterdir())] == [".json", ".safetensors"]
@@ -63,7 +63,7 @@ def test_save_keys_choose_the_components(toy: Path, tmp_path: Path) -> None:
     (exported,) = export_components(model, tmp_path, ["text_encoder"])
     assert exported.folder == tmp_path / "text_encoder"
     assert exported.difference == exported.relative == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["text_encoder"]
+    assert {file.name for file in tmp_path.iterdir()} == {"diffengine.json", "text_encoder"}
     with pytest.raises(UserError, match="--save-keys got 'vqvae'; this model trains transformer, text_encoder"):
         export_components(model, tmp_path / "other", ["vqvae"])
     assert not (tmp_path / "other").exists()
@@ -98,7 +98,7 @@ def test_failed_export_keeps_the_older_one(toy: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(UVit2DModel, "save_pretrained", fail_halfway)
     with pytest.raises(UserError, match=r"cannot write to '.*': .*No space left on device"):
         export_components(changed(toy), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["transformer"]
+    assert {file.name for file in tmp_path.iterdir()} == {"diffengine.json", "transformer"}
     assert equal(UVit2DModel.from_pretrained(tmp_path / "transformer"), first.transformer)
 
 
@@ -143,9 +143,41 @@ def test_base_model_is_never_overwritten(toy: Path, tmp_path: Path) -> None:
 def test_folder_with_other_files_is_not_replaced(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and holds no exported component"):
+    with pytest.raises(UserError, match="transformer' exists and was not written by diffengine; move it away"):
         export_components(AmusedModel(str(toy)), tmp_path)
     assert (tmp_path / "transformer" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["transformer", ".export.tmp"])
+def test_what_looks_like_an_export_but_is_not_ours_is_kept(toy: Path, tmp_path: Path, name: str) -> None:
+    """A model of the user's, or the folder of another program that uses our temporary name."""
+    folder = Path(shutil.copytree(toy / "transformer", tmp_path / name))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UserError, match=rf"{name}' exists and was not written by diffengine; move it away, or write"):
+        export_components(AmusedModel(str(toy)), tmp_path)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_export_replaces_a_link_and_not_what_it_points_to(toy: Path, tmp_path: Path) -> None:
+    out, linked = tmp_path / "out", tmp_path / "linked"
+    model = changed(toy)
+    export_components(model, out)
+    (out / "transformer").rename(linked)
+    (out / "transformer").symlink_to(linked)
+    (out / ".notes.tmp").write_text("mine")
+    (linked / "notes.txt").write_text("mine")
+    export_components(model, out)
+    assert not (out / "transformer").is_symlink()
+    assert sorted(file.name for file in out.iterdir()) == [".notes.tmp", "diffengine.json", "transformer"]
+    assert (linked / "notes.txt").read_text() == "mine"
+
+
+def test_pipeline_of_an_older_version_is_replaced(toy: Path, tmp_path: Path) -> None:
+    out = export_pipeline(changed(toy), tmp_path / "out").folder
+    (out / "diffengine.json").unlink()
+    export_pipeline(changed(toy), out)
+    assert (out / "diffengine.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- pipeline
@@ -155,7 +187,7 @@ def test_pipeline_export(toy: Path, tmp_path: Path) -> None:
     model = changed(toy)
     out = export_pipeline(model, tmp_path / "pipeline").folder
     assert sorted(file.name for file in out.iterdir()) == [
-        "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"
+        "diffengine.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"
     ]  # fmt: skip
     live, loaded = model.build_pipeline(), AmusedPipeline.from_pretrained(out)
     images = [
@@ -179,7 +211,7 @@ def test_foreign_pipeline_is_not_replaced(toy: Path, tmp_path: Path) -> None:
     AmusedPipeline.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     for other in (tmp_path / "theirs", Path(shutil.copytree(toy, tmp_path / "downloaded"))):
         before = {file: file.read_bytes() for file in other.rglob("*") if file.is_file()}
-        with pytest.raises(UserError, match="holds a pipeline that diffengine did not write, which would be"):
+        with pytest.raises(UserError, match="exists and was not written by diffengine; move it away"):
             export_pipeline(model, other)
         assert {file: file.read_bytes() for file in other.rglob("*") if file.is_file()} == before
 

@@ -206,7 +206,7 @@ def test_file_modes_follow_the_umask(toy: Path, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6
     assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
     assert not list(tmp_path.rglob(".mode"))
 
@@ -260,7 +260,7 @@ def test_convert_and_sample(
     assert "holds no adapter or component that convert wrote" in capsys.readouterr().err
     (Path("empty") / "config.json").write_text("[]")
     assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
-    assert "'empty/config.json' holds no config of a component" in capsys.readouterr().err
+    assert "empty/config.json holds no JSON object" in capsys.readouterr().err
     settings = json.loads(Path("out/transformer/adapter_config.json").read_text())
     Path("out/transformer/adapter_config.json").write_text(json.dumps({**settings, "r": 5}))
     assert cli.main(["sample", "out", "a"]) == 2

@@ -4,8 +4,9 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, final
@@ -24,8 +25,9 @@ from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
 from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
 from diffengine.engine.step import Step
-from diffengine.errors import UserError, require
+from diffengine.errors import UserError, disk_errors, require
 from diffengine.models.base import MaskedImageModel
+from diffengine.report.read import damage, read_lines
 from diffengine.terminal import LiveLine
 
 MANY_EPOCHS, FEW_IMAGES = 200, 8  # fewer images, such as one of a style, are meant to be memorized
@@ -42,7 +44,7 @@ def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run"
         UserError: on every rank, if anything cannot be built or trained.
         Interrupted: a signal asked to stop; the step was finished and saved.
     """
-    with workdir.claimed(job.work_dir, resume, overwrite) as path:
+    with disk_errors(), workdir.claimed(job.work_dir, resume, overwrite) as path:
         run = build_run(job, path)
         run.announce()
         run.train()
@@ -69,6 +71,8 @@ def build_run(
         weights = state.read_whole(job.init_from) if job.init_from else None
         if saved and resume:
             state.check_same_run(saved, job.config, resume)
+        else:
+            workdir.check_inputs(job)
         backends, hooks = build.build_backends(job), build.build_hooks(job)
     start = saved["counters"]["iter"] if saved else 0
     share = build.held_out_share(hooks)
@@ -82,11 +86,14 @@ def build_run(
         compiled = compile_model(loop.compile, model, loop.max_iters - start, job.device)
         if saved and resume:
             state.check_fits(saved, resume, training)
-    distributed.on_rank_0(lambda: workdir.begin(job.work_dir, job.config, job.name, bool(saved), model.exportable))
+    damaged = distributed.on_rank_0(
+        lambda: workdir.begin(job.work_dir, job.config, job.name, bool(saved), model.exportable)
+    )
     run = Run(job, training, hooks, backends, compiled)
     if saved and resume:
         state.restore(run, saved, resume)
         run.logger.info(f"resumed {resume} at step {start}")
+    run.warn_of_damage(damaged)
     return run
 
 
@@ -167,18 +174,21 @@ class Run(Runner):
         Returns the last step. `synchronize` waits for the device wherever a step is timed.
         """
         try:
-            self.call_hook("before_run")
-            memory.reset_peak()
-            step = self.train_loop.run(self, steps, synchronize)
-            self.call_hook("after_run")
+            with disk_errors():
+                self.call_hook("before_run")
+                memory.reset_peak()
+                step = self.train_loop.run(self, steps, synchronize)
+                self.call_hook("after_run")
+                self.visualizer.close()
             return step
         except BaseException as error:
-            self.call_hook("on_error", error=error)
+            for last in (partial(self.call_hook, "on_error", error=error), self.visualizer.close):
+                with suppress(OSError):  # of the disk, which may be full: the first error is the one to report
+                    last()
             raise
         finally:
             if self.live_line is not None:
                 self.live_line.close()
-            self.visualizer.close()
             close_logger(self.logger)
 
     def announce(self) -> None:
@@ -256,8 +266,9 @@ class Run(Runner):
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
-        file = self.work_dir / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        lines, damaged = read_lines(self.work_dir / "metrics.jsonl")
+        self.warn_of_damage(damaged)
+        return lines
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -291,6 +302,11 @@ class Run(Runner):
         if text.partition(":")[0] not in [warning["text"].partition(":")[0] for warning in self.warnings]:
             self.warnings.append({"step": self.clock.done, "text": text})
             self.logger.info(f"warning: {text}")
+
+    def warn_of_damage(self, lines: int) -> None:
+        """Warn if so many lines of `metrics.jsonl` could not be read."""
+        if lines:
+            self.warn(damage(lines))
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint in our format: mmengine's CheckpointHook calls this, on every rank."""

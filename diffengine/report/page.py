@@ -86,7 +86,7 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
         "seconds_left": run.seconds_left,
         **{key: facts.get(key) for key in ("started", "updated", "seconds", "error")},
         "references": facts.get("references") or {},
-        "warnings": facts.get("warnings") or [],
+        "warnings": run.warnings,
         "environment": facts.get("environment") or {},
         "memory": facts.get("memory") or {},
         "data": data,

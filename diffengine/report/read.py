@@ -14,10 +14,11 @@ from typing import Any, final
 from diffengine import config
 from diffengine.config import PLAIN, SECTIONS, Plain
 from diffengine.errors import UserError, require
-from diffengine.files import expanded, locked
+from diffengine.files import expanded, locked, write_text
 
 Line = dict[str, float | None]  # one line of metrics.jsonl
 RECENT = 40  # log lines that the time left is taken from
+LARGEST = 1e300  # number of a line
 MOST_POINTS = 3000  # of a curve; longer ones are averaged
 
 
@@ -30,6 +31,7 @@ class RunFiles:
         folder: the work dir.
         facts: `run.json`, {} for a run that wrote none.
         lines: `metrics.jsonl`.
+        damaged: how many of its lines could not be read.
         config: `config.py` as plain data, {} if it cannot be read.
         name: of the config.
     """
@@ -37,6 +39,7 @@ class RunFiles:
     folder: Path
     facts: dict[str, Any]
     lines: list[Line]
+    damaged: int
     config: Plain
     name: str
 
@@ -60,6 +63,12 @@ class RunFiles:
             return "done" if (self.folder / "before_after.png").exists() else "stopped"
         status = str(self.facts["status"])
         return "stopped" if status == "running" and not _in_use(self.folder) else status
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """{"step", "text"} of each: of the run, and of its files."""
+        found = list(self.facts.get("warnings") or [])
+        return [*found, {"step": self.step, "text": damage(self.damaged)}] if self.damaged else found
 
     @property
     def seconds_left(self) -> float | None:
@@ -161,21 +170,38 @@ def read_run(folder: str | Path) -> RunFiles:
     facts = _read_json(path / "run.json")
     values, title = read_config(path / "config.py")
     name = str(facts.get("name") or title or path.resolve().name)
-    return RunFiles(path, facts, list(read_lines(path / "metrics.jsonl")), values, name)
+    return RunFiles(path, facts, *read_lines(path / "metrics.jsonl"), values, name)
 
 
-def read_lines(file: Path) -> Iterator[Line]:
-    """The lines of metrics.jsonl by step; a line that is cut off, or holds no step, is left out."""
-    text = _read_text(file)
-    found = []
-    for row in text.splitlines():
-        try:
-            line = json.loads(row)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("iter"), int):
-            found.append({str(key): _number(value) for key, value in line.items()})
-    return iter(sorted(found, key=lambda line: line["iter"] or 0))
+def read_lines(file: Path) -> tuple[list[Line], int]:
+    """(the lines of metrics.jsonl by step, how many others are damaged). What is no finite number becomes None."""
+    rows = [row for row in _read(file).split(b"\n") if row.strip()]
+    lines = [line for line in map(_line, rows) if line]
+    return sorted(lines, key=lambda line: line["iter"] or 0), len(rows) - len(lines)
+
+
+def _line(row: bytes) -> Line | None:
+    """A line of metrics.jsonl; None if it is cut off, no object of JSON, or without a step."""
+    try:
+        line = json.loads(row.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("iter")) is not int or not 0 <= line["iter"] < 2**53:
+        return None
+    return {key: _number(value) for key, value in line.items()}
+
+
+def drop_damaged_lines(file: Path) -> int:
+    """Rewrite metrics.jsonl without damaged lines, if it has any; how many these were."""
+    lines, damaged = read_lines(file)
+    if damaged:
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return damaged
+
+
+def damage(lines: int) -> str:
+    """The warning that so many lines are damaged."""
+    return f"metrics.jsonl is damaged: {lines} {'line was' if lines == 1 else 'lines were'} left out"
 
 
 def read_config(file: Path) -> tuple[Plain, str]:
@@ -233,14 +259,19 @@ def _in_use(folder: Path) -> bool:
         return True
 
 
-def _read_text(file: Path) -> str:
-    """A file's text; "" if there is none. What is not UTF-8 is replaced."""
+def _read(file: Path) -> bytes:
+    """A file's content, b"" if there is none."""
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return file.read_bytes()
     except FileNotFoundError:
-        return ""
+        return b""
     except OSError as error:
         raise UserError(f"cannot read '{file}': {error}") from error
+
+
+def _read_text(file: Path) -> str:
+    """A file's text, "" if there is none. What is not UTF-8 is replaced."""
+    return _read(file).decode("utf-8", "replace")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -253,7 +284,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return value if type(value) in (int, float) and abs(value) <= LARGEST else None
 
 
 def _short(value: float | None) -> float | None:

@@ -62,10 +62,9 @@ class MetricsHook(Hook):
         self._file = run.work_dir / "metrics.jsonl"
         self._first, self._began = run.clock.done + 1, math.inf
         self._described_memory = False
-        if distributed.rank() == 0 and self._file.exists():  # drop what a resumed run writes again, and a cut-off line
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iter"] <= run.clock.done]
-            write_text(self._file, "".join(kept))
+        if distributed.rank() == 0 and self._file.exists():  # drop what a resumed run writes again
+            kept = [line for line in run.metrics if line["iter"] <= run.clock.done]
+            write_text(self._file, "".join(json.dumps(line) + "\n" for line in kept))
             self._described_memory = any("memory_weights_gb" in line for line in kept)
         if self._window is None:
             self._window = Window(run.job.device)
