@@ -18,7 +18,7 @@ from torch import nn
 
 from diffengine.errors import UserError, require
 from diffengine.files import read_json
-from diffengine.models.loading import seeded
+from diffengine.models.loading import check_files, check_sizes, seeded
 from diffengine.registry import resolve
 from diffengine.text import one_line
 
@@ -168,8 +168,20 @@ def merge(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def read_folder(folder: Path) -> dict[str, Any] | None:
-    """The settings of an adapter folder; None for another folder. A UserError if they cannot be read."""
+    """The settings of an adapter folder; None for another folder.
+
+    Raises:
+        UserError: they cannot be read, or a pattern in them could take for ever: peft matches it with every module.
+    """
     path = folder / CONFIG
     if not path.is_file():
         return None
-    return read_json(path)
+    check_files(folder)
+    settings = read_json(path)
+    check_sizes(f"'{path}'", settings)
+    method = settings.get("peft_type")
+    require(method not in (*UNSUPPORTED, "TRAINABLE_TOKENS"), f"'{path}' is of {method}, which cannot be used here")
+    for key, value in settings.items():
+        slow = isinstance(value, str) and (len(re.findall(r"[*+{]", value)) > 4 or re.search(r"\)[*+{]", value))
+        require(not slow, f"'{path}' has {key}={value!r:.100}; expected at most four repetitions, and none of a group")
+    return settings

@@ -57,7 +57,7 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
     if folder is not None:
-        _check_files(folder)
+        check_files(folder)
     try:
         return load(str(folder or origin), **options)
     except UserError:
@@ -68,7 +68,7 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {cls}{reason}") from error
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Refuse pipes and devices, which would be waited for, and sizes that no memory holds."""
     for path in folder.iterdir():
         require(path.is_file() or path.is_dir(), f"'{path}' is neither a file nor a folder; remove it")

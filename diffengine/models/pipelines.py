@@ -68,7 +68,7 @@ def _put_on(modules: dict[str, Any], folder: Path) -> None:
         if read_folder(component):
             try:
                 load_with_peft(module, component)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            except Exception as error:
                 raise UserError(f"adapter '{component}' does not fit {name} of the base: {one_line(error)}") from error
         elif (component / "config.json").is_file():
             modules[name] = load_module(str(component), name, type(module)).eval()
