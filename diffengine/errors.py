@@ -1,7 +1,9 @@
 """The errors that are meant for the user, and the end of a run by a signal."""
 
 import errno
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,12 +42,27 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through."""
+    """Turn an OSError of the disk or of a named file into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not error.filename:
             raise
-        file = f"'{error.filename}'" if error.filename else "a file"
-        advice = "free space or fix the permissions, or choose another folder"
+        file = f"'{os.fsdecode(error.filename)}'" if error.filename else "a file"
+        gone = "check that it was not deleted, moved or replaced, or choose another folder"
+        advice = "free space or fix the permissions, or choose another folder" if error.errno in DISK_ERRORS else gone
         raise UserError(f"cannot read or write {file}: {error.strerror}; {advice}") from error
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Inside, a thread that ends with an OSError prints no traceback.
+
+    TensorBoard's raises it again where something is written or closed.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda given: None if issubclass(given.exc_type, OSError) else before(given)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
