@@ -14,7 +14,8 @@ from diffengine import cli
 from diffengine.engine import checkpoint
 from diffengine.engine.hooks import Hook
 from diffengine.engine.state import read_whole
-from tests.engine.runs import Toy, build, metrics, train
+from diffengine.report.read import read_lines
+from tests.engine.runs import Toy, build, train
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -207,11 +208,26 @@ def test_an_error_of_the_disk_ends_a_run_in_one_line(
     assert read_whole(newest)["counters"]["iter"] in (saved, saved + ("tensorboard" in name))  # a thread writes it
 
 
-def test_a_run_continues_after_a_full_disk(toy: Toy, first_step: Path, tmp_path: Path) -> None:
-    work_dir = Path(shutil.copytree(first_step, tmp_path / "run"))
-    with (work_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"iter": 2, "lo')
-    path = str(first_step.parent / "harmed.py")
-    assert train(path, work_dir, "--resume", "--cfg-options", "max_iters=2") == 0
-    assert "warning: metrics.jsonl is damaged: 1 line was left out" in (work_dir / "log.txt").read_text()
-    assert [line["iter"] for line in metrics(work_dir) if "loss" in line] == [1, 2]
+def test_a_run_continues_with_damaged_metrics(toy: Toy, tmp_path: Path) -> None:
+    """For example after a power cut, or a disk that was full."""
+    hook = {"type": "tests.engine.test_harm.Damage"}
+    path = toy.config("damage", max_iters=2, data=str(toy.data), validation_data=str(toy.data), validation_every=2)
+    assert train(path, tmp_path, "--cfg-options", "max_iters=1", "validation_every=0") == 0
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"iter": 1, "loss": \xff}\n' + b"\0" * 64)
+    assert train(path, tmp_path, "--resume", "--cfg-options", f"custom_hooks=[{hook}]") == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert "warning: metrics.jsonl is damaged: 2 lines were left out" in log
+    lines, damaged = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["iter"] for line in lines if "loss" in line] == [1, 2]
+    assert damaged == 1
+
+
+class Damage(Hook):
+    """Damages metrics.jsonl while the run reads it, too."""
+
+    priority = "HIGHEST"
+
+    def after_step(self, run: Any, step: Any) -> None:
+        with (run.work_dir / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"iter": 1, "val/loss": 0.1}\n{"iter": 1, "va\xff\n')
