@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,12 +62,27 @@ def check_text(text: str, source: str) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of a file or of a full disk into a UserError; any other exception passes through."""
+    """Turn an OSError of the disk or of a named file into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS and not error.filename:
             raise
-        file = f"'{error.filename}'" if error.filename else "a file"
-        advice = "free space or fix the permissions, or choose another folder"
+        file = f"'{os.fsdecode(error.filename)}'" if error.filename else "a file"
+        gone = "check that it was not deleted, moved or replaced, or choose another folder"
+        advice = "free space or fix the permissions, or choose another folder" if error.errno in DISK_ERRORS else gone
         raise UserError(f"cannot read or write {file}: {error.strerror}; {advice}") from error
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Inside, a thread that ends with an OSError prints no traceback.
+
+    TensorBoard's raises it again where something is written or closed.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda given: None if issubclass(given.exc_type, OSError) else before(given)
+    try:
+        yield
+    finally:
+        threading.excepthook = before

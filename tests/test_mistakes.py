@@ -445,7 +445,7 @@ def test_checkpoint_and_work_dir_generate_the_same_image(here):
 
 def test_out_may_come_after_save_keys(here):
     assert main(["convert", "--save-keys", "transformer", "toy.py", "run/iter_1.pth", "after"]) == 0
-    assert [path.name for path in Path("after").iterdir()] == ["transformer"]
+    assert sorted(path.name for path in Path("after").iterdir()) == ["diffengine.json", "transformer"]
 
 
 def test_error_names_the_folder_that_relative_paths_start_from(here, tmp_path, monkeypatch, shared, capsys):

@@ -25,7 +25,7 @@ from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
 from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
 from diffengine.engine.step import Step
-from diffengine.errors import UserError, disk_errors, require
+from diffengine.errors import UserError, disk_errors, quiet_threads, require
 from diffengine.models.base import MaskedImageModel
 from diffengine.report.read import damage, read_lines
 from diffengine.terminal import LiveLine
@@ -168,6 +168,7 @@ class Run(Runner):
         """Steps and epochs."""
         return self.train_loop.clock
 
+    @quiet_threads()
     def train(self, steps: int | None = None, synchronize: bool = False) -> Step | None:
         """Train to the end, or for so many `steps`, between the hooks' `before_run` and `after_run`.
 

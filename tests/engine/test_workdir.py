@@ -196,11 +196,11 @@ def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_temporary_files_of_others_are_kept(tmp_path: Path, resumed: bool) -> None:
     old_run(tmp_path)
-    others = [".mine.tmp", "x.tmp", ".video.mp4.half", ".cache.tmp"]
+    others = [".mine.tmp", "x.tmp", ".video.mp4.partial", ".cache.tmp"]
     for name in [*others, ".iter_2.pth.tmp", ".best.pth.tmp", ".metrics.jsonl.tmp"]:
         (tmp_path / name).write_text("half")
     begin(tmp_path, {"seed": 0}, "new", resumed, ["transformer"])
-    assert sorted(path.name for path in tmp_path.glob("*") if path.suffix in (".tmp", ".half")) == sorted(others)
+    assert sorted(name for name in _names(tmp_path) if name.endswith((".tmp", ".partial"))) == sorted(others)
 
 
 def test_a_folder_of_another_component_is_kept(tmp_path: Path) -> None:

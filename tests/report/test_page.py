@@ -16,6 +16,7 @@ from diffengine.errors import UserError
 from diffengine.files import locked
 from diffengine.report import build_page, commands, read_run
 from diffengine.report.page import embed, spread_steps
+from diffengine.report.read import drop_damaged_lines
 from tests.report.conftest import NASTY, Make
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0.1.0" / "work_dirs" / "tiny"
@@ -65,14 +66,34 @@ def test_what_the_page_holds(make: Make) -> None:
     assert changed["batch_size"]["shipped"] != "5"
 
 
-def test_a_line_that_is_cut_off_and_lines_that_are_none(make: Make) -> None:
+DAMAGE = [
+    b'{"iter": 60, "lo', b"\0" * 64, b'{"iter": 60, "loss": \xff\xfe}', b"[1]", b"7", b"null", b'{"loss": 2}',
+    b'{"iter": "60"}', b'{"iter": true}', b'{"iter": 6.5}', b'{"iter": -1}', b'{"iter": NaN}', b'{"iter": 1e999}',
+    b'{"iter": ' + b"9" * 400 + b"}", b"[" * 10_000,
+]  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_and_counted(make: Make) -> None:
     folder = make(count=3)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"iter": 40, "loss": null}\n[1]\n{"loss": 2}\n\n{"iter": 50, "loss": "x"}\n{"iter": 60, "lo')
-    train = the_run(folder)["train"]
-    assert train["iter"] == [10, 20, 30, 40, 50]
-    assert train["loss"][-2:] == [None, None]
-    assert train["lr"][-1] is None
+    values = [b"null", b'"x"', b"NaN", b"-Infinity", b"[]", b"true", b"9" * 400]
+    odd = [b'{"iter": %d, "loss": %s, "time": {}}' % (40 + index, value) for index, value in enumerate(values)]
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n\n".join([*odd, *DAMAGE]))
+    run = the_run(folder)
+    assert run["train"]["iter"] == [10, 20, 30, 40, 41, 42, 43, 44, 45, 46]
+    assert run["train"]["loss"][3:] == [None] * 7
+    assert run["train"]["lr"][-1] is None
+    assert run["warnings"][-1]["text"] == f"metrics.jsonl is damaged: {len(DAMAGE)} lines were left out"
+
+
+def test_damaged_lines_are_dropped_once(make: Make) -> None:
+    file = make(count=3) / "metrics.jsonl"
+    whole = file.read_bytes()
+    assert drop_damaged_lines(file) == 0
+    assert file.read_bytes() == whole
+    file.write_bytes(DAMAGE[1] + b"\n" + whole + DAMAGE[0])
+    assert drop_damaged_lines(file) == 2
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("missing", ["run.json", "metrics.jsonl", "config.py", "previews", "iter_9.pth"])

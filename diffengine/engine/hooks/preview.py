@@ -15,7 +15,7 @@ from diffengine.engine.run import Run
 from diffengine.engine.step import Step
 from diffengine.errors import require
 from diffengine.files import write_text
-from diffengine.grids import save_grid, save_webp, stack
+from diffengine.grids import save_grid, save_image, save_webp, stack
 from diffengine.models.base import LabelledImage, MaskedImageModel, PreviewRequest
 from diffengine.models.frozen import evaluating, frozen_in, restored
 from diffengine.models.generation import NotFinite
@@ -74,7 +74,7 @@ class PreviewHook(Hook):
             if first.exists() and last.exists():  # a run that was resumed in another folder has none
                 with Image.open(first) as before, Image.open(last) as after:
                     grid = stack([("before", before), (f"after {run.clock.done} steps", after)])
-                grid.save(run.work_dir / "before_after.png")
+                save_image(grid, run.work_dir / "before_after.png")
 
         distributed.on_rank_0(compare)
 

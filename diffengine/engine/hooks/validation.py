@@ -142,7 +142,11 @@ class ValidationHook(Hook):
 
     def _judge(self, run: Run) -> None:
         """Warn of what the curves show, and stop if they have shown no gain for long."""
-        lines = [line for line in distributed.on_rank_0(lambda: run.metrics) if line.get("val/loss") is not None]
+        read = ("val/loss", "val/train_loss", "val/caption_gain")
+        known = distributed.on_rank_0(lambda: run.metrics)
+        lines = [line for line in known if all(line.get(name) is not None for name in read)]
+        if not lines:  # no loss was finite
+            return
         first, last, best = lines[0], lines[-1], min(lines, key=lambda line: line["val/loss"])
         since, chance = len(lines) - 1 - lines.index(best), run.trainable.chance_loss
         learnt = chance is None or best["val/loss"] < chance[1] - LEARNS
