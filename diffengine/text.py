@@ -1,6 +1,7 @@
 """What messages are made of: sizes, durations, rates, suggestions."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -26,6 +27,15 @@ def format_rate(per_second: float) -> str:
 def one_line(error: object) -> str:
     """The text of an error on one line; its class name if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def how_it_ended(code: int) -> str:
+    """ "was killed by SIGKILL, perhaps for lack of memory" or "ended with exit code 3": a failed child process."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    signum = signal.Signals(-code)
+    likely = {signal.SIGKILL: ", perhaps for lack of memory", signal.SIGBUS: ", perhaps for lack of shared memory"}
+    return f"was killed by {signum.name}{likely.get(signum, '')}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
