@@ -52,10 +52,9 @@ def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int
         try:
             return (_run_rank if LAUNCHED in os.environ else _run_job)(options, work)
         except Interrupted as error:
-            code, text = describe(options.command, error)
             if distributed.rank() == 0:
-                print(text, file=sys.stderr)
-            return code
+                print(describe(options.command, error)[1], file=sys.stderr)
+            return last_exit_code(error.signum)
         finally:
             distributed.stop()
 
@@ -126,20 +125,31 @@ def stopped_by_signals() -> Iterator[None]:
     """Outside the training loop, SIGTERM leaves through `finally`; SIGUSR1, Slurm's warning, is taken as a SIGTERM."""
 
     def leave(signum: int, frame: Any) -> None:
-        raise SystemExit(exit_code(signum))
+        raise SystemExit(last_exit_code(signum))
 
     def as_sigterm(signum: int, frame: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, leave),
-        signal.SIGUSR1: signal.signal(signal.SIGUSR1, as_sigterm),
-    }
+    handlers = {signal.SIGTERM: leave, signal.SIGUSR1: as_sigterm}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, handler)
+
+
+def last_exit_code(signum: int) -> int:
+    """`exit_code` of a process that is about to leave: no signal may change it until a requeue.
+
+    When the first task of a Slurm job has left, srun sends SIGTERM to the others.
+    """
+    code = exit_code(signum)
+    if code == REQUEUE:
+        for ignored in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(ignored, signal.SIG_IGN)
+    return code
 
 
 def exit_code(signum: int) -> int:
