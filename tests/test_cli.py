@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -291,6 +292,41 @@ def test_the_ranks_are_killed_with_the_launcher(folder, monkeypatch):
     launcher.kill()
     launcher.join()
     wait_for(lambda: not any(map(is_running, ranks)))
+
+
+@pytest.mark.soak
+def test_a_rank_that_is_killed_while_it_trains(toy, monkeypatch, capfd, tmp_path_factory):
+    """It is stopped and continued first. The other one, the workers and their folders end with it."""
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    steps, processes = [], []
+
+    def kill():
+        wait_for(lambda: len(logged_steps(toy)) > 1, 240)
+        ranks = children(os.getpid())
+        processes.extend([*ranks, *(worker for rank in ranks for worker in children(rank))])
+        os.kill(ranks[1], signal.SIGSTOP)
+        time.sleep(3)
+        steps.append(len(logged_steps(toy)))
+        os.kill(ranks[1], signal.SIGCONT)
+        wait_for(lambda: len(logged_steps(toy)) > steps[0] + 2, 240)
+        steps.append(time.monotonic())
+        os.kill(ranks[1], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert cli.main(["train", "toy.py", "--cfg-options", "max_iters=100000", "num_workers=1"]) == 137
+    assert time.monotonic() - steps[1] < 10
+    line = "rank 1 was killed by SIGKILL, perhaps for lack of memory; the log is 'work_dirs/toy/log.txt'"
+    assert capfd.readouterr().err == f"diffengine train: failed: {line}; continue with --resume\n"
+    assert len(processes) == 4
+    wait_for(lambda: not any(map(is_running, processes)), 10)
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
 
 
 @pytest.mark.soak
