@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import count
 from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -112,6 +114,8 @@ def _share(batch: Any) -> None:
                 if isinstance(value, torch.Tensor):
                     value.share_memory_()
             except RuntimeError as error:
+                if file := re.search(r"</(torch_\w+)>", str(error)):  # torch leaves it
+                    Path("/dev/shm", file[1]).unlink(missing_ok=True)
                 advice = "give /dev/shm more (docker run --shm-size=8g), or load in the main process with num_workers=0"
                 raise UserError(f"a worker got no shared memory for a batch: {one_line(error)}; {advice}") from error
 

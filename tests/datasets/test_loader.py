@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -41,7 +43,7 @@ def test_workers_give_what_the_main_process_reads():
 
 
 def test_too_little_shared_memory_is_one_line():
-    """A limit of the size of files is one of shared memory, too."""
+    """A limit of the size of files is one of shared memory, too. Nothing stays in /dev/shm."""
 
     def limit(index):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -49,6 +51,8 @@ def test_too_little_shared_memory_is_one_line():
     with pytest.raises(UserError, match=r"a worker got no shared memory for a batch: .*; give /dev/shm more") as caught:
         next(batches(limit))
     assert "\n" not in str(caught.value)
+    file = re.search(r"torch_\w+", str(caught.value))
+    assert not Path("/dev/shm", file[0]).exists()
 
 
 @pytest.mark.soak  # torch waits for 5 seconds
