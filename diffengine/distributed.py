@@ -4,8 +4,11 @@ An error on one rank must end all of them, with one line: a rank that waits for 
 whatever may raise a `UserError` runs inside `on_rank_0` or `all_ranks`.
 """
 
+import ctypes
 import os
 import re
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +23,9 @@ from diffengine.errors import PeerError, UserError, disk_errors, require
 from diffengine.terminal import say
 
 T = TypeVar("T")
+
+CPU = torch.device("cpu")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start(launcher: str = "none") -> torch.device:
@@ -66,6 +72,14 @@ def first_host(nodes: str) -> str:
     """The first host of Slurm's node list: "gpu-01" of "gpu-[01-04,07],cpu1"."""
     prefix, number = re.match(r"([^\[,]*)(?:\[(\d+))?", nodes).groups(default="")  # type: ignore[union-attr]
     return prefix + number
+
+
+def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have this process sent a signal when its parent, the process id `parent`, ends however it ends; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signum)
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
 
 # What could drive a terminal or turn a line around: control characters but tab and newline, and bidi controls. And
@@ -39,6 +40,15 @@ def one_line(error: object) -> str:
         return printable(" ".join(str(error).split())) or type(error).__name__
     except Exception:  # noqa: BLE001 - of a user's class
         return type(error).__name__
+
+
+def how_it_ended(code: int) -> str:
+    """ "was killed by SIGKILL, perhaps for lack of memory" or "ended with exit code 3": a failed child process."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    signum = signal.Signals(-code)
+    likely = {signal.SIGKILL: ", perhaps for lack of memory", signal.SIGBUS: ", perhaps for lack of shared memory"}
+    return f"was killed by {signum.name}{likely.get(signum, '')}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

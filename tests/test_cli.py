@@ -3,21 +3,23 @@
 import errno
 import importlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffengine import __version__, cli, config
 from diffengine.commands import convert, launch
 from diffengine.errors import PeerError, UserError
 from tests.support.models import make_model_folder
 from tests.support.photos import write_photo_folder
-
-TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+from tests.support.processes import is_running, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -148,32 +150,36 @@ def test_save_keys_may_come_anywhere(line):
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def rendezvous(address, port, node):
-    return [f"--master-addr={address}", f"--master-port={port}", f"--node-rank={node}"]
+def environment(rank, local_rank, world, local_world, address, port):
+    """What torch reads, in the order of its documentation."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return dict(zip(names, map(str, (rank, local_rank, world, local_world, address, port))))
 
 
 @pytest.mark.parametrize(
-    ("env", "arguments"),
+    ("env", "expected"),
     [
-        ({"NPROC_PER_NODE": "8"}, ["--nnodes=1", "--nproc-per-node=8", "--standalone"]),
+        ({"NPROC_PER_NODE": "2"}, [environment(rank, rank, 2, 2, "127.0.0.1", 40001) for rank in (0, 1)]),
         (
             {"NPROC_PER_NODE": "2", "PORT": "29501"},
-            ["--nnodes=1", "--nproc-per-node=2", *rendezvous("127.0.0.1", 29501, 0)],
+            [environment(rank, rank, 2, 2, "127.0.0.1", 29501) for rank in (0, 1)],
         ),
         (
-            {"NNODES": "2", "NODE_RANK": "1", "ADDR": "a", "NPROC_PER_NODE": "4"},
-            ["--nnodes=2", "--nproc-per-node=4", *rendezvous("a", 29500, 1)],
+            {"NNODES": "2", "NODE_RANK": "1", "ADDR": "a", "NPROC_PER_NODE": "2"},
+            [environment(2 + rank, rank, 4, 2, "a", 29500) for rank in (0, 1)],
         ),
         (
             {"NNODES": "2", "ADDR": "a", "MASTER_ADDR": "b", "PORT": "1", "MASTER_PORT": "2"},
-            ["--nnodes=2", "--nproc-per-node=1", *rendezvous("b", 2, 0)],
+            [environment(0, 0, 2, 1, "b", 2)],
         ),
     ],
 )  # fmt: skip
-def test_torchrun_arguments(monkeypatch, env, arguments):
+def test_environment_of_the_processes(monkeypatch, env, expected):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert launch.torchrun_arguments() == arguments
+    found = launch.rank_environments(free_port=40001)
+    assert [rank.pop("OMP_NUM_THREADS", None) for rank in found] == ["1" if len(found) > 1 else None] * len(found)
+    assert found == expected
     assert launch.processes_asked()
 
 
@@ -183,7 +189,7 @@ def test_one_process_by_default():
 
 @pytest.fixture
 def toy(folder, monkeypatch):
-    """A config that trains two steps a second; restores the signal handlers. Returns the work dir."""
+    """A config that trains two steps a second. Returns the work dir."""
     write_photo_folder(folder / "photos", 4, 48)
     make_model_folder(folder / "model", "toy")
     text = (
@@ -195,10 +201,7 @@ def toy(folder, monkeypatch):
     (folder / "toy.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    handlers = {signum: signal.getsignal(signum) for signum in TORCHRUN_SIGNALS}
-    yield folder / "work_dirs" / "toy"
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    return folder / "work_dirs" / "toy"
 
 
 def logged_steps(work_dir):
@@ -227,26 +230,103 @@ def test_two_processes_finish_the_step_and_save_on_a_signal(toy, monkeypatch, ca
     assert [path.name for path in toy.glob("*.pth")] == [f"iter_{logged_steps(toy)[-1]}.pth"]
 
 
-def test_launcher_prints_the_error_of_a_process(toy, monkeypatch, capsys):
-    monkeypatch.setenv(launch.LAUNCHED, "1")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
-    assert cli.main(["train", "toy.py", "--data", "nowhere/at/all"]) == 2
-    assert capsys.readouterr().err == ""
-    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file="error.json")
-    assert launch.report("train", ChildFailedError("train", {1: failure})) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("diffengine train: error: no file or folder 'nowhere/at/all'")
-    assert err.count("\n") == 1
+RANK = """
+import os, signal, sys, time
+from diffengine.commands.launch import LAUNCHED, report
+rank, channel = int(os.environ["RANK"]), int(os.environ[LAUNCHED].split()[1])
+def say(code, text):
+    report(channel, code, text)
+    sys.exit(code)
+"""
+SURVIVE = "say(1, 'Traceback of a connection that was closed')"  # what a rank says when another has died
 
 
 @pytest.mark.parametrize(
-    ("exitcode", "code", "reason"),
-    [(1, 1, "exit code 1, see above"), (-9, 137, "Signal 9 (SIGKILL) received by PID 7")],
+    ("ranks", "code", "line"),
+    [
+        (["os.kill(os.getpid(), 9)", SURVIVE], 137, "rank 0 was killed by SIGKILL, perhaps for lack of memory"),
+        ([SURVIVE, "time.sleep(0.2); os._exit(3)"], 3, "rank 1 ended with exit code 3"),
+        (["time.sleep(60)", "signal.raise_signal(11)"], 139, "rank 1 was killed by SIGSEGV"),
+    ],
+    ids=["killed", "exit", "segfault"],
 )
-def test_exit_code_of_a_failed_process(exitcode, code, reason, capsys):
-    failure = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file="none")
-    assert launch.report("train", ChildFailedError("train", {1: failure})) == code
-    assert capsys.readouterr().err == f"diffengine train: failed: process 1: {reason}\n"
+def test_a_rank_that_dies_ends_all_with_one_line(folder, monkeypatch, capfd, ranks, code, line):
+    """The ranks are processes that do what is given; the last one does not notice the death."""
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(launch, "GRACE", 0.3)
+    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", f"{RANK}exec({ranks}[rank])"])
+    assert launch.launch("train", [], folder) == code
+    advice = f"; the log is '{folder / 'log.txt'}'; continue with --resume"
+    assert capfd.readouterr().err == f"diffengine train: failed: {line}{advice}\n"
+
+
+def test_a_rank_of_several_nodes_is_named_with_its_host(folder, monkeypatch, capfd):
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", "import os; os._exit(3)"])
+    assert launch.launch("check", [], folder) == 3
+    line = f"diffengine check: failed: rank 1 on {socket.gethostname()} ended with exit code 3\n"
+    assert capfd.readouterr().err == line
+
+
+def test_the_first_rank_that_fails_is_the_cause_and_the_others_end_in_order(folder, monkeypatch, capfd):
+    """A bug of one rank; the other has a signal on its mind, and leaves through `finally`."""
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    late = "time.sleep(0.3); import atexit; atexit.register(open('left', 'w').close); say(143, 'stopped')"
+    program = f"{RANK}say(1, 'the cause') if rank else exec({late!r})"
+    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", program])
+    assert launch.launch("train", [], folder) == 1
+    assert capfd.readouterr().err == "the cause\n"
+    assert (folder / "left").exists()
+
+
+def test_the_ranks_are_killed_with_the_launcher(folder, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    write = "open(f'{rank}.pid', 'w').write(str(os.getpid())); os.rename(f'{rank}.pid', f'{rank}'); time.sleep(60)"
+    lead = f"{RANK}from diffengine import distributed; distributed.end_with_parent(os.getppid()); {write}"
+    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", lead])
+    launcher = multiprocessing.get_context("fork").Process(target=launch.launch, args=("train", [], folder))
+    launcher.start()
+    wait_for(lambda: all((folder / name).exists() for name in "01"))
+    ranks = [int((folder / name).read_text()) for name in "01"]
+    launcher.kill()
+    launcher.join()
+    wait_for(lambda: not any(map(is_running, ranks)))
+
+
+@pytest.mark.soak
+def test_a_rank_that_is_killed_while_it_trains(toy, monkeypatch, capfd, tmp_path_factory):
+    """It is stopped and continued first. The other one, the workers and their folders end with it."""
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    steps, processes = [], []
+
+    def kill():
+        wait_for(lambda: len(logged_steps(toy)) > 1, 240)
+        ranks = children(os.getpid())
+        processes.extend([*ranks, *(worker for rank in ranks for worker in children(rank))])
+        os.kill(ranks[1], signal.SIGSTOP)
+        time.sleep(3)
+        steps.append(len(logged_steps(toy)))
+        os.kill(ranks[1], signal.SIGCONT)
+        wait_for(lambda: len(logged_steps(toy)) > steps[0] + 2, 240)
+        steps.append(time.monotonic())
+        os.kill(ranks[1], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert cli.main(["train", "toy.py", "--cfg-options", "max_iters=100000", "num_workers=1"]) == 137
+    assert time.monotonic() - steps[1] < 10
+    line = "rank 1 was killed by SIGKILL, perhaps for lack of memory; the log is 'work_dirs/toy/log.txt'"
+    assert capfd.readouterr().err == f"diffengine train: failed: {line}; continue with --resume\n"
+    assert len(processes) == 4
+    wait_for(lambda: not any(map(is_running, processes)), 10)
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
 
 
 @pytest.mark.soak

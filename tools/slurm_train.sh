@@ -1,12 +1,37 @@
 #!/usr/bin/env bash
-# tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]: train with Slurm.
-# GPUS (default 8) is the total number of GPUs, GPUS_PER_NODE (default 8) the number per node.
+# sbatch [OPTIONS] tools/slurm_train.sh CONFIG [ARGS ...]: train with Slurm, one task per GPU.
+# OPTIONS, such as --partition=P --ntasks=16, replace those below. 90 seconds before its time is over, or when it is
+# pre-empted, the job saves and is requeued; the next start resumes. Submit it from the folder of its work_dirs.
+#SBATCH --job-name=diffengine
+#SBATCH --ntasks=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=5
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@90
 set -euo pipefail
-PARTITION=${1:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]}
-JOB_NAME=${2:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]}
-CONFIG=${3:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [ARGS ...]}
-GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-exec srun --partition="$PARTITION" --job-name="$JOB_NAME" --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE" \
-    --gres=gpu:"$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-    "${PYTHON:-python}" "$(dirname "$0")/train.py" "$CONFIG" --launcher slurm "${@:4}"
+CONFIG=${1:?usage: sbatch [OPTIONS] tools/slurm_train.sh CONFIG [ARGS ...]}
+: "${SLURM_JOB_ID:?expected a job of Slurm; start it with: sbatch tools/slurm_train.sh CONFIG [ARGS ...]}"
+shift
+ARGS=()
+if ((${SLURM_RESTART_COUNT:-0} > 0)); then # what begins a run gives way to --resume
+    while (($#)); do
+        case $1 in
+        --overwrite | --init-from=*) ;;
+        --init-from) shift ;;
+        *) ARGS+=("$1") ;;
+        esac
+        shift
+    done
+    ARGS+=(--resume)
+else
+    ARGS=("$@")
+fi
+STATUS=0
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}" \
+    "${PYTHON:-python}" -m diffengine train "$CONFIG" --launcher slurm "${ARGS[@]}" || STATUS=$?
+if ((STATUS == 75)); then # every task saved and asks for another start
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$STATUS"

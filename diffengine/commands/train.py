@@ -1,4 +1,4 @@
-"""Train a config. With NPROC_PER_NODE set, on several GPUs by torchrun."""
+"""Train a config. With NPROC_PER_NODE set, on several GPUs."""
 
 import argparse
 from dataclasses import replace

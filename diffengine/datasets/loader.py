@@ -1,20 +1,27 @@
 """From the stream to batches: how steps, ranks and workers slice it, and how samples are collated."""
 
 import math
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import count
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from diffengine import distributed
 from diffengine.datasets.base import Sample
 from diffengine.datasets.stream import Stream
 from diffengine.errors import UserError, require
+from diffengine.text import how_it_ended, one_line
 
 Batch = dict[str, Any]
 LARGEST = 1_000_000  # samples of a step
@@ -92,9 +99,26 @@ class StreamReader(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         try:
-            return self.read(self.stream, indices)
+            batch = self.read(self.stream, indices)
+            if get_worker_info() is not None:
+                _share(batch)
+            return batch
         except UserError as error:
             return error
+
+
+def _share(batch: Any) -> None:
+    """Put a worker's tensors into shared memory; if torch does it later, in a thread, an error there hangs the run."""
+    for sample in [batch] if isinstance(batch, dict) else batch:
+        for value in (sample or {}).values():
+            try:
+                if isinstance(value, torch.Tensor):
+                    value.share_memory_()
+            except RuntimeError as error:
+                if file := re.search(r"</(torch_\w+)>", str(error)):  # torch leaves it
+                    Path("/dev/shm", file[1]).unlink(missing_ok=True)
+                advice = "give /dev/shm more (docker run --shm-size=8g), or load in the main process with num_workers=0"
+                raise UserError(f"a worker got no shared memory for a batch: {one_line(error)}; {advice}") from error
 
 
 def make_loader(stream: Stream, sampler: PositionSampler, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
@@ -104,8 +128,27 @@ def make_loader(stream: Stream, sampler: PositionSampler, num_workers: int = 0, 
 
 
 def batches_of(loader: DataLoader) -> Generator[Any]:
-    """The batches of a loader; a UserError of a worker is raised. Closing the generator ends the workers."""
-    for batch in loader:
+    """The batches of a loader. Closing the generator ends the workers.
+
+    Raises:
+        UserError: of a worker, or if one died; torch finds out within 5 s of waiting for its batch.
+    """
+    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    batches = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's raises wherever training happens to be, on one rank
+        signal.signal(signal.SIGCHLD, handler)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            ends = [how_it_ended(worker.exitcode) for worker in workers if worker.exitcode]
+            if not ends:
+                raise
+            advice = "lower num_workers; with num_workers=0 the main process loads"
+            raise UserError(f"a worker of the data loader {ends[0]}; {advice}") from error
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -125,7 +168,7 @@ def _load(reader: StreamReader, batches: Any, num_workers: int, pin_memory: bool
     workers = min(num_workers, cores)
     return DataLoader(
         reader, batch_sampler=batches, collate_fn=_identity, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main if workers else None,
+        worker_init_fn=_end_with_main if workers else None,
         generator=torch.Generator(),  # without it, torch draws the workers' seeds from the global one
     )  # fmt: skip
 
@@ -134,17 +177,21 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """In a worker: ignore a Ctrl-C or SIGTERM to the whole process group, but not a SIGTERM of the main process.
+def _end_with_main(worker: int) -> None:
+    """In a worker: ignore a signal to the whole process group, but end with the main process, and when it says so.
 
     The main process finishes its step and saves; a worker that died of the signal would end the step in the middle.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main, folder = os.getppid(), get_temp_dir()  # the folder has the sockets that pass tensors
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def heed_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    def heed_main() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main and os.getppid() == main:
             pass
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
 
-    threading.Thread(target=heed_parent, daemon=True).start()
+    threading.Thread(target=heed_main, daemon=True).start()
+    distributed.end_with_parent(main, signal.SIGTERM)

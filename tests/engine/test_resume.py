@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffengine import cli
+from diffengine.commands.launch import REQUEUE
 from diffengine.datasets import ImageTextDataset
 from diffengine.engine import checkpoint
 from diffengine.engine.build import load_config
@@ -75,11 +76,20 @@ def test_a_signal_finishes_the_step_and_saves(toy: Toy, epochs: Path, tmp_path: 
     assert (tmp_path / "transformer").is_dir()
 
 
-def test_workers_ignore_a_signal_to_the_process_group(toy: Toy, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "job", "code"),
+    [(signal.SIGTERM, None, 143), (signal.SIGUSR1, "7", REQUEUE)],
+    ids=["SIGTERM", "pre-empted by Slurm"],
+)
+def test_a_signal_to_the_process_group_saves_and_workers_ignore_it(
+    toy: Toy, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, job: str | None, code: int
+) -> None:
     """Slurm, systemd and terminals send signals to the workers of the loader too."""
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
     path = toy.config("group", **{**REFERENCE, "num_workers": 2})
-    hook = ["--cfg-options", signal_at(5, signal.SIGTERM, group=True)]
-    assert in_child(train, path, tmp_path, *hook) == 143
+    hook = ["--cfg-options", signal_at(5, signum, group=True)]
+    assert in_child(train, path, tmp_path, *hook) == code
     assert (tmp_path / "iter_5.pth").exists()
     assert train(path, tmp_path, "--resume", str(tmp_path / "iter_5.pth")) == 0
     assert_equal_checkpoints(tmp_path / f"iter_{LAST}.pth", reference / f"iter_{LAST}.pth")
