@@ -1,6 +1,7 @@
 """The token cache: what frozen encoders make of images and captions, computed once and kept on disk.
 
-tables.py       Arrow tables that are complete or not used
+checked.py      files that are used only if they are intact
+tables.py       Arrow tables of checked chunks
 samples.py      which rows they hold, and how a sample comes back out of one
 fingerprint.py  digests of what they were made from
 token_cache.py  the cache of a run: whether it pays, built by all ranks, checked, attached

@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from diffengine.cache.checked import digest_of, read_json, write_json
 from diffengine.datasets import ImageDataset, UnreadableImage
 from diffengine.errors import UserError
-from diffengine.files import write_text
 
 FileNote = list[Any]  # path, size in bytes, modification time in nanoseconds, digest
-
-
-def digest_of(value: Any) -> str:
-    """A digest of plain values, by their JSON."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def digest_of_texts(texts: Iterable[list[str]]) -> str:
@@ -41,13 +36,12 @@ def digest_of_images(dataset: ImageDataset, notes: Path) -> str:
     files = dataset.files()
     if files is None:
         return digest_of_texts([_pixels(dataset, index)] for index in range(len(dataset)))
-    known: dict[str, FileNote] = {}
-    with suppress(OSError, ValueError, TypeError, LookupError):
-        known = {note[0]: note for note in json.loads(notes.read_text(encoding="utf-8"))}
+    known: dict[str, FileNote] = {note[0]: note for note in read_json(notes)[0] or []}
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         noted = list(pool.map(lambda file: _note(file, known.get(str(file))), files))
     if {note[0]: note for note in noted} != known:
-        write_text(notes, json.dumps(noted))
+        with suppress(OSError):  # they only save time, and a complete cache may be in a read-only folder
+            write_json(notes, noted)
     return digest_of([note[3] for note in noted])
 
 
@@ -71,9 +65,7 @@ def _note(file: Path, known: FileNote | None) -> FileNote:
     return [str(file), info.st_size, info.st_mtime_ns, digest]
 
 
-def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Why a table with the fingerprint `before` has to be built again; None if it need not be."""
-    if before is None:
-        return "there is none yet"
     names = [name for name in {**now, **before} if json.dumps(before.get(name)) != json.dumps(now.get(name))]
     return f"changed since it was built: {', '.join(names)}" if names else None

@@ -35,14 +35,15 @@ class CachedDataset(ImageDataset):
     def sample(self, index: int, epoch: int) -> Sample:
         """The sample of an image in an epoch: its variations take turns. Tensors own their memory; `text` is a list."""
         row = self._table[index * self.variations + epoch % self.variations]
+        sample: Sample = {"text": row.pop("text")}
         if not row.pop("readable"):
             raise UnreadableImage(f"image {index} could not be read when the cache was built")
-        text = row.pop("text")
-        if math.isnan(row["weight"]):  # type: ignore[arg-type]
-            del row["weight"]
-        numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}  # type: ignore[union-attr]
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in row.items() if name not in numbers}
-        return {**tensors, **numbers, "text": text}
+        for name, value in row.items():
+            if value.ndim > 0:  # type: ignore[union-attr]
+                sample[name] = torch.from_numpy(value if value.base is None else value.copy())  # type: ignore[union-attr]
+            elif name != "weight" or not math.isnan(value):  # type: ignore[arg-type]
+                sample[name] = value.item()  # type: ignore[union-attr]
+        return sample
 
 
 def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, np.ndarray | list[list[str]]]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from diffengine import distributed
-from diffengine.cache.fingerprint import difference, digest_of, digest_of_images, digest_of_texts
+from diffengine.cache.checked import NONE_YET, digest_of
+from diffengine.cache.fingerprint import difference, digest_of_images, digest_of_texts
 from diffengine.cache.samples import CachedDataset, columns_of
-from diffengine.cache.tables import Rows, Table, TableBuilder
+from diffengine.cache.tables import Rows, Table, TableBuilder, delete_table
 from diffengine.datasets import Sample, Stream, collate, variation_batches
-from diffengine.errors import UserError, require
+from diffengine.errors import UserError, disk_errors, require
 from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
 from diffengine.terminal import Progress
@@ -50,7 +51,10 @@ def cached_dataset(section: Mapping[str, Any]) -> CachedDataset | None:
     if section.get("path") is None or not section.get("use", "auto"):
         return None
     table = image_table(expanded(section["path"]))
-    return None if table.fingerprint is None else CachedDataset(table, table.fingerprint["forms"])
+    if table.fingerprint is not None:
+        return CachedDataset(table, table.fingerprint["forms"])
+    require(table.why_none == NONE_YET, f"{table.why_none}, and the images to build the cache again are not here")
+    return None
 
 
 @final
@@ -133,7 +137,7 @@ class TokenCache:
             return False
         folder = self.folder  # computed on all ranks
         distributed.on_rank_0(self._check_folder)
-        with _locked_on_rank_0(folder):
+        with disk_errors(), _locked_on_rank_0(folder):
             images = image_table(folder) if self._without_images else self._build_images()
             captions = self._build_captions()
         self._encoder.to_host()
@@ -182,10 +186,11 @@ class TokenCache:
 
     def exists(self) -> bool:
         """Whether the cache is complete, as far as is known without reading the images."""
-        known = image_table(self.folder).fingerprint or {}
+        table = image_table(self.folder)
+        images = (table.fingerprint or {}).get("pictures")
         captions = digest_of_texts(self.stream.dataset.all_captions())
-        change = difference(known, {"pictures": known.get("pictures"), "captions": captions, **self._key})
-        return change is None and caption_table(self.folder).fingerprint is not None
+        change = table.change({"pictures": images, "captions": captions, **self._key})
+        return change is None and caption_table(self.folder).damage() is None
 
     def _check_folder(self) -> None:
         """Refuse a folder that cannot be made, that holds files of other origin, or that does not fit the run."""
@@ -196,10 +201,10 @@ class TokenCache:
         if self._without_images:
             known = tables[0].fingerprint or {}
             same = {name: known.get(name) for name in ("pictures", "captions")}  # of what is not on this machine
-            reason = difference(known, {**same, **self._key})
+            reason = difference(known, {**same, **self._key}) or tables[0].damage()
             message = f"the cache '{self.folder}' does not fit this run, and the images to build it again are not here"
             require(reason is None, f"{message}: {reason}")
-        if (self.folder / LOCK).exists() or any(table.fingerprint is not None for table in tables):
+        if (self.folder / LOCK).exists() or any(table.is_a_cache for table in tables):
             return
         own = [table.file.with_suffix(suffix) for suffix in (".arrow", ".json") for table in tables]
         there = ", ".join(file.name for file in [*own, self.folder / NOTES] if file.exists())
@@ -213,17 +218,20 @@ class TokenCache:
         def find_change() -> tuple[dict[str, Any], str | None]:
             images, captions = digest_of_images(dataset, self.folder / NOTES), digest_of_texts(dataset.all_captions())
             fingerprint = {"pictures": images, "captions": captions, **self._key}
-            return fingerprint, difference(table.fingerprint, fingerprint) or self._check_images(table)
+            change = table.change(fingerprint)
+            if change is None and (change := self._check_images(table)):
+                delete_table(table.file)  # no chunk of it can be kept
+            return fingerprint, change
 
         fingerprint, reason = distributed.on_rank_0(find_change)
         builder = TableBuilder(table.file, fingerprint, len(dataset) * self.variations)
         if reason is None:
             distributed.on_rank_0(builder.sweep)
             return table
-        distributed.print_once(f"token cache: {reason}; encoding {self._describe_images()}")
+        missing = distributed.on_rank_0(lambda: _missing(builder, reason, self._describe_images(), "image variations"))
         with distributed.all_ranks():
             template = self._first_readable()
-        distributed.on_rank_0(lambda: _check_space(builder, template))
+        distributed.on_rank_0(lambda: _check_space(builder, missing, template))
 
         def write(chunks: list[Rows]) -> None:
             batches = [list(range(row, min(row + size, chunk[1]))) for chunk in chunks for row in range(*chunk, size)]
@@ -239,7 +247,7 @@ class TokenCache:
                             progress.advance(len(batch))
                     builder.write((first, end), columns_of(samples, template))
 
-        return self._build(builder, write, "images")
+        return self._build(builder, missing, write, "images")
 
     def _encode(self, samples: list[Sample | None]) -> list[Sample | None]:
         """The samples with the encoder's outputs instead of their images."""
@@ -290,13 +298,14 @@ class TokenCache:
             digest = digest_of_texts([caption] for caption in captions)
             precision = {"precision": self.precision} if embeddings else {}
             fingerprint = {"captions": digest, **encoder.caption_key(embeddings), **precision}
-            return fingerprint, embeddings, difference(table.fingerprint, fingerprint)
+            return fingerprint, embeddings, table.change(fingerprint)
 
         fingerprint, embeddings, reason = distributed.on_rank_0(find_change)
         if reason is None:
             return table
         captions = distinct_captions(self.stream)
         builder = TableBuilder(table.file, fingerprint, len(captions))
+        missing = distributed.on_rank_0(lambda: _missing(builder, reason, f"{len(captions)} captions", "captions"))
 
         def write(chunks: list[Rows]) -> None:
             for rows in chunks:
@@ -307,7 +316,7 @@ class TokenCache:
                 columns = {name: np.concatenate([batch[name].numpy() for batch in encoded]) for name in encoded[0]}
                 builder.write(rows, {**columns, "text": [[text] for text in texts]})
 
-        return self._build(builder, write, "captions")
+        return self._build(builder, missing, write, "captions")
 
     def _stores_embeddings(self, captions: int) -> bool:
         """Whether the table of so many captions holds their embeddings."""
@@ -317,10 +326,11 @@ class TokenCache:
             return False
         return choice is True or (choice == "auto" and captions * caption_bytes <= MAX_EMBEDDINGS)
 
-    def _build(self, builder: TableBuilder, write: Callable[[list[Rows]], None], what: str) -> Table:
+    def _build(
+        self, builder: TableBuilder, missing: list[Rows], write: Callable[[list[Rows]], None], what: str
+    ) -> Table:
         """The table, its missing chunks written by all ranks, each its share."""
         distributed.on_rank_0(builder.begin)
-        missing = distributed.on_rank_0(builder.missing)
         began = time.perf_counter()
         with distributed.all_ranks():
             write(missing[distributed.rank() :: distributed.world_size()])
@@ -334,14 +344,23 @@ def distinct_captions(stream: Stream) -> list[str]:
     return list(dict.fromkeys(["", *chain.from_iterable(stream.dataset.all_captions())]))
 
 
-def _check_space(builder: TableBuilder, template: Sample) -> None:
+def _missing(builder: TableBuilder, reason: str, everything: str, rows: str) -> list[Rows]:
+    """The chunks that have to be encoded, after a line that says why and how many rows they have."""
+    missing = builder.missing()
+    count, total = (sum(end - first for first, end in chunks) for chunks in (missing, builder.chunks))
+    encoded = everything if count == total else f"{count:,} of {total:,} {rows}"
+    print(f"token cache: {reason}; encoding {encoded}", flush=True)
+    return missing
+
+
+def _check_space(builder: TableBuilder, missing: list[Rows], template: Sample) -> None:
     """Refuse a disk without room for the table and those of its chunks that are missing."""
     arrays = [value for value in columns_of([template], template).values() if isinstance(value, np.ndarray)]
-    rows = builder.chunks[-1][1] + sum(end - first for first, end in builder.missing())
+    rows = builder.chunks[-1][1] + sum(end - first for first, end in missing)
     need, folder = rows * sum(array.nbytes for array in arrays), builder.file.parent
     free = shutil.disk_usage(folder).free
-    if builder.file.exists():
-        free += Table(builder.file).nbytes  # it is deleted before the build
+    if builder.kept is None and builder.file.is_file():
+        free += builder.file.stat().st_size  # it is deleted before the build
     message = f"the cache needs {format_bytes(need)} while it is built and '{folder}' has {format_bytes(free)} free"
     require(need <= free, f"{message}; free space, set cache_path to another disk, or cache=False")
 

@@ -2,7 +2,9 @@
 
 import shutil
 
-from diffengine.cache.tables import Table
+import numpy as np
+
+from diffengine.cache.tables import Table, TableBuilder
 from diffengine.datasets import ImageTextDataset
 from tests.engine.runs import build
 
@@ -36,6 +38,31 @@ def tables(work_dir):
 def table_bytes(root):
     """The content of every table in the caches under `root`, by file name."""
     return {file.name: file.read_bytes() for file in sorted(root.glob("cache/*/*.arrow"))}
+
+
+FINGERPRINT = {"name": "test"}
+ROWS = 30  # of a table by `write_table`
+
+
+def write_table(file, chunks=None):
+    """Build or repair a table of random ids. The chunks that were missing are added to the list `chunks`."""
+    file.parent.mkdir(exist_ok=True)
+    builder = TableBuilder(file, FINGERPRINT, ROWS)
+    missing = builder.missing()
+    builder.begin()
+    for start, end in missing:
+        ids = np.stack([np.random.default_rng(row).integers(0, 64, (8, 8), np.uint8) for row in range(start, end)])
+        builder.write((start, end), {"token_ids": ids, "text": [[f"caption {row}"] for row in range(start, end)]})
+    if chunks is not None:
+        chunks += missing
+    return builder.finish()
+
+
+def flip(file, byte, bit=0):
+    """Flip one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1 << bit
+    file.write_bytes(content)
 
 
 def image_files(toy_copy):

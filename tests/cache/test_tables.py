@@ -1,9 +1,9 @@
 """Tables on disk: the types they store, and builds that continue after a kill."""
 
-import random
+import os
 import shutil
 import signal
-import time
+import sys
 
 import datasets as hf
 import numpy as np
@@ -13,7 +13,17 @@ from diffengine.cache import TokenCache, token_cache
 from diffengine.cache import tables as cache_tables
 from diffengine.cache.tables import Table, TableBuilder
 from diffengine.errors import UserError
-from tests.cache.caches import CACHED, VARIATIONS, build_cached, count_encoded, table_bytes, tables
+from tests.cache.caches import (
+    CACHED,
+    FINGERPRINT,
+    VARIATIONS,
+    build_cached,
+    count_encoded,
+    flip,
+    table_bytes,
+    tables,
+    write_table,
+)
 from tests.engine.runs import build, in_child
 
 CHUNK = 4  # rows in a chunk, in tests of several chunks
@@ -53,46 +63,77 @@ def test_a_table_opens_as_a_data_set_and_stores_the_smallest_types(toy, tmp_path
 # ------------------------------------------------------------------------------------------- interrupted builds
 
 
-def build_and_die(path, work_dir, seconds):
-    """Build the cache in a process that dies `seconds` after the start of each table."""
+class Countdown:
+    """Counts calls and returns of Python functions, for `sys.setprofile`; kills the process at one of them."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.count, self.last = 0, last
+
+    def __call__(self, frame, event, arg):
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(countdown, work, *args):
+    """Call `work` under a countdown."""
+    sys.setprofile(countdown)
+    try:
+        return work(*args)
+    finally:
+        sys.setprofile(None)
+
+
+def build_counted(path, work_dir, countdown):
+    """Build a run; the countdown counts while chunks are encoded and written."""
     original = TokenCache._build
-
-    def build_with_timer(cache, builder, write, what):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once, like SIGKILL
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        return original(cache, builder, write, what)
-
-    TokenCache._build = build_with_timer
-    build(path, work_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenCache, "_build", lambda *args: counted(countdown, original, *args))
+        build(path, work_dir)
 
 
-def test_a_build_killed_ten_times_continues_and_ends_equal(toy, tmp_path, monkeypatch):
+def test_a_build_killed_four_times_continues_and_ends_equal(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_tables, "CHUNK", CHUNK)
     path = toy.config("killed", **{**CACHED, "image_variations": 16, "cache": True})
-    durations, original = [], TokenCache._build
-
-    def timed_build(cache, builder, write, what):
-        began = time.perf_counter()
-        table = original(cache, builder, write, what)
-        durations.append(time.perf_counter() - began)
-        return table
-
-    monkeypatch.setattr(TokenCache, "_build", timed_build)
-    build(path, tmp_path / "whole" / "run")
-    monkeypatch.setattr(TokenCache, "_build", original)
-    rng = random.Random(0)
-    exit_codes, chunk_counts = [], []
-    for _ in range(10):
-        seconds = rng.uniform(0.01, durations[0] / 3)
-        exit_codes.append(in_child(build_and_die, path, tmp_path / "killed" / "run", seconds))
+    whole = Countdown()
+    build_counted(path, tmp_path / "whole" / "run", whole)
+    chunk_counts = []
+    for share in (0.1, 0.2, 0.15, 0.2):
+        killed = tmp_path / "killed" / "run"
+        assert in_child(build_counted, path, killed, Countdown(int(share * whole.count))) == -signal.SIGKILL
         chunk_counts.append(len(list(tmp_path.glob("killed/cache/*/*.chunks/*.arrow"))))
-        complete = [table.fingerprint is not None for table in tables(tmp_path / "killed" / "run")]
-        assert complete[0] or not complete[1]
-    assert exit_codes.count(-signal.SIGALRM) >= 3
-    assert len({count for count in chunk_counts if 0 < count < 40}) >= 2  # some died between the first and last chunk
+        assert [table.fingerprint for table in tables(killed)] == [None, None]
+    assert 0 < chunk_counts[0] < chunk_counts[1] < chunk_counts[2] < chunk_counts[3] < 40
     build(path, tmp_path / "killed" / "run")
     assert table_bytes(tmp_path / "killed") == table_bytes(tmp_path / "whole")
     assert not list(tmp_path.glob("killed/cache/*/*.chunks*"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_table_killed_at_any_moment_is_complete_or_not_used(tmp_path, monkeypatch, damaged):
+    """Whether it is built or repaired."""
+    monkeypatch.setattr(cache_tables, "CHUNK", CHUNK)
+    whole = write_table(tmp_path / "whole" / "table.arrow").file.read_bytes()
+
+    def prepare(folder):
+        file = folder / "table.arrow"
+        if damaged:
+            shutil.copytree(tmp_path / "whole", folder)
+            flip(file, len(whole) // 2)
+        else:
+            folder.mkdir()
+        return file
+
+    steps = Countdown()
+    counted(steps, write_table, prepare(tmp_path / "counted"))
+    for number in range(12):
+        file = prepare(tmp_path / str(number))
+        countdown = Countdown(1 + number * steps.count // 12)
+        assert in_child(counted, countdown, write_table, file) == -signal.SIGKILL
+        table = Table(file)
+        assert table.change(FINGERPRINT) is not None or file.read_bytes() == whole
+        assert write_table(file).change(FINGERPRINT) is None
+        assert file.read_bytes() == whole
 
 
 def interrupt(builder):

@@ -15,6 +15,7 @@ from tests.cache.caches import (
     CHECK,
     VARIATIONS,
     build_cached,
+    flip,
     image_files,
     table_bytes,
     tables,
@@ -220,6 +221,14 @@ def test_a_copied_cache_is_used_without_the_images(toy_copy, encoded, capsys):
     assert "the images to build it again are not here: changed since it was built: data set" in (
         capsys.readouterr().err
     )
+    for file in ("pictures.arrow", "pictures.json"):
+        flip(root / "copy" / file, 700)
+        assert train(path, root / "damaged", *short) == 2
+        error = capsys.readouterr().err
+        assert f"'{root / 'copy' / file}'" in error
+        assert "damaged" in error
+        assert error.count("\n") == 1
+        flip(root / "copy" / file, 700)
     toy_copy.data.mkdir()
     assert train(path, root / "empty", *short) == 2  # an image folder that exists is read, even if it is empty
     assert "training from the cache" not in capsys.readouterr().out
