@@ -1,11 +1,14 @@
 """The errors that are meant for the user, and the end of a run by a signal."""
 
 import errno
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|out of memory|Storage size calculation overflowed")  # of torch
+NO_PATH = re.compile("Could not determine home directory|Symlink loop")  # of `Path.expanduser` and `Path.resolve`
 
 
 class UserError(Exception):
@@ -40,12 +43,20 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of a full or read-only disk into a UserError; any other exception passes through."""
+    """Turn what the system refuses, a file or memory, into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not error.filename:
             raise
         file = f"'{error.filename}'" if error.filename else "a file"
-        advice = "free space or fix the permissions, or choose another folder"
+        gone = "check that it was not deleted, moved or replaced, or choose another folder"
+        advice = "free space or fix the permissions, or choose another folder" if error.errno in DISK_ERRORS else gone
         raise UserError(f"cannot read or write {file}: {error.strerror}; {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+            raise UserError(f"out of memory ({text or 'Python'}); choose smaller sizes, or a smaller batch") from error
+        if NO_PATH.match(text):
+            raise UserError(f"cannot follow a path that begins with ~ or has a link: {text}") from error
+        raise

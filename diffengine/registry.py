@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffengine.errors import UserError
+from diffengine.text import one_line, where
 
 EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
 
@@ -25,11 +26,14 @@ def resolve(type_name: str) -> Any:
     module, _, name = type_name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise anything
         extra = EXTRAS.get(type_name.partition(".")[0]) if isinstance(error, ImportError) else None
         check = "check the import at the top of the config, and that the package that holds it is installed"
         advice = f"pip install 'diffengine[{extra}]'" if extra else check
-        raise UserError(f"type '{type_name}' cannot be imported ({error}): {advice}") from error
+        why = one_line(error) if isinstance(error, ImportError | AttributeError) else where(error)
+        raise UserError(f"type '{type_name}' cannot be imported ({why}): {advice}") from error
 
 
 def build(section: Any, **given: Any) -> Any:

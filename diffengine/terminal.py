@@ -1,4 +1,7 @@
-"""How far something is: a live line at the bottom of a terminal, plain lines now and then where there is none."""
+"""What a person reads: lines that are printed and logged, and a live line at the bottom of a terminal.
+
+Names, prompts and errors come from anywhere, and a terminal obeys what it is sent. So all lines pass `printable` here.
+"""
 
 import logging
 import os
@@ -8,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from diffengine.text import format_duration, format_rate
+from diffengine.text import format_duration, format_rate, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,6 +22,11 @@ SHORTEST_BAR, LONGEST_BAR = 3, 40  # columns
 MARGIN = 2  # columns that stay free for the ^C that a terminal shows
 
 Progressed = tuple[float, Sequence[str]]  # the share that is done, from 0 to 1, and numbers, the most important first
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, on `sys.stdout` unless `file` is given."""
+    print("\n".join(map(printable, lines)), file=file, flush=True)
 
 
 class LiveLine:
@@ -133,7 +141,7 @@ class Progress:
         self._line.tick()
 
     def _write(self) -> None:
-        print(", ".join(self._describe()[1]), flush=True)
+        say(", ".join(self._describe()[1]))
 
     def _describe(self) -> Progressed:
         finished = self._count / self.steps
@@ -141,6 +149,13 @@ class Progress:
         left = format_duration(max(0.0, self.total - finished) / rate)
         count = f"{self.done} {int(finished):,}/{self.total:,} {self.things}"
         return finished / max(self.total, finished), [count, f"{format_rate(rate)}/s", f"{left} left"]
+
+
+class LineFormatter(logging.Formatter):
+    """One line per record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class ConsoleHandler(logging.StreamHandler):

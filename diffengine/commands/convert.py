@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from diffengine.errors import UserError, require
+from diffengine.terminal import say
 
 NO_OUT = "convert got CONFIG and CKPT but no OUT; expected CONFIG CKPT OUT"
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(path, config.read(given) if given else None, options.ema)
     require(keys == options.save_keys or str(out) not in model.exportable, NO_OUT)
     for item in export(model, out, keys, pipeline=options.pipeline, merge=options.merge, dtype=options.dtype):
-        print("\n  ".join([f"wrote {item}; open it with", *item.lines]))
+        say(f"wrote {item}; open it with", *(f"  {line}" for line in item.lines))
     return 0
 
 
@@ -73,7 +74,7 @@ def _sources(words: list[str], best: bool) -> tuple[str | None, Path, Path]:
     if best:
         newest = work_dir / checkpoint.BEST
         require(newest.exists(), f"work dir '{work_dir}' holds no {newest.name}: its run did not validate")
-        print(f"{newest.name} is of step {checkpoint.steps(newest)}")
+        say(f"{newest.name} is of step {checkpoint.steps(newest)}")
     if newest is None:
         raise UserError(f"work dir '{work_dir}' holds no checkpoint")
     return None, newest, work_dir

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffengine import config
 from diffengine.errors import UserError, require
+from diffengine.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,5 +34,5 @@ def run(options: argparse.Namespace) -> int:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error}") from error
-    print(f"wrote {path}; train it with: diffengine train {path}")
+    say(f"wrote {path}; train it with: diffengine train {path}")
     return 0

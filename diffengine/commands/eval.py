@@ -4,6 +4,7 @@ import argparse
 
 from diffengine.commands import sample
 from diffengine.errors import require
+from diffengine.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,6 @@ def run(options: argparse.Namespace) -> int:
         max_images=options.max_images, seed=options.seed, resolution=options.resolution, dtype=options.dtype,
         compile=options.compile, **known,
     )  # fmt: skip
-    print(found.markdown())
-    print(f"wrote eval.md, eval.json, eval.png and all images to {found.folder}")
+    say(*found.markdown().split("\n"))
+    say(f"wrote eval.md, eval.json, eval.png and all images to {found.folder}")
     return 0

@@ -6,6 +6,7 @@ import fnmatch
 
 from diffengine import config
 from diffengine.errors import require
+from diffengine.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +20,5 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         doc = ast.get_docstring(ast.parse(shipped[name].read_text(encoding="utf-8"))) or ""
-        print(f"{name:{width}}  {doc.splitlines()[0] if doc else ''}")
+        say(f"{name:{width}}  {doc.splitlines()[0] if doc else ''}")
     return 0

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from diffengine.errors import UserError, require
+from diffengine.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,5 +26,5 @@ def run(options: argparse.Namespace) -> int:
         write_page(folders, file)
     except FileNotFoundError as error:
         raise UserError(f"cannot write '{file}': {error.strerror}; make its folder first") from error
-    print(f"wrote {file}")
+    say(f"wrote {file}")
     return 0

@@ -9,8 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffengine import config
 from diffengine.errors import UserError, require
-from diffengine.terminal import Progress
+from diffengine.terminal import Progress, say
+from diffengine.text import can_be_written
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from diffengine.models.generation import GenerationOptions, ImageRequest
 
     Results = dict[tuple[int, GenerationOptions], Image.Image]  # by number of the request
+
+MOST_IMAGES = 100_000
+LARGEST_FILE = 10**7  # bytes of prompts
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +68,11 @@ def run(options: argparse.Namespace) -> int:
     if newest is not None and folder.is_dir():
         best = folder / BEST
         other = f"; the one with the lowest validation loss: '{best}'" if best.exists() else ""
-        print(f"generating with the newest checkpoint, '{newest}'{other}")
+        say(f"generating with the newest checkpoint, '{newest}'{other}")
     sampler = load_sampler(options.source, options.base, options.dtype)
     for prompt in dict.fromkeys(request.prompt for request in requests):
         if rest := sampler.cut(prompt):
-            print(f"the prompt '{prompt[:40]}...' is too long: the model does not read '{rest}'")
+            say(f"the prompt '{prompt[:40]}...' is too long: the model does not read '{rest}'")
     if options.compile:
         sampler.compile()
     steps = sum(setting.num_inference_steps for setting in settings)
@@ -83,12 +88,16 @@ def run(options: argparse.Namespace) -> int:
                     save_image(image, output / _name(number, request, several), _texts(options.source, request, used))
     if output.suffix:
         _write_grid(output, results, requests, settings, options)
-    print(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")
+    say(f"wrote {output}" if output.suffix else f"wrote {len(results)} images to {output}")
     return 0
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Refuse values of --guidance and --steps that no model can generate with."""
+    """Refuse values of --guidance, --steps, --n and --resolution that no model can generate with."""
+    require(options.n >= 1, f"--n got {options.n}; expected at least 1")
+    require(options.n <= MOST_IMAGES, f"--n got {options.n:,}; expected {MOST_IMAGES:,} at most")
+    if options.resolution is not None:
+        config.check_side("--resolution", options.resolution)
     for scale in options.guidance or []:
         fine = math.isfinite(scale) and scale >= 0
         require(fine, f"--guidance got {scale:g}; expected a number from 0; 1 is without guidance")
@@ -98,12 +107,22 @@ def check_settings(options: argparse.Namespace) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a text file that are not empty."""
+    path = Path(file)
+    require(
+        path.is_file(), f"--prompts '{file}' cannot be read: it is no file; expected a text file with a prompt per line"
+    )
+    size = path.stat().st_size
+    require(size <= LARGEST_FILE, f"--prompts '{file}' has {size:,} bytes; expected {LARGEST_FILE:,} at most")
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts '{file}' cannot be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     require(bool(prompts), f"--prompts '{file}' holds no prompt; expected one per line")
+    longest = max(map(len, prompts))
+    most = config.LONGEST_TEXT
+    require(longest <= most, f"--prompts '{file}' has a prompt of {longest:,} characters; expected {most:,} at most")
+    require(can_be_written("".join(prompts)), f"--prompts '{file}' has NUL characters; expected text")
     return prompts
 
 
@@ -128,7 +147,8 @@ def _requests(options: argparse.Namespace) -> list["ImageRequest"]:
     if options.prompts:
         prompts += read_prompts(options.prompts)
     require(bool(prompts), "got no prompt; give some after the source, or a file with --prompts")
-    require(options.n >= 1, f"--n got {options.n}; expected at least 1")
+    count = len(prompts) * options.n * len(options.steps) * len(options.guidance or [None])
+    require(count <= MOST_IMAGES, f"got prompts and options for {count:,} images; expected {MOST_IMAGES:,} at most")
     last = options.seed + len(prompts) * options.n
     require(options.seed >= 0 and last < 2**63, f"--seed got {options.seed}; expected a whole number from 0")
     strength = options.strength
@@ -177,7 +197,10 @@ def _size(options: argparse.Namespace) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", options.size)
     if found is None:
         raise UserError(f"--size got '{options.size}'; expected WIDTHxHEIGHT, such as 512x768")
-    return int(found[1]), int(found[2])
+    size = int(found[1]), int(found[2])
+    for side in size:
+        config.check_side("--size", side)
+    return size
 
 
 def _write_grid(

@@ -5,6 +5,8 @@ from typing import final
 from diffengine.datasets import steps_for_epochs
 from diffengine.errors import require
 
+LARGEST = 10**9  # steps or epochs
+
 
 @final
 class Clock:
@@ -20,6 +22,7 @@ class Clock:
         require((max_epochs is None) != (max_iters is None), f"got {both}; expected one of them: set the other to None")
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
             require(value is None or value >= 1, f"{name} got {value}; expected at least 1")
+            require(value is None or value <= LARGEST, f"{name} got {value}; expected {LARGEST:,} at most")
         self.num_samples, self.batch_size = num_samples, batch_size
         self.done = 0  # optimizer steps taken
         self._stopped = False

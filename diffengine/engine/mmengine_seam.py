@@ -25,7 +25,7 @@ from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
 from diffengine import distributed
-from diffengine.terminal import ConsoleHandler
+from diffengine.terminal import ConsoleHandler, LineFormatter
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
@@ -125,12 +125,12 @@ class Runner(MMRunner):
         logger.propagate = False
         logger.setLevel(logging.ERROR)  # silences mmengine's own lines during construction
         console = ConsoleHandler()
-        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setFormatter(LineFormatter("%(message)s"))
         logger.addHandler(console)
         if self._rank == 0:
             file = logging.FileHandler(Path(self.work_dir) / "log.txt", encoding="utf-8")
             file.handleError = _raise  # type: ignore[method-assign]  # logging's own prints a traceback for each line
-            file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            file.setFormatter(LineFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(file)
         return logger
 

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from diffengine.errors import require
 from diffengine.models.amused.vocabulary import from_assets
 from diffengine.models.loading import load_component, load_module, seeded, unknown_sizes
+from diffengine.signatures import sizes_out_of_range
 
 CLASSES = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
 
@@ -117,7 +118,8 @@ class Components:
         """
         sizes = {name: self.origins[name] for name in CLASSES if self.from_sizes(name)}
         unknown = [line for name, given in sizes.items() for line in unknown_sizes(name, given, CLASSES[name])]
-        return unknown or self._mismatches()
+        wrong = [line for name, given in sizes.items() for line in sizes_out_of_range(name, given)]
+        return unknown + wrong or self._mismatches()
 
     def _mismatches(self) -> list[str]:
         text = self.text_config  # first: if its folder does not exist, the tokenizer is empty, without an error

@@ -19,6 +19,7 @@ from diffengine.models.base import Batch, LabelledImage, PreviewRequest, Trainab
 from diffengine.models.frozen import evaluating
 from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
 from diffengine.models.masking import TokenGrid
+from diffengine.signatures import sizes_out_of_range
 
 
 @final
@@ -169,7 +170,7 @@ def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}
-    problems = unknown_sizes("vqvae", sizes, VQModel)
+    problems = unknown_sizes("vqvae", sizes, VQModel) + sizes_out_of_range("vqvae", sizes)
     require(not problems, "model: " + "; ".join(problems))
     with seeded(seed):
         return VQModel(**{"lookup_from_codebook": True, **sizes})
