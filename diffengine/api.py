@@ -124,12 +124,15 @@ def sample(
     Raises:
         UserError: the source cannot be opened, or a setting that the model cannot generate with.
     """
+    size = size or (resolution and (resolution, resolution)) or None
+    for side in size or ():
+        config.check_side("size", side)
     sampler = load_sampler(source, base, dtype)
     requests = [
         ImageRequest(prompt, seed + index, negative, image, mask, strength) for index, prompt in enumerate(prompts)
     ]
     options = GenerationOptions(guidance, steps, order=order)
-    return list(sampler.generate(requests, options, size or (resolution and (resolution, resolution)) or None))
+    return list(sampler.generate(requests, options, size))
 
 
 def evaluate(
@@ -159,6 +162,8 @@ def evaluate(
     """
     quiet_libraries()
     require(1 <= per_caption <= MOST_IMAGES, f"--n got {per_caption}; expected 1 to {MOST_IMAGES}")
+    if resolution is not None:
+        config.check_side("--resolution", resolution)
     settings = [GenerationOptions(scale, count, order=each) for scale, count, each in product(guidance, steps, order)]
     found = [_source(source, base, dtype, compile) for source in sources]
     if prompts is not None:

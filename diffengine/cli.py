@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -11,17 +12,20 @@ from types import ModuleType
 from typing import NoReturn
 
 from diffengine import __version__
-from diffengine.errors import PeerError, UserError, check_text, disk_errors
-from diffengine.text import one_line
+from diffengine.errors import PeerError, UserError, disk_errors, require
+from diffengine.terminal import say
+from diffengine.text import can_be_written, one_line, shown
 
 COMMANDS = ("train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
+LONGEST = 100_000  # characters of an argument
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}; `{self.prog} --help` shows what it takes\n")
+        say(f"{self.prog}: error: {one_line(message)}; `{self.prog} --help` shows what it takes", file=sys.stderr)
+        self.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,38 +46,53 @@ def _module(command: str) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 for what the user can fix, 1 for a bug of ours."""
-    argv, name = list(sys.argv[1:] if argv is None else argv), "diffengine"
+    name, argv = "diffengine", list(sys.argv[1:] if argv is None else argv)
     try:
-        for word in argv:
-            check_text(word, "the command line")
+        _check(argv)
         options = parser().parse_args(argv)
-        options.argv, name = argv, f"diffengine {options.command}"
-        with disk_errors(), warnings.catch_warnings():
-            if not sys.warnoptions:  # -W or PYTHONWARNINGS shows those of other packages
-                warnings.filterwarnings("ignore", module=r"(?!diffengine)")
+        options.argv = argv
+        name = f"diffengine {options.command}"
+        with disk_errors():
             return _module(options.command).run(options)
-    except UserError as error:
-        if not isinstance(error, PeerError):
-            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return 2
     except SystemExit as error:  # argparse: 2 for a mistake, 0 for --help
         return error.code if isinstance(error.code, int) else 2
+    except UserError as error:
+        if not isinstance(error, PeerError):
+            say(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"{name}: stopped at once", file=sys.stderr)
+        say(f"{name}: stopped at once", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
     except Exception as error:  # noqa: BLE001 - the last line of defence: say what broke, and fail
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's, on a CPU
-            print(f"{name}: error: out of memory; try smaller images, batches or models", file=sys.stderr)
-            return 2
         traceback.print_exc()
-        print(f"{name}: failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        say(f"{name}: failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _check(argv: Sequence[str]) -> None:
+    """Refuse arguments that no file, no config and no prompt can hold."""
+    for text in argv:
+        fine = can_be_written(text) and len(text) <= LONGEST
+        require(
+            fine, f"got the argument {shown(text)}; expected UTF-8 text without NUL, {LONGEST:,} characters at most"
+        )
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' warnings out of our lines, unless the environment or `python -W` asks for them."""
+    for name in ("DATASETS", "DIFFUSERS", "HF_HUB", "TRANSFORMERS"):
+        os.environ.setdefault(f"{name}_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:  # set by -W and PYTHONWARNINGS
+        warnings.simplefilter("ignore")
+        logging.getLogger().addHandler(logging.NullHandler())  # else logging prints warnings that nobody listens to
 
 
 def console() -> None:
     """The entry point of the installed command."""
+    quiet_libraries()
     # CPU threads that wait for one another spin for microseconds, then sleep: as fast on a free machine, up to five
     # times faster next to other work. OpenMP reads it once, when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

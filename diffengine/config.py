@@ -15,19 +15,19 @@ import ast
 import builtins
 import fnmatch
 import inspect
+import itertools
 import json
 import math
+import os
 import pprint
 import re
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffengine.errors import UserError, check_text, require
-from diffengine.files import expanded
+from diffengine.errors import UserError, require
 from diffengine.signatures import children, problems_against, problems_of
-from diffengine.text import did_you_mean, one_line
+from diffengine.text import can_be_written, did_you_mean, shown, where
 
 Plain = dict[str, Any]
 Builders = Mapping[str, Callable]  # what builds a section that names no class, by section
@@ -45,8 +45,15 @@ TYPED = (
     "train_dataloader.dataset", "train_dataloader.image_transforms.*", "train_dataloader.transforms.*",
 )  # fmt: skip
 PLAIN = {"seed": 0, "work_dir": None}  # settings that the engine reads itself, with their defaults
-LARGEST_FILE, DEEPEST, LONGEST = 2**20, 50, 100_000  # bytes of a config file; levels of its values; letters of a text
+# No config needs more: beyond these one is a mistake, and would take all memory or time.
+LARGEST_FILE, MOST_VALUES, LONGEST_TEXT, DEEPEST, LONGEST_CHAIN = 10**6, 10**5, 10**5, 30, 30
+LARGEST_SIDE = 2**14  # pixels of an image's side
 REFERENCE = re.compile(r"\$\{(\w+)\}")
+
+
+def check_side(option: str, side: int) -> None:
+    """Refuse an image's side that no model has; it would take all memory."""
+    require(side <= LARGEST_SIDE, f"{option} got {side:,}; expected {LARGEST_SIDE:,} pixels at most")
 
 
 def config_dirs() -> list[Path]:
@@ -63,11 +70,13 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str, folder: Path | None = None) -> Path:
     """The file of a shipped name, or of a path relative to `folder` (default: the current one)."""
-    check_text(name, "a config's name")
-    path = expanded(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".py":
         path = folder / path if folder else path
-        require(path.is_file(), f"config file '{path}' does not exist; `diffengine list-cfg` lists the shipped ones")
+        require(
+            path.is_file(),
+            f"config file '{path}' does not exist, or is no file; `diffengine list-cfg` lists the shipped ones",
+        )
         return path
     known = shipped()
     files = {file.stem: file for configs in config_dirs() for file in configs.glob("_base_/*.py")} | known
@@ -98,11 +107,12 @@ def read(name: str) -> Plain:
 def _read(path: Path, chain: list[Path]) -> Plain:
     """`read` of a file; `chain` holds the files that extend it, to find a loop."""
     require(path.resolve() not in chain, f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
+    require(len(chain) < LONGEST_CHAIN, f"config '{path}' is extended by a chain of {len(chain)} files; name fewer")
     config = _read_file(path)
     bases = config.pop("extends", [])
     merged: Plain = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        require(isinstance(base, str), f"config '{path}': extends got {base!r}; expected a config's name or path")
+        require(isinstance(base, str), f"config '{path}': extends got {shown(base)}; expected a config's name or path")
         merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
     return extend(merged, config)
 
@@ -116,58 +126,60 @@ def _read_file(path: Path) -> Plain:
         return Imported(name if wanted else name.partition(".")[0])
 
     size = path.stat().st_size
-    require(size <= LARGEST_FILE, f"config '{path}' has {size:,} bytes; expected a Python file with settings")
+    require(size <= LARGEST_FILE, f"config '{path}' has {size:,} bytes; expected Python, {LARGEST_FILE:,} at most")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))
         space: Plain = {"__builtins__": {**vars(builtins), "__import__": import_name}}
         exec(compile(tree, str(path), "exec"), space)
+    except KeyboardInterrupt:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"config '{path}' is not UTF-8 text: {error}") from error
     except SyntaxError as error:
-        raise UserError(f"config '{path}' line {error.lineno}: {error.msg}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f" line {lines[-1]}" if lines else ""
-        raise UserError(f"config '{path}'{line}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"config '{path}' line {error.lineno or 1}: {error.msg}") from error
+    except BaseException as error:  # a file may raise anything, and it is the user's
+        raise UserError(f"config '{path}' {where(error, str(path))}") from error
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
     return _plain(own, f"config '{path}'")
 
 
-def _plain(value: Any, source: str, depth: int = 0) -> Any:
+def _plain(value: Any, source: str) -> Any:
     """Plain data only (what JSON can hold); tuples become lists, and imported classes their dotted names."""
-    require(depth <= DEEPEST, f"{source} holds values more than {DEEPEST} deep in one another, or one in itself")
-    if isinstance(value, Path):  # from Python: data=Path("photos")
-        value = str(value)
-    if isinstance(value, Imported):
-        return value._name
-    if isinstance(value, Mapping):
-        return {_plain(str(key), source): _plain(item, source, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, source, depth + 1) for item in value]
-    if isinstance(value, str):
-        check_text(value, source)
-    fits_int64 = not isinstance(value, int) or -(2**63) <= value < 2**63
-    if (
-        value is None
-        or (isinstance(value, bool | str | int) and fits_int64)
-        or (type(value) is float and math.isfinite(value))
-    ):
+    count = itertools.count(1)
+
+    def plain(value: Any, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise UserError(f"{source} holds values more than {DEEPEST} levels deep, or one that holds itself")
+        if next(count) > MOST_VALUES:
+            raise UserError(f"{source} holds more than {MOST_VALUES:,} values")
+        if isinstance(value, Imported):
+            return value._name
+        if isinstance(value, Path):  # from Python: data=Path("photos")
+            value = str(value)
+        if isinstance(value, Mapping):
+            return {plain(str(key), depth): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, depth + 1) for item in value]
+        if problem := _no_plain_value(value):
+            raise UserError(f"{source} {problem}: got {shown(value)} of {type(value).__name__}")
         return value
-    raise UserError(f"{source} holds more than plain values and imported classes: got {_shown(value)}")
+
+    return plain(value, 0)
 
 
-def _shown(value: Any) -> str:
-    """Any value, in a message."""
+def _no_plain_value(value: Any) -> str | None:
+    """What keeps a single value out of a config; None if it can be in one."""
+    if isinstance(value, str):
+        short = len(value) <= LONGEST_TEXT
+        problem = "holds text that is no UTF-8, or has NUL" if short else f"holds more than {LONGEST_TEXT:,} characters"
+        return None if short and can_be_written(value) else problem
     if isinstance(value, int):
-        return f"an int of {value.bit_length()} bits; expected at most 63"
-    try:
-        return f"{value!r:.100} of {type(value).__name__}"
-    except Exception:  # noqa: BLE001 - of a user's class
-        return type(value).__name__
+        return None if abs(value) < 2**63 else "holds an integer of more than 64 bits"
+    if value is None or (isinstance(value, float) and math.isfinite(value)):
+        return None
+    return "holds more than plain values and imported classes"
 
 
 def extend(base: Plain, update: Plain) -> Plain:
@@ -193,10 +205,10 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
     config = json.loads(json.dumps(config))
     known = {*config, *SECTIONS, *PLAIN}
     for option in options:
-        check_text(option, "--cfg-options")
         key, equals, text = option.partition("=")
         key = key.strip()
-        require(bool(equals and key), f"--cfg-options got '{option}'; expected KEY=VALUE, as in batch_size=4")
+        require(bool(equals and key), f"--cfg-options got {shown(option)}; expected KEY=VALUE, as in batch_size=4")
+        text = _plain(text, f"--cfg-options: {key}")
         *parents, last = key.split(".")
         require(bool(parents) or last in known, f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
         target: Any = config
@@ -211,11 +223,11 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
 
 def _child(target: Any, name: str, path: str) -> Any:
     """An item of a dict or list; `path` is where it should be in the config."""
-    if isinstance(target, list) and re.fullmatch(r"-?[0-9]{1,9}", name) and -len(target) <= int(name) < len(target):
+    if isinstance(target, list) and re.fullmatch("-?[0-9]{1,9}", name) and -len(target) <= int(name) < len(target):
         return target[int(name)]
     if isinstance(target, dict) and name in target:
         return target[name]
-    detail = did_you_mean(name, target) if isinstance(target, dict) else f"; its parent is {target!r}"
+    detail = did_you_mean(name, target) if isinstance(target, dict) else f"; its parent is {shown(target)}"
     raise UserError(f"--cfg-options: there is no '{path}' in this config{detail}")
 
 
@@ -230,8 +242,8 @@ def _literal(text: str, old: Any, key: str) -> Any:
     if type(old) is float and type(value) is int:
         return float(value)
     if type(old) in (bool, int, float) and type(value) in (bool, int, float, str) and type(value) is not type(old):
-        expected = f"expected {type(old).__name__}, as in {key}={old!r}"
-        raise UserError(f"--cfg-options: {key} got {value!r} ({type(value).__name__}); {expected}")
+        expected = f"expected {type(old).__name__}, as in {key}={shown(old)}"
+        raise UserError(f"--cfg-options: {key} got {shown(value)} ({type(value).__name__}); {expected}")
     return value
 
 
@@ -252,7 +264,11 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
     problems: list[str] = []
     settings = [key for key in config if key not in SECTIONS]
 
+    count = itertools.count(1)
+
     def replace(value: Any, path: str, chain: tuple[str, ...]) -> Any:
+        if next(count) > MOST_VALUES:
+            raise UserError(f"{path} refers to more than {MOST_VALUES:,} values")
         if isinstance(value, dict):
             return {key: replace(item, f"{path}.{key}", chain) for key, item in value.items()}
         if isinstance(value, list):
@@ -272,9 +288,8 @@ def _resolved(config: Plain) -> tuple[Plain, list[str]]:
         if whole := REFERENCE.fullmatch(value):
             return values[whole[1]]
         text = REFERENCE.sub(lambda match: str(values[match[1]]), value)
-        if len(text) > LONGEST:
-            problems.append(f"{path} has more than {LONGEST:,} letters once its references are replaced")
-        return text[:LONGEST]
+        require(len(text) <= LONGEST_TEXT, f"{path} refers to more than {LONGEST_TEXT:,} characters")
+        return text
 
     resolved = {key: replace(value, key, (key,)) for key, value in config.items()}
     return resolved, list(dict.fromkeys(problems))
@@ -313,9 +328,11 @@ def validate(resolved: Plain, builders: Builders) -> list[str]:
     for key in [key for key in resolved if key in SECTIONS]:
         section, expected = resolved[key], "list" if key in LISTS else "dict"
         if type(section).__name__ != expected:
-            problems.append(f"section '{key}' got {section!r}; expected a {expected}")
+            problems.append(f"section '{key}' got {shown(section)}; expected a {expected}")
         elif key in builders and "type" in section:
-            problems.append(f"section '{key}' got type={section['type']!r}; expected none, since diffengine builds it")
+            problems.append(
+                f"section '{key}' got type={shown(section['type'])}; expected none, since diffengine builds it"
+            )
         else:
             if key in builders:
                 parameters = inspect.signature(builders[key]).parameters.values()
@@ -324,9 +341,9 @@ def validate(resolved: Plain, builders: Builders) -> list[str]:
             problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
     seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
     if type(seed) is not int or not 0 <= seed < 2**32:
-        problems.append(f"seed got {seed!r}; expected an int from 0 to 2**32 - 1")
+        problems.append(f"seed got {shown(seed)}; expected an int from 0 to 2**32 - 1")
     if not isinstance(work_dir, str | None):
-        problems.append(f"work_dir got {work_dir!r}; expected a folder")
+        problems.append(f"work_dir got {shown(work_dir)}; expected a folder")
     return problems
 
 
@@ -335,7 +352,7 @@ def _untyped(value: Any, path: str) -> list[str]:
     if any(fnmatch.fnmatchcase(path, pattern) and path.count(".") == pattern.count(".") for pattern in TYPED):
         off = value is None and path.startswith("default_hooks.")  # None switches a hook off
         named = isinstance(value, dict) and "type" in value
-        return [] if off or named else [f"{path} got {value!r}; expected dict(type=...) that names a class"]
+        return [] if off or named else [f"{path} got {shown(value)}; expected dict(type=...) that names a class"]
     return [problem for key, item in children(value) for problem in _untyped(item, f"{path}.{key}")]
 
 

@@ -2,15 +2,15 @@
 
 import errno
 import os
+import re
 import signal
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffengine.text import one_line
-
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|out of memory|Storage size calculation overflowed")  # of torch
+NO_PATH = re.compile("Could not determine home directory|Symlink loop")  # of `Path.expanduser` and `Path.resolve`
 
 
 class UserError(Exception):
@@ -43,26 +43,9 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def raised(error: BaseException) -> str:
-    """An exception of a user's code, or of what it configures, with the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    line = f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)}{line}"
-
-
-def check_text(text: str, source: str) -> None:
-    """Refuse what no path or caption can hold: NUL, and half a character."""
-    try:
-        os.fsencode(text)
-        halves = False
-    except UnicodeEncodeError:
-        halves = True
-    require(not halves and "\0" not in text, f"{source} holds {text[:100]!r}: NUL and half a character are no text")
-
-
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError of the disk or of a named file into a UserError; any other exception passes through."""
+    """Turn what the system refuses, a file or memory, into a UserError; any other exception passes through."""
     try:
         yield
     except OSError as error:
@@ -72,6 +55,11 @@ def disk_errors() -> Iterator[None]:
         gone = "check that it was not deleted, moved or replaced, or choose another folder"
         advice = "free space or fix the permissions, or choose another folder" if error.errno in DISK_ERRORS else gone
         raise UserError(f"cannot read or write {file}: {error.strerror}; {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+            raise UserError(f"out of memory ({text or 'Python'}); choose smaller sizes, or a smaller batch") from error
+        raise
 
 
 @contextmanager

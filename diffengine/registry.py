@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from diffengine.errors import UserError, raised
-from diffengine.text import one_line
+from diffengine.errors import UserError
+from diffengine.text import one_line, shown, where
 
 EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
 
@@ -26,13 +26,14 @@ def resolve(type_name: str) -> Any:
     module, _, name = type_name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise anything
         extra = EXTRAS.get(type_name.partition(".")[0]) if isinstance(error, ImportError) else None
         check = "check the import at the top of the config, and that the package that holds it is installed"
         advice = f"pip install 'diffengine[{extra}]'" if extra else check
-        expected = isinstance(error, ImportError | AttributeError | ValueError)
-        reason = one_line(error) if expected else raised(error)
-        raise UserError(f"type '{type_name}' cannot be imported ({reason}): {advice}") from error
+        why = one_line(error) if isinstance(error, ImportError | AttributeError) else where(error)
+        raise UserError(f"type '{type_name}' cannot be imported ({why}): {advice}") from error
 
 
 def build(section: Any, **given: Any) -> Any:
@@ -43,9 +44,9 @@ def build(section: Any, **given: Any) -> Any:
     cls = resolve(section["type"])
     try:
         return cls(**options, **given)
-    except (UserError, OSError):
+    except (UserError, OSError, MemoryError):
         raise
     except ImportError as error:  # a package that the class needs only now
         raise UserError(f"{section['type']} needs a package that is missing ({error}); install it") from error
     except Exception as error:
-        raise UserError(f"{section['type']} cannot be built from {options!r:.200}: {raised(error)}") from error
+        raise UserError(f"{section['type']} cannot be built from {shown(options)}: {where(error)}") from error

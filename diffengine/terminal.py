@@ -1,4 +1,7 @@
-"""How far something is: a live line at the bottom of a terminal, plain lines now and then where there is none."""
+"""What a person reads: lines that are printed and logged, and a live line at the bottom of a terminal.
+
+Names, prompts and errors come from anywhere, and a terminal obeys what it is sent. So all lines pass `printable` here.
+"""
 
 import logging
 import os
@@ -19,6 +22,11 @@ SHORTEST_BAR, LONGEST_BAR = 3, 40  # columns
 MARGIN = 2  # columns that stay free for the ^C that a terminal shows
 
 Progressed = tuple[float, Sequence[str]]  # the share that is done, from 0 to 1, and numbers, the most important first
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, on `sys.stdout` unless `file` is given."""
+    print("\n".join(map(printable, lines)), file=file, flush=True)
 
 
 class LiveLine:
@@ -143,8 +151,8 @@ class Progress:
         return finished / max(self.total, finished), [count, f"{format_rate(rate)}/s", f"{left} left"]
 
 
-class Printable(logging.Formatter):
-    """A formatter of lines for a terminal or a log."""
+class LineFormatter(logging.Formatter):
+    """One line per record."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -158,17 +166,11 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(Printable("%(message)s"))
         self.addFilter(lambda record: getattr(record, "printed", True))
 
     @property
     def stream(self) -> TextIO:
         return sys.stdout
-
-
-def say(text: str) -> None:
-    """Print a line, or several. What a command says goes through here."""
-    print(printable(text), flush=True)
 
 
 def on_terminal() -> bool:

@@ -3,11 +3,12 @@
 import difflib
 import re
 import signal
+import traceback
 from collections.abc import Iterable
 
-# What could drive a terminal or turn a line around: control characters but tab and newline, and bidi controls. And
-# halves of characters, which cannot be printed.
-RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What moves a terminal's cursor, turns the direction of writing, starts a line, or cannot be encoded.
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+LONGEST_MESSAGE, LONGEST_VALUE = 2000, 200  # characters that are shown
 
 
 def format_bytes(size: float) -> str:
@@ -30,16 +31,46 @@ def format_rate(per_second: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that may hold names and words of others, for a terminal or a log: what is not text is escaped."""
-    return RAW.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """A text as one line that a terminal shows and does not obey: control characters as "\\x1b"."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def can_be_written(text: str) -> bool:
+    """Whether files and their names can hold a text: it is valid Unicode, without NUL."""
+    return re.search("[\\0\\ud800-\\udfff]", text) is None
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters and an ellipsis, cut in the middle."""
+    end = most // 4
+    return text if len(text) <= most else f"{text[: most - end]} … {text[-end:]}"
 
 
 def one_line(error: object) -> str:
-    """The text of an error on one line; its class name if it has no text."""
+    """The text of an error on one line, printable; its class name if it has no text."""
     try:
-        return printable(" ".join(str(error).split())) or type(error).__name__
-    except Exception:  # noqa: BLE001 - of a user's class
-        return type(error).__name__
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - a class of a user's may raise anything
+        text = ""
+    return printable(shortened(text or type(error).__name__, LONGEST_MESSAGE))
+
+
+def where(error: BaseException, file: str | None = None) -> str:
+    """An error with its class, and the file and line that raised it: the last ones, or the last within `file`."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if file in (None, frame.filename)]
+    line = f"line {frames[-1].lineno}: " if frames else ""
+    line = line if file or not frames else f"{frames[-1].filename} {line}"
+    text = one_line(error)
+    name = type(error).__name__
+    return f"{line}{name}" if text == name else f"{line}{name}: {text}"
+
+
+def shown(value: object) -> str:
+    """A value in a message: the start and the end of its `repr`."""
+    try:
+        return shortened(repr(value), LONGEST_VALUE)
+    except Exception:  # noqa: BLE001 - as of `one_line`
+        return f"a {type(value).__name__}"
 
 
 def how_it_ended(code: int) -> str:
@@ -53,5 +84,5 @@ def how_it_ended(code: int) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean 'word'?" for the known word nearest to `word`, or "" if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

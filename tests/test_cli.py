@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,79 @@ def test_other_os_errors_are_internal_errors(monkeypatch, capsys):
     fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
     assert cli.main(["list-cfg"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "out of memory (Python); choose smaller sizes, or a smaller batch"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out of memory (Def",
+        ),
+        (RuntimeError("Could not determine home directory."), "cannot follow a path that begins with ~"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 9000), "cannot read or write 'aaa"),
+    ],
+)
+def test_what_the_system_refuses_prints_one_line_and_exits_with_2(monkeypatch, capsys, error, text):
+    fail_with(monkeypatch, error)
+    assert cli.main(["list-cfg"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"diffengine list-cfg: error: {text}")
+    assert len(line) < 2100
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["list-cfg", "a\0b"], r"diffengine: error: got the argument 'a\x00b'; expected UTF-8 text without NUL"),
+        (["train", "a.py", "--data", "\udcff"], r"diffengine: error: got the argument '\udcff'; expected UTF-8 text"),
+        (["sample", "x", "a" * 200_000], "diffengine: error: got the argument 'aaa"),
+        (["list-cfg", "\x1b[31m"], r"diffengine list-cfg: error: no shipped config matches '\x1b[31m'; there are"),
+        (["train", "--\x1b[31m\nx"], r"diffengine train: error: the following arguments are required: config; `"),
+        (["train", "a", "--\x1b[31m\nx"], r"diffengine: error: unrecognized arguments: --\x1b[31m x; `diffengine"),
+        (["\x1b[31m"], r"diffengine: error: argument COMMAND: invalid choice: '\x1b[31m'"),
+        (["train", "a", "--launcher", "x"], "diffengine train: error: argument --launcher: invalid choice: 'x'"),
+        (["train", "a", "--work-d", "x" * 90_000], "diffengine train: error: unknown config 'a'"),
+        (["sample", "x", "a", "--n", "²"], "diffengine sample: error: argument --n: invalid int value: '²'"),
+        (["sample", "x", "a", "--n", "9" * 5000], "diffengine sample: error: argument --n: invalid int value: '999"),
+        (["copy-cfg", "vq_32_emoji", "a" * 300 + ".py"], "diffengine copy-cfg: error: cannot read or write 'aaa"),
+        (["copy-cfg", "vq_32_emoji", "\n"], "diffengine copy-cfg: error: copy-cfg got ' '; expected a file name"),
+        (["report", "a" * 300], "diffengine report: error: "),
+        (["convert", "a" * 300], "diffengine convert: error: "),
+        (["convert", "vq_32_emoji", "a" * 300, "out"], "diffengine convert: error: "),
+        (["sample", "a" * 300, "a cat"], "diffengine sample: error: "),
+        (["sample", "~nobody-here/x", "a cat"], "diffengine sample: error: cannot follow a path that begins with ~"),
+        (["eval", "a" * 300], "diffengine eval: error: "),
+    ],
+)
+def test_odd_arguments_print_one_line_and_exit_with_2(argv, text, capsys):
+    assert cli.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(text)
+    assert line.isprintable()
+    assert len(line) < 2500
+
+
+def test_the_command_keeps_warnings_of_libraries_out_of_its_lines(monkeypatch, capfd):
+    """Unless `python -W` asks for them."""
+
+    def warns():
+        warnings.warn("a warning", stacklevel=1)
+        logging.getLogger("PIL.a_format").warning("a warning")
+        raise UserError("got this")
+
+    monkeypatch.setattr(config, "shipped", warns)
+    monkeypatch.setattr(sys, "argv", ["diffengine", "list-cfg"])
+    for options, shown in (([], 0), (["default"], 1)):
+        monkeypatch.setattr(sys, "warnoptions", options)
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        with warnings.catch_warnings(record=True, action="default") as caught, pytest.raises(SystemExit, match="2"):
+            cli.console()
+        *logged, line = capfd.readouterr().err.splitlines()
+        assert line == "diffengine list-cfg: error: got this"
+        assert (logged, len(caught)) == (["a warning"] * shown, shown)
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
 
 
 def test_interrupt_and_broken_pipe(monkeypatch, capsys):

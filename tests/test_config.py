@@ -1,12 +1,19 @@
 """Configs: find, extend, read, override, resolve, validate, write."""
 
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
 import pytest
+from torch import Tensor
 
 from diffengine import config
 from diffengine.cli import main
 from diffengine.engine.build import BUILDERS, load_config
 from diffengine.errors import UserError
-from diffengine.signatures import fits, problems_of
+from diffengine.signatures import Between, children, fits, problems_of
 
 TRAINABLE = sorted(config.shipped())
 
@@ -140,12 +147,75 @@ def test_validation_reports_a_missing_package(folder):
         ("def f():\n    pass\n", "holds more than plain values"),
         ("from .other import *\n", "line 1: ImportError: imports here are names of classes only"),
         ("from torch import *\n", 'to build on another config: extends = "NAME"'),
+        ("a = 1\nraise BaseException('no')\n", "line 2: BaseException: no"),
+        ("raise GeneratorExit\n", "line 1: GeneratorExit"),
+        ("\n\nexit(3)\n", "line 3: SystemExit: 3"),
+        ("raise SystemExit\n", "line 1: SystemExit"),
+        ("def f():\n    f()\n\nf()\n", "line 2: RecursionError: maximum recursion depth exceeded"),
+        ("class E(Exception):\n    def __str__(self):\n        raise self\nraise E\n", "line 4: E"),
+        ("a = type('A', (), {'__repr__': lambda self: 5})()\n", "got a A of A"),
+        ("a = 1\0\n", "line 1: source code string cannot contain null bytes"),
+        ("a = " + "[" * 100_000, "too many nested parentheses"),
+        ("a = []\nfor _ in range(5000): a = [a]\n", "holds values more than 30 levels deep"),
+        ("a = {}\na['a'] = a\n", "or one that holds itself"),
+        ("a = [0]\nfor _ in range(25): a = [a, a]\n", "holds more than 100,000 values"),
+        ("a = 2**63\n", "holds an integer of more than 64 bits: got 9223372036854775808 of int"),
+        ("a = 9 ** 9999\n", "holds an integer of more than 64 bits: got a int of int"),
+        ("a = 'x\\0'\n", "holds text that is no UTF-8, or has NUL: got 'x\\x00' of str"),
+        ("a = {'\\ud800': 1}\n", "holds text that is no UTF-8, or has NUL"),
+        ("a = 'x' * 10**7\n", "holds more than 100,000 characters: got 'xxx"),
+        ("#" * 2_000_000, "has 2,000,000 bytes; expected Python, 1,000,000 at most"),
     ],
 )
 def test_invalid_config_files(folder, text, expected):
     message = error_of(config.read, write(folder / "c.py", text))
     assert message.startswith(f"config '{folder / 'c.py'}'")
     assert expected in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "expected"),
+    [
+        ("odd.py", os.mkfifo, "config file 'odd.py' does not exist, or is no file"),
+        ("odd.py", Path.mkdir, "config file 'odd.py' does not exist, or is no file"),
+        ("odd.py", lambda path: path.symlink_to("/dev/zero"), "config file 'odd.py' does not exist, or is no file"),
+        ("odd.py", lambda path: path.symlink_to(path.name), "config file 'odd.py' does not exist, or is no file"),
+        ("a" * 300 + ".py", None, "File name too long"),
+        ("a/" * 5000 + "a.py", None, "File name too long"),
+        ("~nobody-here/a.py", None, "config file '~nobody-here/a.py' does not exist"),
+        ("\x1b[31m.py", None, r"config file '\x1b[31m.py' does not exist"),
+        ("a\0.py", None, r"got the argument 'a\x00.py'; expected UTF-8 text without NUL"),
+        ("\udcff.py", None, r"got the argument '\udcff.py'; expected UTF-8 text without NUL"),
+        ("", None, "unknown config ''"),
+    ],
+)
+def test_odd_config_paths(folder, name, make, expected, capsys):
+    if make is not None:
+        make(Path(name))
+    assert main(["train", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+    assert line.isprintable()
+    assert len(line) < 2200
+
+
+def test_a_long_chain_of_files(folder):
+    for number in range(40):
+        write(folder / f"c{number}.py", f"extends = 'c{number + 1}.py'\n")
+    assert "is extended by a chain of 30 files" in error_of(config.read, "c0.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("${a}${a}", "refers to more than 100,000 characters"), (["${a}", "${a}"], "refers to more than 1,000 values")],
+)
+def test_references_that_double(text, expected, monkeypatch):
+    monkeypatch.setattr(config, "MOST_VALUES", 1000)
+    settings = {
+        f"a{number}": json.loads(json.dumps(text).replace("${a}", f"${{a{number + 1}}}")) for number in range(40)
+    }
+    assert expected in error_of(config.resolve, {**settings, "a40": "x", "model": {"path": "${a0}"}})
 
 
 def test_encodings(folder):
@@ -153,8 +223,6 @@ def test_encodings(folder):
     assert "'latin.py' is not UTF-8 text" in error_of(config.read, "latin.py")
     (folder / "marked.py").write_bytes(b"\xef\xbb\xbf" + "data = 'é 猫'\n".encode())
     assert config.read("marked.py") == {"data": "é 猫"}
-    (folder / "folder.py").mkdir()
-    assert "does not exist" in error_of(config.read, "folder.py")
 
 
 # ---------------------------------------------------------------------------------------------- overriding
@@ -346,6 +414,89 @@ def test_missing_section_and_missing_option():
     assert problems_of({"type": "diffengine.datasets.Resize"}, "here") == ["here: Resize needs 'size'"]
 
 
+def test_a_module_that_raises_on_import(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(folder))
+    for number, raised in enumerate(("RuntimeError('no')", "SystemExit(3)", "BaseException")):
+        write(folder / f"broken{number}.py", f"x = 1\nraise {raised}\n")
+        message = error_of(load_config, "vq_32_emoji", [f"custom_hooks=[{{'type': 'broken{number}.Hook'}}]"])
+        assert f"broken{number}.py line 2: {raised.partition('(')[0]}" in message
+    message = error_of(load_config, "vq_32_emoji", ["custom_hooks=[{'type': '..a.b'}]"])
+    assert "custom_hooks.0: type '..a.b' cannot be imported" in message
+
+
+# Settings that admit a value by its type; their classes check the range. All others must refuse it when it is read.
+PATHS = {"cache_path", "class_data", "class_prompt", "data", "instance_prompt", "pretrained", "validation_data"}
+NUMBERS = {
+    "caption_dropout", "clip_grad", "flip", "learning_rate", "lora_dropout", "min_transparent", "prior_loss_weight",
+    "validation_share", "weight_decay",
+}  # fmt: skip
+OPTIONAL = {
+    "backgrounds", "cache_path", "checkpoint_every", "class_data", "class_prompt", "clip_grad", "image_variations",
+    "keep_checkpoints", "max_epochs", "max_iters", "micro_batch_size", "patience", "pretrained", "preview_every",
+    "validation_data", "validation_every",
+}  # fmt: skip
+SWITCHES = {"cache", "compile", "gradient_checkpointing", "random_crop"}
+
+
+def references(value, path):
+    """The settings that a section refers to, by path."""
+    if isinstance(value, str):
+        match = config.REFERENCE.fullmatch(value)
+        return {path: match[1]} if match else {}
+    return {key: name for index, item in children(value) for key, name in references(item, f"{path}.{index}").items()}
+
+
+@pytest.mark.parametrize("name", ["amused_512_dreambooth_lora", "amused_32_emoji_lora", "vq_32_emoji"])
+@pytest.mark.parametrize(
+    ("value", "admit"),
+    [
+        ("1e-4", PATHS), ([1e-4], set()), ({"a": 1}, {"validation_data"}), (None, OPTIONAL), (0.5, NUMBERS),
+        (1e308, NUMBERS), (True, SWITCHES),
+    ],
+)  # fmt: skip
+def test_every_setting_with_values_of_wrong_types(name, value, admit):
+    raw = config.read(name)
+    used = {
+        path: setting for key in config.SECTIONS & raw.keys() for path, setting in references(raw[key], key).items()
+    }
+    config_with = config.merge(config.extend(config.PLAIN, raw), dict.fromkeys(used.values(), value))
+    problems = config.validate(config.substitute(config_with), BUILDERS)
+    refused = {setting for path, setting in used.items() if any(text.startswith(f"{path} got ") for text in problems)}
+    assert set(used.values()) - refused == admit & set(used.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("batch_size=0", "train_dataloader.batch_size got 0 (int); expected int from 1 to 1,000,000"),
+        ("batch_size=1000000000000", "expected int from 1 to 1,000,000"),
+        ("image_variations=1000000000000", "expected int from 1 to 1,000,000 or NoneType"),
+        ("num_workers=-1", "train_dataloader.num_workers got -1 (int); expected int from 0 to 1,024"),
+        ("learning_rate='1e-4'", "learning_rate got '1e-4' (str); expected float"),
+        ("learning_rate=(1e-4,)", "optim_wrapper.optimizer.lr got [0.0001] (list); expected float or Tensor"),
+        ("learning_rate=nan", "learning_rate got 'nan' (str); expected float"),
+        ("optim_wrapper.optimizer.lr=nan", "optim_wrapper.optimizer.lr got 'nan' (str); expected float or Tensor"),
+        ("optim_wrapper.optimizer.betas=x", "optim_wrapper.optimizer.betas got 'x' (str); expected tuple"),
+        ("optim_wrapper.optimizer.betas=[0.9, 'x']", "optim_wrapper.optimizer.betas got [0.9, 'x'] (list)"),
+        ("model.adapters.transformer.r=x", "model.adapters.transformer.r got 'x' (str); expected int"),
+        ("model.adapters.transformer.lora_alpha=x", "adapters.transformer.lora_alpha got 'x' (str); expected int"),
+        ("rank=True", "rank got True (bool); expected int"),
+        ("seed=" + "9" * 5000, "seed got '999"),
+        ("seed=" + "(" * 90_000, "seed got '((("),
+        ("seed=0x" + "f" * 5000, "seed got '0xfff"),
+        ("custom_hooks.²=1", "there is no 'custom_hooks.²' in this config"),
+        ("custom_hooks.--1=1", "there is no 'custom_hooks.--1' in this config"),
+        ("custom_hooks.99999999999999999999=1", "there is no 'custom_hooks.99999999999999999999' in this config"),
+        ("work_dir=\0", "--cfg-options: work_dir holds text that is no UTF-8, or has NUL"),
+        ("data=\ud800", "holds text that is no UTF-8, or has NUL"),
+    ],
+)
+def test_garbage_in_options(option, expected):
+    message = error_of(load_config, "amused_512_own_lora", ["custom_hooks=[]", option])
+    assert expected in message
+    assert len(message) < 1000
+
+
 def test_visualizer_backends_are_checked():
     _, resolved = load_config("vq_32_emoji", ["vis_backends=[{'type': 'mmengine.visualization.LocalVisBackend'}]"])
     assert resolved["vis_backends"] == [{"type": "mmengine.visualization.LocalVisBackend"}]
@@ -370,6 +521,19 @@ def test_visualizer_backends_are_checked():
         ([], dict[str, int], False),
         (None, int | None, True),
         ("anything", object, True),
+        ("1", float | Tensor, False),
+        (1, float | Tensor, True),
+        ("1", Tensor, True),
+        ([0.9, 0.95], tuple[float | Tensor, float | Tensor], True),
+        ([0.9, "x"], tuple[float | Tensor, float | Tensor], False),
+        ("x", Path | int, True),
+        ("x", Sequence[str] | None, False),
+        (["x"], Sequence[str] | None, True),
+        ({"a": "x"}, dict[str, int], False),
+        ({"type": "x"}, int | Tensor, True),
+        (1, Literal[True], False),
+        (5, Annotated[int, Between(1, 5)], True),
+        (6, Annotated[int, Between(1, 5)] | None, False),
     ],
 )
 def test_fits(value, hint, fit):

@@ -1,6 +1,7 @@
 """User errors, and the one line that each prints: what was given, what is expected, what to do."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -201,7 +202,7 @@ ERRORS = {
     "unknown config": (lambda here: ["train", "amused_512_pokemn"], "did you mean 'amused_512_pokemon_blip'"),
     "missing config file": (
         lambda here: ["train", "my.py"],
-        "config file 'my.py' does not exist; .*list-cfg",
+        "config file 'my.py' does not exist, or is no file; .*list-cfg",
     ),
     "unknown key": (options("batchsize=4"), "unknown key 'batchsize'; did you mean 'batch_size'"),
     "unknown key of a section": (
@@ -215,7 +216,7 @@ ERRORS = {
     "negative seed": (options("seed=-1"), "seed got -1; expected an int from 0"),
     "empty batch": (
         options("batch_size=0"),
-        "batch_size got 0; expected 1 to 1,000,000",
+        r"train_dataloader.batch_size got 0 \(int\); expected int from 1 to 1,000,000",
     ),
     "epochs and steps": (options("max_epochs=1"), "got max_epochs=1 and max_iters=1; expected one .* to None"),
     "neither epochs nor steps": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),
@@ -371,6 +372,95 @@ ERRORS = {
         "no shipped config matches 'sdxl'; there are amused_",
     ),
 }
+
+
+def from_sizes(component, cls, **sizes):
+    """A config that builds a component from scratch."""
+    package = "transformers" if cls.startswith("CLIP") else "diffusers"
+
+    def make(here):
+        section = f"dict(type={cls}, **{sizes!r})"
+        lines = [f"from {package} import {cls}", "extends = 'toy.py'",
+                 f"model = dict(train=['transformer', 'text_encoder'], {component}={section})"]  # fmt: skip
+        (here / "mine.py").write_text("\n".join(lines))
+        return ["train", "mine.py", "--work-dir", "new"]
+
+    return make
+
+
+def sample(*argv):
+    return lambda here: ["sample", "model", "a cat", *argv]
+
+
+def prompts_of(make):
+    """`sample` and the like with a file of prompts that is none."""
+
+    def make_argv(here):
+        make(here / "odd")
+        return ["sample", "model", "--prompts", "odd"]
+
+    return make_argv
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(2**36)
+
+
+# Values that would take all memory or time, and files that never end.
+ERRORS |= {
+    "huge images": (options("resolution=100000"), "image size after Resize got 100,000; expected 16,384 pixels"),
+    "endless run": (options("max_iters=1000000000000000000"), "max_iters got 10+; expected 1,000,000,000 at most"),
+    "huge batch": (options("batch_size=1000000000000"), "batch_size got 10+ .*; expected int from 1 to 1,000,000"),
+    "huge rank": (
+        lambda here: ["train", "toy.py", "--work-dir", "new", "--cfg-options", "model.train=[]",
+                      "model.adapters={'transformer': {'type': 'peft.LoraConfig', 'r': 1000000000, "
+                      "'target_modules': ['to_q']}}"],
+        "adapters.transformer got r=1000000000; expected 8,192 at most",
+    ),
+    "many layers": (
+        from_sizes("transformer", "UVit2DModel", num_hidden_layers=10**7),
+        "transformer.num_hidden_layers got 10000000; expected from 0 to 1,000",
+    ),
+    "many residual blocks": (
+        from_sizes("transformer", "UVit2DModel", num_res_blocks=10**9), "num_res_blocks got 10+; expected from 0 to"
+    ),
+    "wide layers": (
+        from_sizes("transformer", "UVit2DModel", hidden_size=10**9), "hidden_size got 10+; expected from 0 to 1,048,576"
+    ),
+    "negative width": (from_sizes("transformer", "UVit2DModel", hidden_size=-5), "hidden_size got -5; expected from 0"),
+    "size of another type": (
+        from_sizes("transformer", "UVit2DModel", hidden_size="x"), r"hidden_size got 'x' \(str\); expected int"
+    ),
+    "no hook": (options("custom_hooks=[{'type': 'os.getcwd'}]"), "custom_hooks got os.getcwd; expected a subclass of"),
+    "learning rate as text": (
+        options("optim_wrapper.optimizer.lr=1e-4x"), r"optimizer.lr got '1e-4x' \(str\); expected float or Tensor"
+    ),
+    "data with a long name": (
+        lambda here: train("--data", "a" * 300), "cannot read or write 'a+': File name too long; check"
+    ),
+    "pretrained with a long name": (
+        lambda here: train("--pretrained", "a/" * 3000), "cannot read or write 'a/.*': File name too long; check"
+    ),
+    "data of no user": (lambda here: train("--data", "~nobody-here/x"), "cannot follow a path that begins with ~"),
+    "many images": (sample("--n", "1000000000"), "--n got 1,000,000,000; expected 100,000 at most"),
+    "huge images of sample": (sample("--size", "99999x99999"), "--size got 99,999; expected 16,384 pixels at most"),
+    "huge resolution": (sample("--resolution", "100000000"), "--resolution got 100,000,000; expected 16,384 pixels"),
+    "overflowing guidance": (sample("--guidance", "1e39"), r"guidance_scale got 1e\+39; expected a number from 0 to"),
+    "infinite guidance": (sample("--guidance", "1e400"), "--guidance got inf; expected a number from 0"),
+    "overflowing temperature": (sample("--temperature", "1e308", "0"), "temperature got .*; expected a number"),
+    "endless steps": (sample("--steps", "1000000000000"), "got 10+ steps for .* expected at most one step per token"),
+    "long seed": (sample("--seed", str(2**70)), "--seed got 1180591620717411303424; expected a whole number"),
+    "prompts in a FIFO": (prompts_of(os.mkfifo), "--prompts 'odd' cannot be read: it is no file"),
+    "prompts without end": (prompts_of(lambda path: path.symlink_to("/dev/zero")), "cannot be read: it is no file"),
+    "huge file of prompts": (prompts_of(huge), "'odd' has 68,719,476,736 bytes; expected 10,000,000 at most"),
+    "a prompt of 5 MB": (
+        prompts_of(lambda path: path.write_text("a" * 5_000_000)), "a prompt of 5,000,000 characters; expected 100,000"
+    ),
+    "prompts with NUL": (prompts_of(lambda path: path.write_bytes(b"a\0b")), "'odd' has NUL characters; expected text"),
+    "a PNG that is a device": (sample("-o", "/dev/null"), "cannot write '/dev/null': '/dev/null' is no folder"),
+    "a PNG below a file": (sample("-o", "toy.py/x.png"), "cannot write 'toy.py/x.png': 'toy.py' is no folder"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ERRORS)

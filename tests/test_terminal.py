@@ -1,13 +1,17 @@
 """The live line and progress, on a terminal and where there is none."""
 
+import ast
 import io
+import logging
 import sys
+from pathlib import Path
 
 import pytest
 
 from diffengine import terminal
 from diffengine.errors import UserError
-from diffengine.terminal import LiveLine, Progress, fitting
+from diffengine.terminal import ConsoleHandler, LineFormatter, LiveLine, Progress, fitting, say
+from diffengine.text import LONGEST_MESSAGE, one_line, printable, shown
 from tests.support.terminal import STYLE, Terminal, use_terminal
 
 NUMBERS = ["400/600", "loss 3.123", "val 3.456", "12:34 left", "105 images/s", "preview in 20"]
@@ -175,3 +179,49 @@ def test_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, ca
         for now[0] in (1, 5, 9, 11, 12, 20):
             progress.advance(200)
     assert capsys.readouterr().out == "encoded 800/2,000 images, 72.7/s, 0:16 left\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a cat, 猫 🐱 👩\u200d🚀 é", "a cat, 猫 🐱 👩\u200d🚀 é"),
+        ("\x1b[2J\x07\r\b", r"\x1b[2J\x07\r\x08"),
+        ("a\nb\tc\u2028d\x85", r"a\nb\tc\u2028d\x85"),
+        ("\u202egpj.exe\u2066", r"\u202egpj.exe\u2066"),
+        ("\udcff\0", r"\udcff\x00"),
+    ],
+)
+def test_control_characters_are_shown_and_not_obeyed(
+    text: str, shown: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """In what is printed, in the log on the console and in the file, and in errors."""
+    say(text, "next")
+    assert capsys.readouterr().out == f"{shown}\nnext\n"
+    logger = logging.Logger("a run's")
+    file = logging.FileHandler(tmp_path / "log.txt", encoding="utf-8")
+    for handler in (ConsoleHandler(), file):
+        handler.setFormatter(LineFormatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.info("step %s", text)
+    file.close()
+    assert capsys.readouterr().out == f"step {shown}\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"step {shown}\n"
+    assert one_line(UserError(text)) == printable(" ".join(text.split()))
+
+
+def test_a_message_is_cut_in_the_middle() -> None:
+    assert one_line(UserError("got " + "x" * 10_000 + "; expected less")).endswith("x; expected less")
+    assert len(one_line("x" * 10_000)) == LONGEST_MESSAGE + 3
+    assert shown(list(range(10_000)))[:10] == "[0, 1, 2, "
+
+
+def test_all_lines_are_printed_here() -> None:
+    """`print` sends a terminal whatever a file name or a prompt holds."""
+    package = Path(terminal.__file__).parent
+    printing = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert printing == ["terminal.py"]

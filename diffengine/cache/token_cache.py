@@ -23,7 +23,7 @@ from diffengine.datasets import Sample, Stream, collate, variation_batches
 from diffengine.errors import UserError, disk_errors, require
 from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
-from diffengine.terminal import Progress
+from diffengine.terminal import Progress, say
 from diffengine.text import format_bytes
 
 Choice = bool | Literal["auto"]
@@ -349,7 +349,7 @@ def _missing(builder: TableBuilder, reason: str, everything: str, rows: str) -> 
     missing = builder.missing()
     count, total = (sum(end - first for first, end in chunks) for chunks in (missing, builder.chunks))
     encoded = everything if count == total else f"{count:,} of {total:,} {rows}"
-    print(f"token cache: {reason}; encoding {encoded}", flush=True)
+    say(f"token cache: {reason}; encoding {encoded}")
     return missing
 
 

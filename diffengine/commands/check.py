@@ -5,6 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from diffengine.commands import launch
+from diffengine.terminal import say
 from diffengine.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(job: "Job") -> None:
-    from diffengine.distributed import print_once
+    from diffengine import distributed
     from diffengine.engine.check import check
 
     report = check(job)
-    print_once("\n".join([*table(report), *(f"warning: {line}" for line in warnings(report))]))
+    if distributed.rank() == 0:
+        say(*table(report), *(f"warning: {line}" for line in warnings(report)))
 
 
 def table(report: "Report") -> list[str]:

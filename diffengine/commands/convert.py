@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(path, config.read(given) if given else None, options.ema)
     require(keys == options.save_keys or str(out) not in model.exportable, NO_OUT)
     for item in export(model, out, keys, pipeline=options.pipeline, merge=options.merge, dtype=options.dtype):
-        say("\n  ".join([f"wrote {item}; open it with", *item.lines]))
+        say(f"wrote {item}; open it with", *(f"  {line}" for line in item.lines))
     return 0
 
 

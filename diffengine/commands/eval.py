@@ -41,6 +41,6 @@ def run(options: argparse.Namespace) -> int:
         max_images=options.max_images, seed=options.seed, resolution=options.resolution, dtype=options.dtype,
         compile=options.compile, **known,
     )  # fmt: skip
-    say(found.markdown())
+    say(*found.markdown().split("\n"))
     say(f"wrote eval.md, eval.json, eval.png and all images to {found.folder}")
     return 0

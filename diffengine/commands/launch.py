@@ -18,6 +18,7 @@ from select import select
 from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import Interrupted, UserError, disk_errors, require
+from diffengine.terminal import say
 from diffengine.text import how_it_ended, one_line
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int
             return (_run_rank if LAUNCHED in os.environ else _run_job)(options, work)
         except Interrupted as error:
             if distributed.rank() == 0:
-                print(describe(options.command, error)[1], file=sys.stderr)
+                say(describe(options.command, error)[1], file=sys.stderr)
             return last_exit_code(error.signum)
         finally:
             distributed.stop()
@@ -296,7 +297,7 @@ def _explain(command: str, cause: Rank | None, work_dir: Path) -> int:
     if cause is None:
         return 0
     code, text = cause.report or _death(command, cause, work_dir)
-    print(text, file=sys.stderr)
+    say(*text.split("\n"), file=sys.stderr)
     return code
 
 

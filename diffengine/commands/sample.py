@@ -9,9 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffengine import config
 from diffengine.errors import UserError, require
 from diffengine.files import read_text
 from diffengine.terminal import Progress, say
+from diffengine.text import can_be_written
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from diffengine.models.generation import GenerationOptions, ImageRequest
 
     Results = dict[tuple[int, GenerationOptions], Image.Image]  # by number of the request
+
+MOST_IMAGES = 100_000
+LARGEST_FILE = 10**7  # bytes of prompts
 
 
 MOST = 1_000_000  # images of a command
@@ -92,7 +97,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Refuse values of --guidance and --steps that no model can generate with."""
+    """Refuse values of --guidance, --steps, --n and --resolution that no model can generate with."""
+    require(options.n >= 1, f"--n got {options.n}; expected at least 1")
+    require(options.n <= MOST_IMAGES, f"--n got {options.n:,}; expected {MOST_IMAGES:,} at most")
+    if options.resolution is not None:
+        config.check_side("--resolution", options.resolution)
     for scale in options.guidance or []:
         fine = math.isfinite(scale) and scale >= 0
         require(fine, f"--guidance got {scale:g}; expected a number from 0; 1 is without guidance")
@@ -102,8 +111,12 @@ def check_settings(options: argparse.Namespace) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a text file that are not empty."""
-    prompts = [line.strip() for line in read_text(Path(file), most=2**26).splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_text(Path(file), most=LARGEST_FILE).splitlines() if line.strip()]
     require(bool(prompts), f"--prompts '{file}' holds no prompt; expected one per line")
+    longest = max(map(len, prompts))
+    most = config.LONGEST_TEXT
+    require(longest <= most, f"--prompts '{file}' has a prompt of {longest:,} characters; expected {most:,} at most")
+    require(can_be_written("".join(prompts)), f"--prompts '{file}' has NUL characters; expected text")
     return prompts
 
 
@@ -128,8 +141,8 @@ def _requests(options: argparse.Namespace) -> list["ImageRequest"]:
     if options.prompts:
         prompts += read_prompts(options.prompts)
     require(bool(prompts), "got no prompt; give some after the source, or a file with --prompts")
-    most = MOST // len(prompts)
-    require(1 <= options.n <= most, f"--n got {options.n}; expected 1 to {most} for {len(prompts)} prompts")
+    count = len(prompts) * options.n * len(options.steps) * len(options.guidance or [None])
+    require(count <= MOST_IMAGES, f"got prompts and options for {count:,} images; expected {MOST_IMAGES:,} at most")
     last = options.seed + len(prompts) * options.n
     require(options.seed >= 0 and last < 2**63, f"--seed got {options.seed}; expected a whole number from 0")
     strength = options.strength
@@ -178,7 +191,10 @@ def _size(options: argparse.Namespace) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", options.size)
     if found is None:
         raise UserError(f"--size got '{options.size}'; expected WIDTHxHEIGHT, such as 512x768")
-    return int(found[1]), int(found[2])
+    size = int(found[1]), int(found[2])
+    for side in size:
+        config.check_side("--size", side)
+    return size
 
 
 def _write_grid(

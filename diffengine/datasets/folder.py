@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffengine.errors import UserError, check_text, require
+from diffengine.errors import UserError, require
 from diffengine.files import read_text
+from diffengine.text import can_be_written
 
 IMAGE_ENDINGS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
@@ -153,7 +154,7 @@ def _row(file: Path, line: int, record: dict[str, Any], image_column: str, capti
     require(exists, f"{row} names the image {name!r}, which does not exist; expected a path relative to this file")
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
     valid = bool(texts) and all(isinstance(text, str) for text in texts)
-    for text in texts if valid else ():
-        check_text(text, row)
+    written = valid and all(map(can_be_written, texts))
+    require(written or not valid, f"{row}: '{caption_column}' holds half a character, or NUL; expected a text")
     require(valid, f"{row}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of texts")
     return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

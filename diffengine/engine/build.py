@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +16,8 @@ from diffengine.cache import TokenCache
 from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
 from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, as_dataset, make_loader
+from diffengine.datasets.base import Size
+from diffengine.datasets.transforms import AnyTransform, Transform
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -23,6 +25,8 @@ from diffengine.errors import UserError, require
 from diffengine.files import expanded, is_inside
 from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.registry import build, resolve
+from diffengine.signatures import Between
+from diffengine.text import where
 
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
 Training = tuple[TrainableModel, StepLoop, StepOptimWrapper, LRScheduler, TokenCache]  # what takes the steps of a run
@@ -85,7 +89,10 @@ def learn_assets(job: Job, dataset: ImageDataset) -> dict[str, str]:
 
 def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: int) -> TrainableModel:
     """The `model` section, on the host."""
-    model = build(resolved["model"], assets=assets, seed=seed)
+    try:
+        model = build(resolved["model"], assets=assets, seed=seed)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # of a library, by sizes or types
+        raise UserError(f"the model cannot be built of the `model` section: {where(error)}") from error
     message = f"model got {type(model).__name__}; expected a subclass of diffengine.models.base.TrainableModel"
     require(isinstance(model, TrainableModel), message)
     choose_guidance(model, resolved)
@@ -103,10 +110,10 @@ def choose_guidance(model: TrainableModel, resolved: Mapping[str, Any]) -> None:
 def build_dataloader(
     dataset: Any,
     image_transforms: list,
-    batch_size: int,
+    batch_size: Annotated[int, Between(1, 10**6)],
     transforms: list | None = None,
-    num_workers: int = 0,
-    image_variations: int | None = None,
+    num_workers: Annotated[int, Between(0, 1024)] = 0,
+    image_variations: Annotated[int, Between(1, 10**6)] | None = None,
     skip_unreadable: bool = False,
     *,
     model: TrainableModel,
@@ -126,16 +133,27 @@ def build_dataloader(
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
+    changes = [build(transform) for transform in image_transforms]
+    _check_size(changes)
     sample_transform = model.sample_transform
     stream = Stream(
         build(dataset),
-        [build(transform) for transform in image_transforms],
+        changes,
         [build(transform) for transform in transforms or []] + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = PositionSampler(batch_size, rank=rank, world_size=world_size, start_step=start_iter)
     return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _check_size(transforms: Sequence[AnyTransform]) -> None:
+    """Refuse a size of images that would take all memory."""
+    size: Size | None = (1, 1)
+    for transform in transforms:
+        size = transform.effect(size)[0] if isinstance(transform, Transform) else None
+        for side in size or ():
+            configs.check_side(f"image size after {type(transform).__name__}", side)
 
 
 def build_hooks(job: Job) -> list[AnyHook]:
@@ -146,8 +164,9 @@ def build_hooks(job: Job) -> list[AnyHook]:
         advice = [REFUSED[refused] for refused in REFUSED if isinstance(cls, type) and issubclass(cls, refused)]
         require(not advice, f"custom_hooks got {cls.__name__}, which cannot work here; {''.join(advice)}")
     hooks = [build(section) for section in sections]
-    for hook in hooks:
-        require(isinstance(hook, AnyHook), f"custom_hooks got a {type(hook).__name__}; expected a Hook")
+    for hook, section in zip(hooks, sections):
+        expected = "expected a subclass of diffengine.engine.hooks.Hook"
+        require(isinstance(hook, AnyHook), f"custom_hooks got {section['type']}; {expected}")
     return hooks
 
 

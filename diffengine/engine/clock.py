@@ -5,7 +5,7 @@ from typing import final
 from diffengine.datasets import steps_for_epochs
 from diffengine.errors import require
 
-MOST = 10**9  # steps or epochs: centuries
+LARGEST = 10**9  # steps or epochs
 
 
 @final
@@ -21,7 +21,8 @@ class Clock:
         both = f"max_epochs={max_epochs} and max_iters={max_iters}"
         require((max_epochs is None) != (max_iters is None), f"got {both}; expected one of them: set the other to None")
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
-            require(value is None or 1 <= value <= MOST, f"{name} got {value}; expected 1 to {MOST:,}")
+            require(value is None or value >= 1, f"{name} got {value}; expected at least 1")
+            require(value is None or value <= LARGEST, f"{name} got {value}; expected {LARGEST:,} at most")
         self.num_samples, self.batch_size = num_samples, batch_size
         self.done = 0  # optimizer steps taken
         self._stopped = False

@@ -25,7 +25,7 @@ from mmengine.visualization import BaseVisBackend, Visualizer
 from torch import nn
 
 from diffengine import distributed
-from diffengine.terminal import ConsoleHandler, Printable
+from diffengine.terminal import ConsoleHandler, LineFormatter
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
@@ -124,11 +124,13 @@ class Runner(MMRunner):
         close_logger(logger)
         logger.propagate = False
         logger.setLevel(logging.ERROR)  # silences mmengine's own lines during construction
-        logger.addHandler(ConsoleHandler())
+        console = ConsoleHandler()
+        console.setFormatter(LineFormatter("%(message)s"))
+        logger.addHandler(console)
         if self._rank == 0:
             file = logging.FileHandler(Path(self.work_dir) / "log.txt", encoding="utf-8")
             file.handleError = _raise  # type: ignore[method-assign]  # logging's own prints a traceback for each line
-            file.setFormatter(Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            file.setFormatter(LineFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(file)
         return logger
 

@@ -27,6 +27,7 @@ NAME = "default"  # peft's own
 
 # Options that train or change weights outside the adapter, which diffusers' loader does not know.
 UNSAVED_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+LARGEST_RANK = 2**13  # above the width of any layer, so more trains nothing new
 # Methods that need their own calls during training.
 UNSUPPORTED = ("ADALORA", "ADAMSS", "XLORA", "POLY")
 
@@ -44,6 +45,8 @@ def read_config(section: Any, name: str) -> PeftConfig:
     unsupported = config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in UNSUPPORTED
     message = f"adapters.{name}: {cls.__name__} cannot be trained here; use one such as LoraConfig or LoKrConfig"
     require(not unsupported, message)
+    rank = getattr(config, "r", None) or 0
+    require(rank <= LARGEST_RANK, f"adapters.{name} got r={rank}; expected {LARGEST_RANK:,} at most")
     targets = getattr(config, "target_modules", True)
     require(bool(targets), f"adapters.{name} needs target_modules: which modules of the {name} get one")
     for option in UNSAVED_OPTIONS:

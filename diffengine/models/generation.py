@@ -1,6 +1,5 @@
 """What is asked of a model that generates images from captions: requests, options, and the sampler that serves them."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from diffengine.models.masking import Schedule
 Order = Literal["confidence", "halton"]
 Unmasking = Literal["cosine", "linear", "arccos"]
 Guidance = Literal["constant", "linear"]
+LARGEST = 10**6  # guidance scale or temperature; beyond it fp16 and fp32 overflow
 
 
 class NotFinite(UserError):
@@ -77,11 +77,11 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         steps, scale, interval = self.num_inference_steps, self.guidance_scale, tuple(self.guidance_interval)
         require(isinstance(steps, int) and steps >= 1, f"num_inference_steps got {steps}; expected at least 1")
-        fine = scale is None or (math.isfinite(scale) and scale >= 0)
-        require(fine, f"guidance_scale got {scale}; expected a number from 0; 1 is without guidance")
+        fine = scale is None or 0 <= scale <= LARGEST
+        require(fine, f"guidance_scale got {scale}; expected a number from 0 to {LARGEST:,}; 1 is without guidance")
         ends = self._temperature_ends
-        fine = len(ends) == 2 and all(isinstance(end, int | float) and math.isfinite(end) and end >= 0 for end in ends)
-        require(fine, f"temperature got {self.temperature}; expected a number from 0, or two")
+        fine = len(ends) == 2 and all(isinstance(end, int | float) and 0 <= end <= LARGEST for end in ends)
+        require(fine, f"temperature got {self.temperature}; expected a number from 0, or two, {LARGEST:,} at most")
         fine = len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
         require(fine, f"guidance_interval got {interval}; expected two rising numbers in [0, 1]")
         for name, known in (("order", Order), ("guidance_schedule", Guidance), ("masking_schedule", Unmasking)):

@@ -13,10 +13,8 @@ from torch import nn
 
 from diffengine.errors import UserError, require
 from diffengine.files import expanded, read_json
+from diffengine.signatures import sizes_out_of_range
 from diffengine.text import did_you_mean, one_line
-
-LAYERS, MOST_LAYERS = ("num_hidden_layers", "layers_per_block", "num_res_blocks"), 1000
-LARGEST = 2**20  # of all other sizes
 
 
 def quiet_libraries() -> None:
@@ -78,11 +76,8 @@ def check_files(folder: Path) -> None:
 
 def check_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     """Refuse sizes of a model by which no memory could hold it; they are of the config `name`."""
-    for key, value in sizes.items():
-        most = MOST_LAYERS if key in LAYERS else LARGEST
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) > most:
-                raise UserError(f"{name} has {key}={value!r:.100}; expected at most {most:,}")
+    problems = sizes_out_of_range(name, sizes)
+    require(not problems, "; ".join(problems))
 
 
 def load_module(origin: str, name: str, cls: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from diffengine.cli import main
+from diffengine import cli
 from tests.fuzz import corpus
 
 SECONDS, BYTES = 20, 3 * 2**30  # of a case, beyond what its process starts with
@@ -134,7 +134,8 @@ def _run(folder: Path, case: corpus.Case) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    code = main(argv)
+    cli.quiet_libraries()
+    code = cli.main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
