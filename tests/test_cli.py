@@ -317,18 +317,18 @@ SURVIVE = "say(1, 'Traceback of a connection that was closed')"  # what a rank s
 
 
 @pytest.mark.parametrize(
-    ("ranks", "code", "line"),
+    ("ranks", "grace", "code", "line"),
     [
-        (["os.kill(os.getpid(), 9)", SURVIVE], 137, "rank 0 was killed by SIGKILL, perhaps for lack of memory"),
-        ([SURVIVE, "time.sleep(0.2); os._exit(3)"], 3, "rank 1 ended with exit code 3"),
-        (["time.sleep(60)", "signal.raise_signal(11)"], 139, "rank 1 was killed by SIGSEGV"),
+        (["os.kill(os.getpid(), 9)", SURVIVE], 30, 137, "rank 0 was killed by SIGKILL, perhaps for lack of memory"),
+        ([SURVIVE, "time.sleep(0.2); os._exit(3)"], 30, 3, "rank 1 ended with exit code 3"),
+        (["time.sleep(60)", "signal.raise_signal(11)"], 0.3, 139, "rank 1 was killed by SIGSEGV"),
     ],
     ids=["killed", "exit", "segfault"],
 )
-def test_a_rank_that_dies_ends_all_with_one_line(folder, monkeypatch, capfd, ranks, code, line):
+def test_a_rank_that_dies_ends_all_with_one_line(folder, monkeypatch, capfd, ranks, grace, code, line):
     """The ranks are processes that do what is given; the last one does not notice the death."""
     monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setattr(launch, "GRACE", 0.3)
+    monkeypatch.setattr(launch, "GRACE", grace)
     monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", f"{RANK}exec({ranks}[rank])"])
     assert launch.launch("train", [], folder) == code
     advice = f"; the log is '{folder / 'log.txt'}'; continue with --resume"

@@ -26,6 +26,10 @@ from diffengine.text import how_it_ended, one_line
 Batch = dict[str, Any]
 LARGEST = 1_000_000  # samples of a step
 
+# Workers ignore these if the whole process group gets them: the main process finishes its step and saves; a worker that
+# died would end the step in the middle.
+LEFT_TO_MAIN = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
 
 @final
 @dataclass(eq=False)
@@ -134,7 +138,11 @@ def batches_of(loader: DataLoader) -> Generator[Any]:
         UserError: of a worker, or if one died; torch finds out within 5 s of waiting for its batch.
     """
     handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    batches = iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)  # all threads of the workers inherit it
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's raises wherever training happens to be, on one rank
         signal.signal(signal.SIGCHLD, handler)
     workers = [child for child in multiprocessing.active_children() if child not in others]
@@ -178,14 +186,10 @@ def _identity(batch: Any) -> Any:
 
 
 def _end_with_main(worker: int) -> None:
-    """In a worker: ignore a signal to the whole process group, but end with the main process, and when it says so.
-
-    The main process finishes its step and saves; a worker that died of the signal would end the step in the middle.
-    """
-    main, folder = os.getppid(), get_temp_dir()  # the folder has the sockets that pass tensors
-    for signum in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """In a worker: end with the main process, or on its SIGTERM."""
+    parent, folder = multiprocessing.parent_process(), get_temp_dir()  # the folder has the sockets that pass tensors
+    assert parent is not None
+    main = parent.pid or 0
 
     def heed_main() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main and os.getppid() == main:
