@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|out of memory|Storage size calculation overflowed")  # of torch
-NO_PATH = re.compile("Could not determine home directory|Symlink loop")  # of `Path.expanduser` and `Path.resolve`
 
 
 class UserError(Exception):

@@ -87,7 +87,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     If another process holds it: wait, or raise a BlockingIOError.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

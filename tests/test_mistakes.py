@@ -442,7 +442,7 @@ ERRORS |= {
     "pretrained with a long name": (
         lambda here: train("--pretrained", "a/" * 3000), "cannot read or write 'a/.*': File name too long; check"
     ),
-    "data of no user": (lambda here: train("--data", "~nobody-here/x"), "cannot follow a path that begins with ~"),
+    "data of no user": (lambda here: train("--data", "~nobody-here/x"), "names the home of a user that does not exist"),
     "many images": (sample("--n", "1000000000"), "--n got 1,000,000,000; expected 100,000 at most"),
     "huge images of sample": (sample("--size", "99999x99999"), "--size got 99,999; expected 16,384 pixels at most"),
     "huge resolution": (sample("--resolution", "100000000"), "--resolution got 100,000,000; expected 16,384 pixels"),
@@ -451,13 +451,13 @@ ERRORS |= {
     "overflowing temperature": (sample("--temperature", "1e308", "0"), "temperature got .*; expected a number"),
     "endless steps": (sample("--steps", "1000000000000"), "got 10+ steps for .* expected at most one step per token"),
     "long seed": (sample("--seed", str(2**70)), "--seed got 1180591620717411303424; expected a whole number"),
-    "prompts in a FIFO": (prompts_of(os.mkfifo), "--prompts 'odd' cannot be read: it is no file"),
-    "prompts without end": (prompts_of(lambda path: path.symlink_to("/dev/zero")), "cannot be read: it is no file"),
-    "huge file of prompts": (prompts_of(huge), "'odd' has 68,719,476,736 bytes; expected 10,000,000 at most"),
+    "prompts in a FIFO": (prompts_of(os.mkfifo), "odd is no file; expected a text file"),
+    "prompts without end": (prompts_of(lambda path: path.symlink_to("/dev/zero")), "odd is no file"),
+    "huge file of prompts": (prompts_of(huge), "odd has 68,719,476,736 bytes; expected at most 10,000,000"),
     "a prompt of 5 MB": (
         prompts_of(lambda path: path.write_text("a" * 5_000_000)), "a prompt of 5,000,000 characters; expected 100,000"
     ),
-    "prompts with NUL": (prompts_of(lambda path: path.write_bytes(b"a\0b")), "'odd' has NUL characters; expected text"),
+    "prompts with NUL": (prompts_of(lambda path: path.write_bytes(b"a\0b")), "odd holds NUL characters"),
     "a PNG that is a device": (sample("-o", "/dev/null"), "cannot write '/dev/null': '/dev/null' is no folder"),
     "a PNG below a file": (sample("-o", "toy.py/x.png"), "cannot write 'toy.py/x.png': 'toy.py' is no folder"),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import unicodedata
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,15 @@ def attempt(base: Path, folder: Path, case: corpus.Case) -> str:
     folder.mkdir()
     for name in SHARED:
         (folder / name).symlink_to(base / name)
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, case))
+    ends = [os.pipe() for _ in ("stdout", "stderr")]  # files would have the limits of a full disk
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, case, *(end for _, end in ends)))
     process.start()
+    readers = [ThreadPool(1).apply_async(_read_all, end) for end in ends]
     process.join(SECONDS)
     code = process.exitcode
     process.kill()
     process.join()
-    out, err = ((folder.parent / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    out, err = (reader.get() for reader in readers)
     last = err.strip().rpartition("\n")[2][-500:]
     if code not in (0, 2):
         return f"ended with {code}: {last}"
@@ -122,15 +125,22 @@ def attempt(base: Path, folder: Path, case: corpus.Case) -> str:
     return "code was executed" if (folder / "executed").exists() else ""
 
 
-def _run(folder: Path, case: corpus.Case) -> None:
+def _read_all(reading: int, writing: int) -> str:
+    """What a process writes to a pipe until it ends."""
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as file:
+        return file.read()
+
+
+def _run(folder: Path, case: corpus.Case, stdout: int, stderr: int) -> None:
     """Be the process of a case."""
-    os.setsid()
     os.chdir(folder)
     sys.path.insert(0, "")
     argv = case()
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.closerange(3, stderr + 1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
