@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from diffengine.datasets.base import Size, UnreadableImage
+from diffengine.files import check_regular
 from diffengine.text import one_line
 
 ORIENTATION_TAG = 0x0112
@@ -54,6 +55,8 @@ def read_size(source: bytes | str, name: str) -> Size:
 @contextmanager
 def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     try:
+        if not isinstance(source, bytes):
+            check_regular(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     except DECODE_ERRORS as error:
