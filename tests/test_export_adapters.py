@@ -260,7 +260,7 @@ def test_convert_and_sample(
     assert "holds no adapter or component that convert wrote" in capsys.readouterr().err
     (Path("empty") / "config.json").write_text("[]")
     assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
-    assert "'empty/config.json' holds no config of a component" in capsys.readouterr().err
+    assert "'empty/config.json' holds a JSON list; expected an object" in capsys.readouterr().err
     settings = json.loads(Path("out/transformer/adapter_config.json").read_text())
     Path("out/transformer/adapter_config.json").write_text(json.dumps({**settings, "r": 5}))
     assert cli.main(["sample", "out", "a"]) == 2

@@ -341,8 +341,6 @@ def trusted_config(state: Mapping[str, Any], given: Plain | None, source: str) -
     for name in types_in(own["model"]):
         advice = "which is not run on a checkpoint's word; give the CONFIG that uses it"
         require(name in trusted, f"{source} names the class '{name}', {advice}")
-    problems = problems_of(own["model"], "model", {"assets"})
-    require(not problems, f"{source} holds a config that builds no model: {'; '.join(problems[:5])}")
     return own
 
 
@@ -352,6 +350,8 @@ def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> Trainabl
     cls = resolve_type(resolved["model"]["type"])
     if not (isinstance(cls, type) and issubclass(cls, TrainableModel)):
         raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
+    problems = problems_of(resolved["model"], "model", {"assets"})
+    require(not problems, f"{source} holds a config that builds no model: {'; '.join(problems[:5])}")
     try:
         model = cls(**options, assets=state["assets"], seed=resolved["seed"])
     except UserError as error:

@@ -1,10 +1,12 @@
 """peft's adapters, injected into a component: a few trained weights next to a base that does not change."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,17 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoKrConfig, LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from diffengine.errors import UserError, require
+from diffengine.files import check_regular, read_json
 from diffengine.models.loading import seeded
 from diffengine.registry import resolve
+from diffengine.signatures import problems_of
 from diffengine.text import one_line
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE
@@ -26,6 +32,10 @@ NAME = "default"  # peft's own
 
 # Options that train or change weights outside the adapter, which diffusers' loader does not know.
 UNSAVED_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+# Options by which peft imports a module.
+CODE_OPTIONS = ("megatron_config",)
+# Options that may be a pattern.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 # Methods that need their own calls during training.
 UNSUPPORTED = ("ADALORA", "ADAMSS", "XLORA", "POLY")
 
@@ -47,6 +57,9 @@ def read_config(section: Any, name: str) -> PeftConfig:
     require(bool(targets), f"adapters.{name} needs target_modules: which modules of the {name} get one")
     for option in UNSAVED_OPTIONS:
         message = f"adapters.{name}: {option} trains what is no adapter; use target_modules, or train it in full"
+        require(not getattr(config, option, None), message)
+    for option in CODE_OPTIONS:
+        message = f"adapters.{name}: {option} names a module that would be imported; leave it out"
         require(not getattr(config, option, None), message)
     bias = getattr(config, "bias", "none")
     require(bias in ("none", False), f"adapters.{name}: bias='{bias}' would change the base model; leave it out")
@@ -169,11 +182,57 @@ def merge(base: nn.Module, folder: Path) -> nn.Module:
 def read_folder(folder: Path) -> dict[str, Any] | None:
     """The settings of an adapter folder; None for another folder. A UserError if they cannot be read."""
     path = folder / CONFIG
-    if not path.is_file():
-        return None
+    return read_json(path) if os.path.lexists(path) else None
+
+
+def put_on(module: nn.Module, folder: Path, name: str) -> None:
+    """Load an adapter folder from anywhere into component `name`; `module` is changed.
+
+    Raises:
+        UserError: the adapter trains what is no adapter, names code or takes too long to match; or does not fit.
+    """
+    _check_folder(folder, name)
+    stored = _shapes(folder)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read '{path}': {one_line(error)}") from error
-    require(isinstance(settings, dict), f"'{path}' holds no settings of an adapter")
-    return settings
+        load_with_peft(module, folder)
+        own = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
+        loaded = {f"base_model.model.{key}": list(value.shape) for key, value in own.items()}
+    except Exception as error:  # peft checks little of what it reads
+        raise UserError(f"adapter '{folder}' does not fit {name} of the base: {one_line(error)}") from error
+    differ = sorted(key for key in stored.keys() | loaded.keys() if stored.get(key) != loaded.get(key))
+    message = f"adapter '{folder}' does not fit {name} of the base: {len(differ)} weights differ"
+    require(not differ, f"{message}, first {min(differ, default='')}")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Judge an adapter's settings as those of a config are judged, and its patterns, before peft acts on them."""
+    settings = read_folder(folder) or {}
+    cls = next((item for kind, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == settings.get("peft_type")), None)
+    if cls is None:
+        raise UserError(f"'{folder / CONFIG}' is of peft_type {settings.get('peft_type')!r}; expected one of peft's")
+    known = {item.name for item in fields(cls)} - {"peft_type", "inference_mode"}
+    section = {"type": f"peft.{cls.__name__}", **{key: settings[key] for key in settings.keys() & known}}
+    problems = problems_of(section, f"'{folder / CONFIG}'")
+    require(not problems, "; ".join(problems[:3]))
+    read_config(section, name)
+    largest = max((side for shape in _shapes(folder).values() for side in shape), default=0)
+    ranks = [settings.get("r", 1), *(settings.get("rank_pattern") or {}).values()]
+    fine = all(type(rank) is int and 1 <= rank <= largest for rank in ranks)
+    require(
+        fine, f"'{folder / CONFIG}' has the ranks {ranks}; expected 1 to {largest}, the largest side of its weights"
+    )
+    patterns = [value for key in PATTERNS for value in [settings.get(key)] if isinstance(value, str)]
+    patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or {}]
+    for pattern in patterns:
+        slow = len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern)
+        require(not slow, f"'{folder / CONFIG}' has the pattern {pattern[:80]!r}, which may match for ever; list names")
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the weights in an adapter folder."""
+    try:
+        check_regular(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{folder / WEIGHTS}' cannot be read: {one_line(error)}; get the adapter again") from error
