@@ -32,6 +32,7 @@ NAME = "default"  # peft's own
 
 # Options that train or change weights outside the adapter, which diffusers' loader does not know.
 UNSAVED_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+LARGEST_RANK = 2**13  # above the width of any layer, so more trains nothing new
 # Options by which peft imports a module.
 CODE_OPTIONS = ("megatron_config",)
 # Options that may be a pattern.
@@ -198,7 +199,7 @@ def put_on(module: nn.Module, folder: Path, name: str) -> None:
         own = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
         loaded = {f"base_model.model.{key}": list(value.shape) for key, value in own.items()}
     except Exception as error:  # peft checks little of what it reads
-        raise UserError(f"adapter '{folder}' does not fit {name} of the base: {one_line(error)}") from error
+        raise UserError(f"adapter '{folder}' does not fit {name} of the base: {one_line(error)[:300]}") from error
     differ = sorted(key for key in stored.keys() | loaded.keys() if stored.get(key) != loaded.get(key))
     message = f"adapter '{folder}' does not fit {name} of the base: {len(differ)} weights differ"
     require(not differ, f"{message}, first {min(differ, default='')}")
@@ -208,24 +209,24 @@ def _check_folder(folder: Path, name: str) -> None:
     """Judge an adapter's settings as those of a config are judged, and its patterns, before peft acts on them."""
     settings = read_folder(folder) or {}
     cls = next((item for kind, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == settings.get("peft_type")), None)
-    if cls is None:
-        raise UserError(f"'{folder / CONFIG}' is of peft_type {settings.get('peft_type')!r}; expected one of peft's")
+    file = folder / CONFIG
+    if cls is None or settings["peft_type"] in UNSUPPORTED:
+        raise UserError(f"'{file}' is of peft_type {settings.get('peft_type')!r}; expected one such as LORA or LOKR")
     known = {item.name for item in fields(cls)} - {"peft_type", "inference_mode"}
     section = {"type": f"peft.{cls.__name__}", **{key: settings[key] for key in settings.keys() & known}}
-    problems = problems_of(section, f"'{folder / CONFIG}'")
+    by_pattern = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    problems = problems_of(section, f"'{file}'")
+    problems += [f"'{file}'.{key} got {value!r}" for key, value in by_pattern.items() if not isinstance(value, dict)]
     require(not problems, "; ".join(problems[:3]))
     read_config(section, name)
-    largest = max((side for shape in _shapes(folder).values() for side in shape), default=0)
-    ranks = [settings.get("r", 1), *(settings.get("rank_pattern") or {}).values()]
-    fine = all(type(rank) is int and 1 <= rank <= largest for rank in ranks)
-    require(
-        fine, f"'{folder / CONFIG}' has the ranks {ranks}; expected 1 to {largest}, the largest side of its weights"
-    )
+    ranks = [settings.get("r", 1), *by_pattern["rank_pattern"].values()]
+    fine = all(type(rank) is int and 0 <= rank <= LARGEST_RANK for rank in ranks)
+    require(fine, f"'{file}' has the ranks {ranks}; expected at most {LARGEST_RANK:,}")
     patterns = [value for key in PATTERNS for value in [settings.get(key)] if isinstance(value, str)]
-    patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or {}]
+    patterns += [key for values in by_pattern.values() for key in values]
     for pattern in patterns:
         slow = len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern)
-        require(not slow, f"'{folder / CONFIG}' has the pattern {pattern[:80]!r}, which may match for ever; list names")
+        require(not slow, f"'{file}' has the pattern {pattern[:80]!r}, which may match for ever; list names")
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
@@ -234,5 +235,5 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         check_regular(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as weights:
             return {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:
         raise UserError(f"'{folder / WEIGHTS}' cannot be read: {one_line(error)}; get the adapter again") from error

@@ -133,12 +133,14 @@ class Components:
         schedule, known_schedules = self.scheduler.config.masking_schedule, ("cosine", "linear")
         if schedule not in known_schedules:
             problems.append(f"scheduler.masking_schedule is {schedule!r}; expected {' or '.join(known_schedules)}")
+        if problems:
+            return problems
         numbers = {
             "tokenizer.model_max_length": self.tokenizer.model_max_length,
             "transformer.sample_size": self.transformer_config["sample_size"],
             "levels of vqvae.block_out_channels": len(self.vqvae_config["block_out_channels"]),
         }
-        return problems + [
+        return [
             f"{name} is {number!r}; expected 1 to {MOST}"
             for name, number in numbers.items() if type(number) is not int or not 1 <= number <= MOST
         ]  # fmt: skip
