@@ -208,7 +208,9 @@ def put_on(module: nn.Module, folder: Path, name: str) -> None:
 def _check_folder(folder: Path, name: str) -> None:
     """Judge an adapter's settings as those of a config are judged, and its patterns, before peft acts on them."""
     settings = read_folder(folder) or {}
-    cls = next((item for kind, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == settings.get("peft_type")), None)
+    cls = next(
+        (item for method, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if method == settings.get("peft_type")), None
+    )
     file = folder / CONFIG
     if cls is None or settings["peft_type"] in UNSUPPORTED:
         raise UserError(f"'{file}' is of peft_type {settings.get('peft_type')!r}; expected one such as LORA or LOKR")
