@@ -284,7 +284,7 @@ HOSTILE_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "method is a list": ({"peft_type": []}, "is of peft_type []"),
     "full weights": ({"modules_to_save": ["embed"]}, "modules_to_save trains what is no adapter"),
     "bias": ({"bias": "all"}, "bias='all' would change the base model"),
-    "huge rank": ({"r": 10**9}, "has the ranks [1000000000]; expected at most 8,192"),
+    "huge rank": ({"r": 10**9}, "got the rank 1000000000; expected at most 8,192"),
     "huge rank of a layer": ({"rank_pattern": {"to_q": 10**9}}, "expected at most 8,192"),
     "rank is a text": ({"r": "x"}, "'x'"),
     "patterns are a list": ({"rank_pattern": [1]}, "rank_pattern"),
@@ -320,10 +320,17 @@ def test_settings_of_an_adapter_from_anywhere(
     assert not Path("executed").exists()
 
 
-def test_a_checkpoint_cannot_import_by_an_option_of_an_adapter(toy: Path) -> None:
-    section = {**LORA, "megatron_config": {"x": 1}, "megatron_core": "own"}
-    with pytest.raises(UserError, match="megatron_config names a module that would be imported"):
-        AmusedModel(str(toy), adapters={"transformer": section})
+def test_the_config_of_a_checkpoint_is_judged_in_the_same_way(toy: Path) -> None:
+    for changed, message in (
+        (
+            {"megatron_config": {"x": 1}, "megatron_core": "own"},
+            "megatron_config names a module that would be imported",
+        ),
+        ({"target_modules": "(a+)+$"}, "which may match for ever"),
+        ({"r": 10**9}, "got the rank 1000000000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            AmusedModel(str(toy), adapters={"transformer": {**LORA, **changed}})
 
 
 @pytest.mark.parametrize("how", ["garbage", "header of 2**63", "other names", "pickled", "FIFO"])

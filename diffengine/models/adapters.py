@@ -59,12 +59,28 @@ def read_config(section: Any, name: str) -> PeftConfig:
     for option in UNSAVED_OPTIONS:
         message = f"adapters.{name}: {option} trains what is no adapter; use target_modules, or train it in full"
         require(not getattr(config, option, None), message)
+    _check_ranks_and_patterns(section, name)
     for option in CODE_OPTIONS:
         message = f"adapters.{name}: {option} names a module that would be imported; leave it out"
         require(not getattr(config, option, None), message)
     bias = getattr(config, "bias", "none")
     require(bias in ("none", False), f"adapters.{name}: bias='{bias}' would change the base model; leave it out")
     return config
+
+
+def _check_ranks_and_patterns(section: Mapping[str, Any], name: str) -> None:
+    """Refuse ranks that take all memory, and patterns that take all time."""
+    by_pattern = {key: section.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, values in by_pattern.items():
+        require(isinstance(values, Mapping), f"adapters.{name}.{key} got {values!r}; expected numbers by pattern")
+    for rank in (section.get("r", 1), *by_pattern["rank_pattern"].values()):
+        fine = type(rank) is int and 0 <= rank <= LARGEST_RANK
+        require(fine, f"adapters.{name} got the rank {rank!r}; expected at most {LARGEST_RANK:,}")
+    patterns = [section[key] for key in PATTERNS if isinstance(section.get(key), str)]
+    for pattern in (*patterns, *(key for values in by_pattern.values() for key in values)):
+        slow = len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern)
+        message = f"adapters.{name} has the pattern {pattern[:80]!r}, which may match for ever; list names instead"
+        require(not slow, message)
 
 
 def inject(module: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
@@ -206,7 +222,7 @@ def put_on(module: nn.Module, folder: Path, name: str) -> None:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Judge an adapter's settings as those of a config are judged, and its patterns, before peft acts on them."""
+    """Judge an adapter's settings as those of a config are judged, before peft acts on them."""
     settings = read_folder(folder) or {}
     cls = next(
         (item for method, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if method == settings.get("peft_type")), None
@@ -216,19 +232,9 @@ def _check_folder(folder: Path, name: str) -> None:
         raise UserError(f"'{file}' is of peft_type {settings.get('peft_type')!r}; expected one such as LORA or LOKR")
     known = {item.name for item in fields(cls)} - {"peft_type", "inference_mode"}
     section = {"type": f"peft.{cls.__name__}", **{key: settings[key] for key in settings.keys() & known}}
-    by_pattern = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     problems = problems_of(section, f"'{file}'")
-    problems += [f"'{file}'.{key} got {value!r}" for key, value in by_pattern.items() if not isinstance(value, dict)]
     require(not problems, "; ".join(problems[:3]))
     read_config(section, name)
-    ranks = [settings.get("r", 1), *by_pattern["rank_pattern"].values()]
-    fine = all(type(rank) is int and 0 <= rank <= LARGEST_RANK for rank in ranks)
-    require(fine, f"'{file}' has the ranks {ranks}; expected at most {LARGEST_RANK:,}")
-    patterns = [value for key in PATTERNS for value in [settings.get(key)] if isinstance(value, str)]
-    patterns += [key for values in by_pattern.values() for key in values]
-    for pattern in patterns:
-        slow = len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern)
-        require(not slow, f"'{file}' has the pattern {pattern[:80]!r}, which may match for ever; list names")
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

@@ -263,7 +263,7 @@ def test_ids_without_an_embedding(folder: Path) -> None:
                                     {"tokenizer.json": "\ud800"}], ids=str)  # fmt: skip
 def test_assets_of_a_checkpoint(assets: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"expected files of a tokenizer|tokenizer.json' is not JSON"):
-        from_assets(assets)
+        from_assets({"tokenizer_config.json": "{}", **assets})
 
 
 # ---------------------------------------------------------------------------------------------- from sizes

@@ -62,4 +62,4 @@ def from_assets(assets: Mapping[str, str]) -> CLIPTokenizer:
             known = re.fullmatch(r"\w+\.(json|txt)", name, re.ASCII)
             require(known is not None, f"assets hold {name!r}; expected files of a tokenizer, such as tokenizer.json")
             (Path(folder) / name).write_text(text, encoding="utf-8", errors="replace")
-        return load_component(folder, "", CLIPTokenizer.from_pretrained)
+        return load_component(folder, "tokenizer", CLIPTokenizer.from_pretrained)
