@@ -1,5 +1,6 @@
-"""Files that a crash cannot break, which of a folder's files are ours, and locks."""
+"""Files that a crash cannot break, which of a folder's files are ours, foreign files, and locks."""
 
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from diffengine.errors import UserError, require
-from diffengine.text import one_line
+from diffengine.text import format_bytes, one_line
+
+LARGEST_JSON = 2**26  # bytes of a foreign JSON file; a tokenizer of 256,000 tokens has 34 MB
 
 OWNED = "diffengine.json"  # in a folder that we write to: the names there that are ours
 
@@ -81,6 +84,36 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_regular(path: str | Path) -> os.stat_result:
+    """The status of a regular file, or an OSError: a FIFO would be waited for, and a device need not end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return status
+
+
+def read_foreign(path: Path, most: int) -> bytes:
+    """The bytes of a file from anywhere; a UserError unless it is a regular file of at most `most` bytes."""
+    try:
+        size = check_regular(path).st_size
+        require(size <= most, f"'{path}' has {format_bytes(size)}; expected at most {format_bytes(most)}")
+        with path.open("rb") as file:
+            return file.read(most)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file from anywhere; a UserError if it holds anything else."""
+    content = read_foreign(path, LARGEST_JSON)
+    try:
+        found = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is not JSON: {one_line(error)}; get the file again") from error
+    require(isinstance(found, dict), f"'{path}' holds a JSON {type(found).__name__}; expected an object")
+    return found
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on an existing file or folder until the block ends or the process dies.
@@ -93,36 +126,6 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def read_text(file: Path, most: int = 2**30) -> str:
-    """The UTF-8 text of a file, without a byte order mark.
-
-    Raises:
-        UserError: it is no file, but a pipe or a device; it has more than `most` bytes, or it is not UTF-8 text.
-    """
-    try:
-        found = file.stat()
-        require(stat.S_ISREG(found.st_mode), f"{file} is no file; expected a text file")
-        require(found.st_size <= most, f"{file} has {found.st_size:,} bytes; expected at most {most:,}")
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    # Plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL.
-    require("\0" not in text, f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
-    return text
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 64 MB; errors as of `read_text`, and if it holds something else."""
-    try:
-        found = json.loads(read_text(file, most=2**26))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {one_line(error)}") from error
-    require(isinstance(found, dict), f"{file} holds no JSON object")
-    return found
 
 
 def expanded(name: str | Path) -> Path:

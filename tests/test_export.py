@@ -296,7 +296,12 @@ def test_class_behind_a_reference_is_not_imported(
     state = checkpoint(toy)
     config = json.loads(state["config"])
     config["model"] |= {"train": [], "adapters": {"transformer": adapter}}
-    state |= {"config": json.dumps({**config, **settings}), "format": FORMAT, "counters": {"iter": 1}, "num_samples": 1}
+    state |= {
+        "config": json.dumps({**config, **settings}),
+        "format": FORMAT,
+        "counters": {"iter": 1, "epoch": 0},
+        "num_samples": 1,
+    }
     state |= {"optimizer": {}, "param_scheduler": {}, "scaler": {}}
     write(tmp_path / "run" / "iter_1.pth", state)
     monkeypatch.chdir(tmp_path)

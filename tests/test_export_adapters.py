@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,9 @@ def test_peft_and_diffusers_load_at_full_strength(toy: Path, tmp_path: Path, way
     assert exported.relative <= TOLERANCE
     assert difference(logits(base(toy)), live) > 1e-3  # the adapter has an effect
     assert difference(logits(PeftModel.from_pretrained(base(toy), folder)), live) <= TOLERANCE
+    ours = base(toy)
+    adapters.put_on(ours, folder, "transformer")
+    assert difference(logits(ours), live) <= TOLERANCE
     files = {"adapter_config.json", "adapter_model.safetensors"}
     if way in ("loha", "oft", "ia3"):
         assert {file.name for file in folder.iterdir()} == files
@@ -206,7 +211,7 @@ def test_file_modes_follow_the_umask(toy: Path, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 6
+    assert len(files) == 5
     assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
     assert not list(tmp_path.rglob(".mode"))
 
@@ -260,7 +265,7 @@ def test_convert_and_sample(
     assert "holds no adapter or component that convert wrote" in capsys.readouterr().err
     (Path("empty") / "config.json").write_text("[]")
     assert cli.main(["sample", "empty", "a", "--base", str(toy)]) == 2
-    assert "empty/config.json holds no JSON object" in capsys.readouterr().err
+    assert "'empty/config.json' holds a JSON list; expected an object" in capsys.readouterr().err
     settings = json.loads(Path("out/transformer/adapter_config.json").read_text())
     Path("out/transformer/adapter_config.json").write_text(json.dumps({**settings, "r": 5}))
     assert cli.main(["sample", "out", "a"]) == 2
@@ -270,3 +275,77 @@ def test_convert_and_sample(
 
 def test_tolerances() -> None:
     assert (export.LOADED, export.MERGED) == (1e-5, 1e-3)
+
+
+HOSTILE_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "import": ({"megatron_config": {"x": 1}, "megatron_core": "own"}, "names a module that would be imported"),
+    "adapters elsewhere": ({"peft_type": "XLORA"}, "is of peft_type 'XLORA'; expected one such as LORA"),
+    "no method": ({"peft_type": "os.system"}, "is of peft_type 'os.system'; expected one such as LORA"),
+    "method is a list": ({"peft_type": []}, "is of peft_type []"),
+    "full weights": ({"modules_to_save": ["embed"]}, "modules_to_save trains what is no adapter"),
+    "bias": ({"bias": "all"}, "bias='all' would change the base model"),
+    "huge rank": ({"r": 10**9}, "got the rank 1000000000; expected at most 8,192"),
+    "huge rank of a layer": ({"rank_pattern": {"to_q": 10**9}}, "expected at most 8,192"),
+    "rank is a text": ({"r": "x"}, "'x'"),
+    "patterns are a list": ({"rank_pattern": [1]}, "rank_pattern"),
+    "endless pattern": ({"target_modules": "(a+)+$"}, "has the pattern '(a+)+$', which may match for ever"),
+    "slow pattern": ({"target_modules": ".*.*.*.*.*!"}, "which may match for ever"),
+    "slow pattern of ranks": ({"rank_pattern": {"(.*)*!": 2}}, "which may match for ever"),
+    "other targets": ({"target_modules": ["to_q"]}, "does not fit transformer of the base: "),
+    "no targets": ({"target_modules": ["nope"]}, "does not fit transformer of the base: "),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter, which the tests copy."""
+    out = tmp_path_factory.mktemp("adapter")
+    export_components(trained(toy, adapters={"transformer": LORA}), out)
+    return out / "transformer"
+
+
+@pytest.mark.parametrize("case", HOSTILE_SETTINGS)
+def test_settings_of_an_adapter_from_anywhere(
+    toy: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    changed, message = HOSTILE_SETTINGS[case]
+    (tmp_path / "own.py").write_text("open('executed', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(exported, "it")
+    settings = json.loads(Path("it/adapter_config.json").read_text())
+    Path("it/adapter_config.json").write_text(json.dumps({**settings, **changed}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        adapters.put_on(base(toy), Path("it"), "transformer")
+    assert not Path("executed").exists()
+
+
+def test_the_config_of_a_checkpoint_is_judged_in_the_same_way(toy: Path) -> None:
+    for changed, message in (
+        (
+            {"megatron_config": {"x": 1}, "megatron_core": "own"},
+            "megatron_config names a module that would be imported",
+        ),
+        ({"target_modules": "(a+)+$"}, "which may match for ever"),
+        ({"r": 10**9}, "got the rank 1000000000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            AmusedModel(str(toy), adapters={"transformer": {**LORA, **changed}})
+
+
+@pytest.mark.parametrize("how", ["garbage", "header of 2**63", "other names", "pickled", "FIFO"])
+def test_weights_of_an_adapter_from_anywhere(toy: Path, exported: Path, tmp_path: Path, how: str) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "it"))
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    if how == "other names":
+        save_file({f"{name}x": value for name, value in state.items()}, file)
+    elif how == "pickled":
+        torch.save(state, folder / "adapter_model.bin")
+    elif how == "FIFO":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(b"\xff" * 100 if how == "garbage" else (2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match=r"safetensors' cannot be read|does not fit transformer of the base: "):
+        adapters.put_on(base(toy), folder, "transformer")

@@ -416,7 +416,7 @@ ERRORS |= {
         lambda here: ["train", "toy.py", "--work-dir", "new", "--cfg-options", "model.train=[]",
                       "model.adapters={'transformer': {'type': 'peft.LoraConfig', 'r': 1000000000, "
                       "'target_modules': ['to_q']}}"],
-        "adapters.transformer got r=1000000000; expected 8,192 at most",
+        "adapters.transformer got the rank 1000000000; expected at most 8,192",
     ),
     "many layers": (
         from_sizes("transformer", "UVit2DModel", num_hidden_layers=10**7),
@@ -451,13 +451,13 @@ ERRORS |= {
     "overflowing temperature": (sample("--temperature", "1e308", "0"), "temperature got .*; expected a number"),
     "endless steps": (sample("--steps", "1000000000000"), "got 10+ steps for .* expected at most one step per token"),
     "long seed": (sample("--seed", str(2**70)), "--seed got 1180591620717411303424; expected a whole number"),
-    "prompts in a FIFO": (prompts_of(os.mkfifo), "odd is no file; expected a text file"),
-    "prompts without end": (prompts_of(lambda path: path.symlink_to("/dev/zero")), "odd is no file"),
-    "huge file of prompts": (prompts_of(huge), "odd has 68,719,476,736 bytes; expected at most 10,000,000"),
+    "prompts in a FIFO": (prompts_of(os.mkfifo), "'odd' cannot be read: it is no regular file"),
+    "prompts without end": (prompts_of(lambda path: path.symlink_to("/dev/zero")), "'odd' cannot be read"),
+    "huge file of prompts": (prompts_of(huge), "'odd' has 68.72 GB; expected at most 10.0 MB"),
     "a prompt of 5 MB": (
         prompts_of(lambda path: path.write_text("a" * 5_000_000)), "a prompt of 5,000,000 characters; expected 100,000"
     ),
-    "prompts with NUL": (prompts_of(lambda path: path.write_bytes(b"a\0b")), "odd holds NUL characters"),
+    "prompts with NUL": (prompts_of(lambda path: path.write_bytes(b"a\0b")), "--prompts 'odd' has NUL characters"),
     "a PNG that is a device": (sample("-o", "/dev/null"), "cannot write '/dev/null': '/dev/null' is no folder"),
     "a PNG below a file": (sample("-o", "toy.py/x.png"), "cannot write 'toy.py/x.png': 'toy.py' is no folder"),
 }  # fmt: skip

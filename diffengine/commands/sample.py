@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffengine import config
 from diffengine.errors import UserError, require
-from diffengine.files import read_text
+from diffengine.files import read_foreign
 from diffengine.terminal import Progress, say
 from diffengine.text import can_be_written
 
@@ -111,7 +111,11 @@ def check_settings(options: argparse.Namespace) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a text file that are not empty."""
-    prompts = [line.strip() for line in read_text(Path(file), most=LARGEST_FILE).splitlines() if line.strip()]
+    try:
+        text = read_foreign(Path(file), LARGEST_FILE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     require(bool(prompts), f"--prompts '{file}' holds no prompt; expected one per line")
     longest = max(map(len, prompts))
     most = config.LONGEST_TEXT

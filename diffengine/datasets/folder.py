@@ -5,13 +5,13 @@ import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from diffengine.errors import UserError, require
-from diffengine.files import read_text
-from diffengine.text import can_be_written
+from diffengine.files import read_foreign
+from diffengine.text import one_line
 
 IMAGE_ENDINGS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
@@ -19,6 +19,8 @@ IMAGE_ENDINGS = {
 }  # fmt: skip
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order
+LARGEST_METADATA, LARGEST_TEXT = 2**30, 2**20  # bytes of a metadata file and of a NAME.txt
+LONGEST_CAPTION = 2**16  # characters; no model reads so many
 
 Caption = str | list[str]
 Row = tuple[str, Caption]  # the image's path, its caption or captions
@@ -39,11 +41,6 @@ def list_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def is_below(file: str, root: Path) -> bool:
-    """Whether a path is below a folder by its name; links are the business of who made them."""
-    return os.path.abspath(file).startswith(os.path.join(os.path.abspath(root), ""))
-
-
 def is_image(file: Path) -> bool:
     """Whether a file is named as an image is."""
     return file.suffix.lower() in IMAGE_ENDINGS
@@ -51,13 +48,13 @@ def is_image(file: Path) -> bool:
 
 def read_folder(
     root: Path, files: list[Path], image_column: str | None, caption_column: str | None,
-    caption: str | None, captions_from_file_names: bool, *, allow_outside: bool,
+    caption: str | None, captions_from_file_names: bool, allow_outside: bool,
 ) -> list[Row]:  # fmt: skip
     """The images among `files` (all files of `root`) with their captions, sorted by path.
 
     Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
-    any; else a NAME.txt per image. An image with several metadata rows appears once per row. A metadata file may name
-    images outside of `root` only if `allow_outside`.
+    any; else a NAME.txt per image. An image with several metadata rows appears once per row. Metadata may name images
+    outside of `root` only with `allow_outside`.
     """
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
@@ -66,15 +63,16 @@ def read_folder(
     column = caption_column or image_column
     message = f"got column '{column}', but the captions of {root} come from no metadata.csv or .jsonl; unset the column"
     require(not column or by_metadata, message)
+    for file in images:
+        require(_is_utf8(str(file)), f"the name of {str(file)!r} is not UTF-8; rename the file")
     if caption is not None:
         return [(str(file), caption) for file in images]
     if captions_from_file_names:
         return [(str(file), caption_of_name(file)) for file in images]
     if by_metadata:
         rows = _from_metadata(metadata, image_column or "file_name", caption_column)
-        outside = [] if allow_outside else [name for name, _ in rows if not is_below(name, root)]
-        if outside:
-            raise UserError(f"the metadata of {root} names {outside[0]}, which is outside; set allow_outside=True")
+        if not allow_outside:
+            check_inside([root], (name for name, _ in rows))
     else:
         rows = _from_text_files(root, images)
     captioned = {os.path.normpath(name) for name, _ in rows}
@@ -90,6 +88,43 @@ def read_folder(
 def caption_of_name(file: Path) -> str:
     """red_fox.jpg -> "red fox". Letters are composed (NFC), since macOS stores names decomposed."""
     return " ".join(unicodedata.normalize("NFC", file.stem).replace("_", " ").split())
+
+
+def check_inside(folders: Sequence[Path], names: Iterable[str]) -> None:
+    """Raise a UserError if a path leads out of the data's folders by its name.
+
+    A link inside is followed: whoever put it there chose where it leads.
+    """
+    tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    for name in names:
+        outside = f"the data names the image '{name}' outside of its folder '{folders[0]}'"
+        require(os.path.abspath(name).startswith(tops), f"{outside}; move it inside, or set allow_outside=True")
+
+
+def problem_of_caption(text: str) -> str | None:
+    """Why a text cannot be a caption; None if it can."""
+    if len(text) > LONGEST_CAPTION:
+        return f"has {len(text):,} characters; expected at most {LONGEST_CAPTION:,}"
+    return None if _is_utf8(text) and "\0" not in text else "holds NUL or characters that are not Unicode"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(file: Path, most: int = LARGEST_TEXT) -> str:
+    """The UTF-8 text of a file of at most `most` bytes, without a byte order mark."""
+    try:
+        text = read_foreign(file, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    # Plain English in UTF-16 without a byte order mark is valid UTF-8, full of NUL.
+    require("\0" not in text, f"{file} holds NUL characters, perhaps it is UTF-16; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -123,7 +158,7 @@ def _from_metadata(metadata: list[Path], image_column: str, caption_column: str 
 
 
 def _csv_records(file: Path) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(file, LARGEST_METADATA)), strict=True)
     try:
         for record in reader:
             # None is csv's key for the fields beyond the header.
@@ -135,13 +170,13 @@ def _csv_records(file: Path) -> Iterator[Record]:
 
 
 def _json_records(file: Path) -> Iterator[Record]:
-    for line, content in enumerate(read_text(file).split("\n"), start=1):
+    for line, content in enumerate(read_text(file, LARGEST_METADATA).split("\n"), start=1):
         if not content.strip():
             continue
         try:
             record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", str(error))
+        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or nested as deeply
+            reason = getattr(error, "msg", None) or one_line(error)
             raise UserError(f"{file}, line {line} is not JSON: {reason}; write one object a line") from error
         require(isinstance(record, dict), f"{file}, line {line} got {content[:40]!r}; expected an object, one a line")
         yield line, record
@@ -150,11 +185,13 @@ def _json_records(file: Path) -> Iterator[Record]:
 def _row(file: Path, line: int, record: dict[str, Any], image_column: str, caption_column: str) -> Row:
     row, caption = f"{file}, line {line}", record.get(caption_column)
     name: Any = record.get(image_column)
-    exists = isinstance(name, str) and (file.parent / name).is_file()
-    require(exists, f"{row} names the image {name!r}, which does not exist; expected a path relative to this file")
+    exists = isinstance(name, str) and os.path.isfile(file.parent / name)
+    named = f"{row} names the image {repr(name)[:200]}"
+    require(exists, f"{named}, which does not exist; expected a path relative to this file")
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
     valid = bool(texts) and all(isinstance(text, str) for text in texts)
-    written = valid and all(map(can_be_written, texts))
-    require(written or not valid, f"{row}: '{caption_column}' holds half a character, or NUL; expected a text")
-    require(valid, f"{row}: '{caption_column}' got {caption!r}; expected a text, empty for none, or a list of texts")
+    got = f"{row}: '{caption_column}' got {repr(caption)[:200]}"
+    require(valid, f"{got}; expected a text, empty for none, or a list of texts")
+    for problem in filter(None, map(problem_of_caption, texts)):
+        raise UserError(f"{row}: '{caption_column}' {problem}; change it")
     return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]

@@ -1,37 +1,33 @@
 """Captioned images from the hub, from Arrow or Parquet files, or from a folder of images."""
 
-import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets as hf
 import pyarrow as pa
 import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
 from diffengine.datasets.folder import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
     Caption,
-    is_below,
+    check_inside,
     is_image,
     list_files,
+    problem_of_caption,
     read_folder,
 )
-from diffengine.datasets.images import check_regular, read_image, read_size
+from diffengine.datasets.images import read_image, read_size
 from diffengine.errors import UserError, require
-from diffengine.files import expanded
+from diffengine.files import check_regular, expanded, read_json
 from diffengine.text import one_line
 
 BEGINNING = 2**16  # bytes by which the content of a file is known
-LONGEST_CAPTION = 100_000  # letters; models read some hundreds
-# What `datasets` raises for the user's mistakes: no network, no such data, split or configuration, damaged files.
-# (DatasetNotFoundError is an OSError, pyarrow's ArrowInvalid a ValueError. An empty data set on disk is an IndexError.)
-LOAD_ERRORS = (OSError, ValueError, IndexError, hf.exceptions.DatasetsError)
 
 
 class ImageTextDataset(ImageDataset):
@@ -53,7 +49,9 @@ class ImageTextDataset(ImageDataset):
         captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for folders of images.
         revision: of a hub data set. Without a network a commit hash is checked; a branch or tag cannot be.
         max_samples: use only the first so many. Default all.
-        allow_outside: let the data name images outside of its folder. Links in the folder may lead anywhere.
+        allow_outside: read images that metadata or a table names outside of the data's folder, by `..` or an absolute
+            path. Default False: who made the data would choose which of your files are trained. Links inside the
+            folder are followed.
 
     Raises:
         UserError: the data does not exist or cannot be used.
@@ -75,25 +73,17 @@ class ImageTextDataset(ImageDataset):
         self.path = path
         self.prefix = prefix
         self._caption = caption
-        self._inside: Path | None = None  # the folder that images must be in, unless the rows are checked already
         if folder := _find_images(local):
             require(split == "train", f"split got '{split}', but a folder of images has no splits; give a subfolder")
             rows = _rows_of(
-                read_folder(
-                    *folder,
-                    image_column,
-                    caption_column,
-                    caption,
-                    captions_from_file_names,
-                    allow_outside=allow_outside,
-                )
+                read_folder(*folder, image_column, caption_column, caption, captions_from_file_names, allow_outside)
             )
         else:
             require(by_name is None, f"captions_from_file_names needs a folder of images, and {path} is none; unset it")
             rows = _load(path, local, split, revision)
-            if local is not None and not allow_outside:
-                self._inside = local if local.is_dir() else local.parent
             rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
+            if not allow_outside:
+                check_inside(_folders_of(local), _paths_in(rows))
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
         self._check_captions()
 
@@ -112,11 +102,11 @@ class ImageTextDataset(ImageDataset):
         """The length of its file and the first 64 KiB: all bytes of a large data set take minutes to read."""
         source, name = self._source(index, self._rows[index])
         try:
-            check_regular(source)
             if isinstance(source, bytes):
                 return len(source).to_bytes(8, "little") + source[:BEGINNING]
+            size = check_regular(source).st_size
             with Path(source).open("rb") as file:
-                return os.fstat(file.fileno()).st_size.to_bytes(8, "little") + file.read(BEGINNING)
+                return size.to_bytes(8, "little") + file.read(BEGINNING)
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
 
@@ -137,13 +127,7 @@ class ImageTextDataset(ImageDataset):
 
     def files(self) -> list[Path]:
         """Arrow files, or each image's own file."""
-        arrow = [Path(file["filename"]) for file in self._rows.cache_files]
-        cells = self._rows.data.column("image")
-        if not pa.types.is_struct(cells.type):
-            return arrow
-        outside = pc.is_null(pc.struct_field(cells, "bytes"))
-        paths = pc.struct_field(cells, "path").filter(outside).drop_null()
-        return arrow + [Path(path) for path in paths.to_pylist()]
+        return [Path(file["filename"]) for file in self._rows.cache_files] + list(map(Path, _paths_in(self._rows)))
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         caption = row["text"] if self._caption is None else self._caption
@@ -156,15 +140,10 @@ class ImageTextDataset(ImageDataset):
         """The bytes or the path of a row's image, and what errors call it."""
         cell = row["image"]
         encoded, file = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if not isinstance(encoded, bytes | None) or not isinstance(file, str | None):
-            raise UnreadableImage(f"row {index} of {self.path} holds no image; expected bytes, or a path")
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
             raise UnreadableImage(f"row {index} of {self.path} has no image; remove it, or set skip_unreadable=True")
-        if self._inside is not None and not is_below(file, self._inside):
-            reason = f"names {file}, which is outside of the data; set allow_outside=True"
-            raise UserError(f"row {index} of {self.path} {reason}")
         return file, file
 
     def _caption_cells(self) -> list[Caption]:
@@ -180,10 +159,10 @@ class ImageTextDataset(ImageDataset):
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
                 'give each image a text ("" for none)'
             )
-        lengths = [max((len(text) for text in as_list(cell)), default=0) for cell in cells]
-        if max(lengths, default=0) > LONGEST_CAPTION:
-            row = lengths.index(max(lengths))
-            raise UserError(f"row {row} of {self.path} has a caption of {lengths[row]:,} letters; expected a caption")
+        for row, cell in enumerate(cells):
+            for text in as_list(cell):
+                problem = problem_of_caption(text)
+                require(problem is None, f"the caption in row {row} of {self.path} {problem}; change it")
 
 
 def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
@@ -192,6 +171,9 @@ def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
         return None
     if local.is_file():
         return (local.parent, [local]) if is_image(local) else None
+    require(
+        local.is_dir(), f"{local} cannot be read: it is no regular file; expected an image, a Parquet file or a folder"
+    )
     files = list_files(local)
     wanted = any(is_image(file) or file.name in METADATA_NAMES for file in files)
     usable = wanted or any(file.suffix == ".parquet" for file in files)
@@ -202,6 +184,21 @@ def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
 def _is_saved(local: Path) -> bool:
     """Whether `save_to_disk` wrote this folder, one split or many."""
     return (local / "state.json").exists() or (local / "dataset_dict.json").exists()
+
+
+def _paths_in(rows: hf.Dataset) -> list[str]:
+    """The images' own files, of images that the table does not hold itself."""
+    cells = rows.data.column("image")
+    if not pa.types.is_struct(cells.type) or cells.type.get_field_index("path") < 0:
+        return []
+    return pc.struct_field(cells, "path").filter(pc.is_null(pc.struct_field(cells, "bytes"))).drop_null().to_pylist()
+
+
+def _folders_of(local: Path | None) -> list[Path]:
+    """The folders that a table's images must be in; of a hub data set, those that `datasets` downloads to."""
+    if local is None:
+        return [Path(hf.config.HF_DATASETS_CACHE), Path(hf.config.DOWNLOADED_DATASETS_PATH), Path(HF_HUB_CACHE)]
+    return [local if local.is_dir() else local.parent]
 
 
 def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
@@ -217,15 +214,15 @@ def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
 
 def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf.Dataset:
     """The rows of one split as `datasets` reads them; every error becomes one line."""
-    hf.logging.set_verbosity(logging.CRITICAL)  # what it logs is in the error, too
     try:
         if local is not None:
-            with _without_progress():
-                return _load_local(local, split)
+            return _load_local(local, split)
         is_hub_name = path != "" and not path.startswith((".", "/", "~")) and path.count("/") <= 1
         require(is_hub_name, f"no file or folder {path!r}; expected one that exists, or a hub name as owner/name")
         rows = hf.load_dataset(path, split=split, revision=revision)
-    except LOAD_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` checks little of what it reads
         hub = f"there is no folder {path}, and as a hub data set it"
         what, check = (path, "the files") if local else (hub, "the name, the network")
         reason = one_line(error)[:300]
@@ -238,29 +235,41 @@ def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf
     return rows
 
 
-@contextmanager
-def _without_progress() -> Iterator[None]:
-    """Switch the progress bars of `datasets` off: reading local files is quick."""
-    shown = not hf.utils.are_progress_bars_disabled()
-    hf.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            hf.enable_progress_bars()
-
-
 def _load_local(local: Path, split: str) -> hf.Dataset:
     if _is_saved(local):
+        _check_saved(local)
         saved = hf.load_from_disk(str(local))
         splits = saved if isinstance(saved, hf.DatasetDict) else {str(saved.split or "train"): saved}
         require(split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
         return splits[split]
-    if local.is_dir():
-        return hf.load_dataset("parquet", data_dir=str(local), split=split)
-    if local.suffix == ".parquet":
-        return hf.load_dataset("parquet", data_files=str(local), split=split)
-    raise UserError(f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
+    is_table = local.is_dir() or local.suffix == ".parquet"
+    require(is_table, f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
+    for file in list_files(local) if local.is_dir() else [local]:
+        check_regular(file)
+    return hf.load_dataset("parquet", **{"data_dir" if local.is_dir() else "data_files": str(local)}, split=split)
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a folder of `save_to_disk` whose JSON files name splits or tables outside of it."""
+    split_names, files = folder / "dataset_dict.json", []
+    if split_names.exists():
+        names = read_json(split_names).get("splits")
+        folders = [folder / name for name in _plain_names(names, split_names)]
+    else:
+        folders = [folder]
+    for item in folders:
+        entries = read_json(item / "state.json").get("_data_files")
+        read_json(item / "dataset_info.json")
+        names = [entry.get("filename") for entry in entries] if isinstance(entries, list) else None
+        files += [item / name for name in _plain_names(names, item / "state.json")]
+    for file in files:
+        check_regular(file)
+
+
+def _plain_names(names: Any, file: Path) -> list[str]:
+    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    require(plain, f"'{file}' names {str(names)[:200]}; expected files in its own folder")
+    return names
 
 
 def _two_columns(
@@ -277,6 +286,10 @@ def _two_columns(
     rows = rows.with_format(None).select_columns(list(chosen.values()))
     if isinstance(rows.features[chosen["image"]], hf.Image):
         rows = rows.cast_column(chosen["image"], hf.Image(decode=False))
+    try:
+        rows.data.validate(full=True)  # offsets that lead out of a buffer would end the process
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is damaged: {one_line(error)[:300]}; get it again") from error
     return rows.rename_columns({old: new for new, old in chosen.items() if old != new})
 
 
@@ -292,7 +305,9 @@ def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[
 def _holds_images(feature: Any) -> bool:
     """Whether a column holds images as `datasets` stores them, or encoded bytes, bare or in a struct with a path."""
     if isinstance(feature, dict):
-        return "bytes" in feature
+        path = feature.get("path", hf.Value("string"))
+        holds = _holds_images(feature.get("bytes")) or feature.get("bytes") == hf.Value("null")  # null: paths alone
+        return holds and isinstance(path, hf.Value) and "string" in path.dtype
     return isinstance(feature, hf.Image) or (isinstance(feature, hf.Value) and feature.dtype.endswith("binary"))
 
 

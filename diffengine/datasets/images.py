@@ -1,9 +1,6 @@
 """Reading one image: whatever PIL opens, as upright RGB on white."""
 
-import errno
 import io
-import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from diffengine.datasets.base import Size, UnreadableImage
+from diffengine.files import check_regular
 from diffengine.text import one_line
 
 ORIENTATION_TAG = 0x0112
@@ -54,16 +52,11 @@ def read_size(source: bytes | str, name: str) -> Size:
         return (height, width) if turned else (width, height)
 
 
-def check_regular(source: bytes | str) -> None:
-    """Raise an OSError unless a path is of a file: opening a pipe would wait for who writes to it."""
-    if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
-        raise OSError(errno.EINVAL, "it is no file, but a folder, a pipe or a device")
-
-
 @contextmanager
 def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     try:
-        check_regular(source)
+        if not isinstance(source, bytes):
+            check_regular(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     except DECODE_ERRORS as error:

@@ -1,12 +1,13 @@
 """Images that a run generates before it trains, and the record of what generated them."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffengine.errors import UserError, require
-from diffengine.files import write_text
+from diffengine.files import read_json, write_text
 
 RECORD = "drawn.json"  # next to the images: which of them a run generated, and from what
 
@@ -38,7 +39,7 @@ class MissingImages:
         record = self.folder / RECORD
         now = {"prompt": self.prompt, "base": base, "options": self.options}
         try:
-            old = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+            old = read_json(record) if os.path.lexists(record) else {}
             existing = [name for name in old.get("pictures", []) if (self.folder / name).exists()]
             changed = [f"{key} was {old.get(key)!r} and is {now[key]!r}" for key in now if old.get(key) != now[key]]
             found = f"'{self.folder}' holds {len(existing)} class images that were generated differently"
@@ -48,5 +49,5 @@ class MissingImages:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 names = [*existing, *(f"{number:06}.png" for number in self.numbers)]
                 write_text(record, json.dumps({**now, "pictures": names}, indent=1))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"cannot keep class images in '{self.folder}': {error}") from error

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffengine.errors import UserError, require
 from diffengine.files import atomic_write
 from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
+MOST = 2**20  # values in a checkpoint
 MOVE = "move it away, and use the one before"
 BEST = "best.pth"  # of the validations so far
 NAME = re.compile(r"(epoch|iter)_\d+\.pth")
@@ -50,34 +52,60 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def _not_plain(value: Any, where: str) -> list[str]:
-    """What `torch.load(weights_only=True)` would refuse, and where. By exact type: np.float64 is a float."""
+    """What `read` would refuse, and where. By exact type: np.float64 is a float, and a Parameter a tensor."""
     if type(value) in (dict, OrderedDict):
         keys = [problem for key in value for problem in _not_plain(key, f"a key of {where}")]
         return keys + [problem for key, item in value.items() for problem in _not_plain(item, f"{where}[{key!r}]")]
     if type(value) in (list, tuple):
         return [problem for index, item in enumerate(value) for problem in _not_plain(item, f"{where}[{index}]")]
-    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor):
+    if value is None or type(value) in (bool, int, float, str, bytes) or _is_plain_tensor(value):
         return []
-    return [f"{where} is of {type(value).__module__}.{type(value).__name__}"]
+    odd = " that is not dense or holds no values, or has a gradient" if isinstance(value, Tensor) else ""
+    return [f"{where} is of {type(value).__module__}.{type(value).__name__}{odd}"]
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a tensor that others can be copied from: not sparse, quantized, meta or trained."""
+    if type(value) is not Tensor or value.layout is not torch.strided:
+        return False
+    return not (value.is_quantized or value.is_meta or value.requires_grad)
+
+
+def _size(value: Any, most: int) -> int:
+    """How many values are nested in one, with repetitions; what exceeds `most` is not counted."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    count = 1
+    for item in items:
+        if count > most:
+            break
+        count += _size(item, most - count)
+    return count
 
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint, memory-mapped: tensors are read when they are used.
 
     Raises:
-        UserError: no such file, a broken or foreign one, or one that holds code.
+        UserError: no such file, a broken or foreign one, or one that holds code or odd tensors.
     """
     require(path.is_file(), f"checkpoint '{path}' does not exist")
+    foreign = f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}"
     try:
+        with zipfile.ZipFile(path) as file:  # torch compresses nothing, so nothing unpacks to more than the file has
+            require(all(item.compress_type == zipfile.ZIP_STORED for item in file.infolist()), foreign)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+        require(ours and _size(checkpoint, MOST) <= MOST, foreign)
+        odd = _not_plain(checkpoint, "checkpoint")
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         reason = "holds more than tensors and plain values, and was not read: it may run code"
         raise UserError(f"checkpoint '{path}' {reason}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # an unpickler of foreign bytes may raise anything
         size = path.stat().st_size
         raise UserError(f"checkpoint '{path}' is broken or cut off ({size} bytes); {MOVE}") from error
-    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
-    require(ours, f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}")
+    require(not odd, f"checkpoint '{path}' is damaged or was changed: {'; '.join(odd[:5])}; {MOVE}")
     return checkpoint
 
 

@@ -19,7 +19,7 @@ from diffengine.errors import UserError, require
 from diffengine.models import trusted_classes
 from diffengine.models.base import TrainableModel, describe
 from diffengine.registry import resolve as resolve_type
-from diffengine.signatures import defaults_of, types_in, with_defaults
+from diffengine.signatures import defaults_of, problems_of, types_in, with_defaults
 
 if TYPE_CHECKING:
     from diffengine.engine.run import Run
@@ -78,35 +78,65 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
         got = {name: describe(state[name]) if name in state else "missing" for name in wrong}
         return [f"'{name}' is {got[name]}; expected {expected}" for name, expected in wrong.items()]
     problems = []
-    if not all(type(text) is str for text in state["assets"].values()):
+    for name in ("iter", "epoch"):
+        count = state["counters"].get(name)
+        if type(count) is not int or count < 0:
+            problems.append(f"counters.{name} is {count!r}; expected a whole number from 0")
+    if not all(type(text) is str for item in state["assets"].items() for text in item):
         problems.append("'assets' holds more than texts")
     try:
         config = json.loads(state["config"])
     except ValueError:
         config = None
     model = config.get("model") if isinstance(config, dict) else None
-    if not (isinstance(model, dict) and "type" in model and "seed" in config):
+    seed = config.get("seed") if isinstance(model, dict) else None
+    if not (isinstance(model, dict) and type(model.get("type")) is str and type(seed) is int and abs(seed) < 2**63):
         problems.append("'config' is not the JSON of a config with a model and a seed")
     average = state.get("ema", {"weights": {}})
     if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
         problems.append("'ema' holds no weights by name")
+        average = {"weights": {}}
+    for name, tensor in {**average["weights"], **state["model"]}.items():
+        if isinstance(tensor, Tensor) and not _is_finite(tensor):
+            problems.append(f"{name} holds values that are not finite")
     return problems
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
     """Put a checkpoint back into a run that is built, and that it fits (`check_fits`)."""
     run.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
-    optimizer, schedule = run.optim_wrapper.optimizer, run.param_scheduler
-    optimizer.load_state_dict(state["optimizer"])
-    for values in optimizer.state.values():  # on a CPU these are the mapped file itself: let go of it
-        values.update({name: item.clone() for name, item in values.items() if isinstance(item, Tensor)})
-    known, _ = _in_both(state["param_scheduler"], _schedule_state(schedule))
-    schedule.load_state_dict({**known, "lr_lambdas": [None] * len(schedule.lr_lambdas)})
+    optim, schedule, steps = run.optim_wrapper, run.param_scheduler, state["counters"]["iter"]
+    _restore_optimizer(optim, state["optimizer"])
+    own, rates = _schedule_state(schedule), [group["lr"] for group in optim.optimizer.param_groups]
+    taken = {"last_epoch": steps, "_step_count": own["_step_count"] + steps, "_last_lr": rates}
+    schedule.load_state_dict({**own, **taken, "lr_lambdas": [None] * len(schedule.lr_lambdas)})
     if state["scaler"]:
-        run.optim_wrapper.scaler.load_state_dict(state["scaler"])
-    run.train_loop.start_at(state["counters"]["iter"])
+        optim.scaler.load_state_dict(state["scaler"])
+    run.train_loop.start_at(steps)
     run.train_loop.micro.restore(state.get("micro_batch_size"))
     run.call_hook("after_load_checkpoint", checkpoint=state)
+
+
+def _restore_optimizer(optim: StepOptimWrapper, saved: Mapping[str, Any]) -> None:
+    """Put back an optimizer's state, and of its groups what training changes; the options are the config's."""
+    own = optim.optimizer.state_dict()["param_groups"]
+    groups = [
+        {**group, **{name: was[name] for name in _changing(group, optim) if name in was}}
+        for group, was in zip(own, saved["param_groups"])
+    ]
+    optim.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for values in optim.optimizer.state.values():  # on a CPU these are the mapped file itself: let go of it
+        values.update({name: item.clone() for name, item in values.items() if isinstance(item, Tensor)})
+
+
+def _changing(group: Mapping[str, Any], optim: StepOptimWrapper) -> set[str]:
+    """The values of a parameter group that training changes: the rate, and what is no option of the optimizer."""
+    options = {*defaults_of(resolve_type(str(optim.options["type"]))), *optim.options, "params", "initial_lr"}
+    return {"lr", *(group.keys() - options)}
 
 
 def check_same_run(state: Mapping[str, Any], config: Plain, path: Path) -> None:
@@ -171,7 +201,7 @@ def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None
     if (last := state["param_scheduler"].get("last_epoch")) != steps:
         problems.append(f"param_scheduler.last_epoch is {last}; expected {steps}, the steps taken")
     if optim.scaler.is_enabled() and state["scaler"]:
-        problems += differences(state["scaler"], optim.scaler.state_dict(), "scaler")
+        problems += scaler_problems(state["scaler"], optim.scaler.state_dict())
     if "ema" in state:
         trained = trained_parameters(model)
         weights = {name: torch.empty_like(item, dtype=torch.float32, device="meta") for name, item in trained.items()}
@@ -219,18 +249,39 @@ def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps
         name = f"optimizer.param_groups.{number}"
         if not isinstance(group, dict) or group.get("params") != own["params"] or "lr" not in group:
             return [f"{name} is not of the {len(own['params'])} parameters that it has in this run"]
-        problems += differences(*_in_both(group, own), name)
+        problems += differences(*_in_both(group, own), name) or _group_problems(group, own, optim, name)
     indices = [index for group in groups for index in group["params"]]
     if unknown := [key for key in saved if key not in indices]:
         return [f"optimizer.state has {unknown[0]!r}; expected 0 to {len(indices) - 1}, one a parameter"]
     expected: dict[str, Any] = {}
     for index, parameter in zip(indices, optim.parameters):
         if index in saved:
-            like = describe(parameter)
+            like = f"{describe(parameter)} {parameter.stride()}"
             if like not in expected:
                 expected[like] = state_after_a_step(parameter, optim.options)
             problems += differences(saved[index], expected[like], f"optimizer.state.{index}", steps=steps)
     return problems
+
+
+def _group_problems(group: Mapping[str, Any], own: Mapping[str, Any], optim: StepOptimWrapper, name: str) -> list[str]:
+    """Which options of a saved parameter group are not the config's, and a rate that no schedule sets."""
+    fixed = own.keys() - _changing(own, optim) - {"params"}
+    saved, expected = _in_both(*({key: values.get(key) for key in sorted(fixed)} for values in (group, own)))
+    text = "{}.{} is {!r}; expected {!r}, as in the config"
+    other = [text.format(name, key, saved[key], expected[key]) for key in saved if saved[key] != expected[key]]
+    rate, most = group["lr"], own.get("initial_lr", own["lr"])
+    if not 0 <= rate <= most * (1 + 1e-6):
+        other.append(f"{name}.lr is {rate!r}; expected 0 to {most}")
+    return other
+
+
+def scaler_problems(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What in a loss scaler's saved state cannot have come about in this run."""
+    if problems := differences(saved, own, "scaler"):
+        return problems
+    fixed = {**own, "scale": saved["scale"], "_growth_tracker": saved["_growth_tracker"]}
+    fine = saved == fixed and saved["scale"] > 0 and 0 <= saved["_growth_tracker"] < own["growth_interval"]
+    return [] if fine else [f"scaler is {dict(saved)}; expected a scale above 0, and the rest as in {dict(own)}"]
 
 
 def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +294,7 @@ def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[st
 
 
 def differences(saved: Any, expected: Any, name: str, steps: int | None = None) -> list[str]:
-    """What in `saved` has other names, types, shapes or dtypes than in `expected`, or is a number that is not finite.
+    """What in `saved` has other names, types, shapes or dtypes than in `expected`, or numbers that are not finite.
 
     Problems call the value `name`; `steps` is the most that a value called "step" may be.
     """
@@ -258,8 +309,12 @@ def differences(saved: Any, expected: Any, name: str, steps: int | None = None) 
     number = type(saved) in (int, float) and type(expected) in (int, float)
     if describe(saved) != describe(expected) and not number:
         return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
-    if number and not math.isfinite(saved):
-        return [f"{name} is {saved}; expected a finite number"]
+    if isinstance(saved, Tensor) and saved.stride() != expected.stride():
+        return [f"{name} has the strides {saved.stride()}; expected {expected.stride()}"]
+    if (number and not math.isfinite(saved)) or (isinstance(saved, Tensor) and not _is_finite(saved)):
+        return [
+            f"{name} is not finite" if isinstance(saved, Tensor) else f"{name} is {saved}; expected a finite number"
+        ]
     if steps is not None and name.endswith(".step") and not 0 <= float(saved) <= steps:
         return [f"{name} is {float(saved):g}; expected 0 to {steps}, the steps taken"]
     return []
@@ -314,6 +369,8 @@ def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> Trainabl
     cls = resolve_type(resolved["model"]["type"])
     if not (isinstance(cls, type) and issubclass(cls, TrainableModel)):
         raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
+    problems = problems_of(resolved["model"], "model", {"assets"})
+    require(not problems, f"{source} holds a config that builds no model: {'; '.join(problems[:5])}")
     try:
         model = cls(**options, assets=state["assets"], seed=resolved["seed"])
     except UserError as error:

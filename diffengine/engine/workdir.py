@@ -21,7 +21,7 @@ from diffengine import distributed
 from diffengine.config import Plain, to_text
 from diffengine.engine import checkpoint
 from diffengine.errors import UserError, require
-from diffengine.files import OWNED, TRAINED, delete, is_inside, locked, own, owned, write_text
+from diffengine.files import OWNED, TRAINED, delete, expanded, is_inside, locked, own, owned, write_text
 from diffengine.report.read import drop_damaged_lines
 from diffengine.terminal import say
 
@@ -99,7 +99,7 @@ def check_inputs(job: "Job") -> None:
     for setting, path in given + [pair for name in INPUTS for pair in _texts(job.resolved.get(name), name)]:
         if not path or not is_inside(path, job.work_dir):
             continue
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         components = [*folder.iterdir()] if setting.startswith("model.") and folder.is_dir() else []
         if any(is_inside(read, item) for read in [folder, *components] for item in stale):
             lost = f"is of the run in '{job.work_dir}', which would be deleted"

@@ -1,10 +1,12 @@
 """peft's adapters, injected into a component: a few trained weights next to a base that does not change."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoKrConfig, LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from diffengine.errors import UserError, require
-from diffengine.files import read_json
-from diffengine.models.loading import check_files, check_sizes, seeded
+from diffengine.files import check_regular, read_json
+from diffengine.models.loading import seeded
 from diffengine.registry import resolve
+from diffengine.signatures import problems_of
 from diffengine.text import one_line
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE
@@ -28,6 +33,10 @@ NAME = "default"  # peft's own
 # Options that train or change weights outside the adapter, which diffusers' loader does not know.
 UNSAVED_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
 LARGEST_RANK = 2**13  # above the width of any layer, so more trains nothing new
+# Options by which peft imports a module.
+CODE_OPTIONS = ("megatron_config",)
+# Options that may be a pattern.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 # Methods that need their own calls during training.
 UNSUPPORTED = ("ADALORA", "ADAMSS", "XLORA", "POLY")
 
@@ -45,16 +54,33 @@ def read_config(section: Any, name: str) -> PeftConfig:
     unsupported = config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in UNSUPPORTED
     message = f"adapters.{name}: {cls.__name__} cannot be trained here; use one such as LoraConfig or LoKrConfig"
     require(not unsupported, message)
-    rank = getattr(config, "r", None) or 0
-    require(rank <= LARGEST_RANK, f"adapters.{name} got r={rank}; expected {LARGEST_RANK:,} at most")
     targets = getattr(config, "target_modules", True)
     require(bool(targets), f"adapters.{name} needs target_modules: which modules of the {name} get one")
     for option in UNSAVED_OPTIONS:
         message = f"adapters.{name}: {option} trains what is no adapter; use target_modules, or train it in full"
         require(not getattr(config, option, None), message)
+    _check_ranks_and_patterns(section, name)
+    for option in CODE_OPTIONS:
+        message = f"adapters.{name}: {option} names a module that would be imported; leave it out"
+        require(not getattr(config, option, None), message)
     bias = getattr(config, "bias", "none")
     require(bias in ("none", False), f"adapters.{name}: bias='{bias}' would change the base model; leave it out")
     return config
+
+
+def _check_ranks_and_patterns(section: Mapping[str, Any], name: str) -> None:
+    """Refuse ranks that take all memory, and patterns that take all time."""
+    by_pattern = {key: section.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, values in by_pattern.items():
+        require(isinstance(values, Mapping), f"adapters.{name}.{key} got {values!r}; expected numbers by pattern")
+    for rank in (section.get("r", 1), *by_pattern["rank_pattern"].values()):
+        fine = type(rank) is int and 0 <= rank <= LARGEST_RANK
+        require(fine, f"adapters.{name} got the rank {rank!r}; expected at most {LARGEST_RANK:,}")
+    patterns = [section[key] for key in PATTERNS if isinstance(section.get(key), str)]
+    for pattern in (*patterns, *(key for values in by_pattern.values() for key in values)):
+        slow = len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern)
+        message = f"adapters.{name} has the pattern {pattern[:80]!r}, which may match for ever; list names instead"
+        require(not slow, message)
 
 
 def inject(module: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
@@ -171,20 +197,51 @@ def merge(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def read_folder(folder: Path) -> dict[str, Any] | None:
-    """The settings of an adapter folder; None for another folder.
+    """The settings of an adapter folder; None for another folder. A UserError if they cannot be read."""
+    path = folder / CONFIG
+    return read_json(path) if os.path.lexists(path) else None
+
+
+def put_on(module: nn.Module, folder: Path, name: str) -> None:
+    """Load an adapter folder from anywhere into component `name`; `module` is changed.
 
     Raises:
-        UserError: they cannot be read, or a pattern in them could take for ever: peft matches it with every module.
+        UserError: the adapter trains what is no adapter, names code or takes too long to match; or does not fit.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        return None
-    check_files(folder)
-    settings = read_json(path)
-    check_sizes(f"'{path}'", settings)
-    method = settings.get("peft_type")
-    require(method not in (*UNSUPPORTED, "TRAINABLE_TOKENS"), f"'{path}' is of {method}, which cannot be used here")
-    for key, value in settings.items():
-        slow = isinstance(value, str) and (len(re.findall(r"[*+{]", value)) > 4 or re.search(r"\)[*+{]", value))
-        require(not slow, f"'{path}' has {key}={value!r:.100}; expected at most four repetitions, and none of a group")
-    return settings
+    _check_folder(folder, name)
+    stored = _shapes(folder)
+    try:
+        load_with_peft(module, folder)
+        own = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
+        loaded = {f"base_model.model.{key}": list(value.shape) for key, value in own.items()}
+    except Exception as error:  # peft checks little of what it reads
+        raise UserError(f"adapter '{folder}' does not fit {name} of the base: {one_line(error)[:300]}") from error
+    differ = sorted(key for key in stored.keys() | loaded.keys() if stored.get(key) != loaded.get(key))
+    message = f"adapter '{folder}' does not fit {name} of the base: {len(differ)} weights differ"
+    require(not differ, f"{message}, first {min(differ, default='')}")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Judge an adapter's settings as those of a config are judged, before peft acts on them."""
+    settings = read_folder(folder) or {}
+    cls = next(
+        (item for method, item in PEFT_TYPE_TO_CONFIG_MAPPING.items() if method == settings.get("peft_type")), None
+    )
+    file = folder / CONFIG
+    if cls is None or settings["peft_type"] in UNSUPPORTED:
+        raise UserError(f"'{file}' is of peft_type {settings.get('peft_type')!r}; expected one such as LORA or LOKR")
+    known = {item.name for item in fields(cls)} - {"peft_type", "inference_mode"}
+    section = {"type": f"peft.{cls.__name__}", **{key: settings[key] for key in settings.keys() & known}}
+    problems = problems_of(section, f"'{file}'")
+    require(not problems, "; ".join(problems[:3]))
+    read_config(section, name)
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the weights in an adapter folder."""
+    try:
+        check_regular(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise UserError(f"'{folder / WEIGHTS}' cannot be read: {one_line(error)}; get the adapter again") from error

@@ -3,18 +3,21 @@
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from diffengine.errors import UserError, require
-from diffengine.files import expanded, read_json
-from diffengine.signatures import sizes_out_of_range
-from diffengine.text import did_you_mean, one_line
+from diffengine.files import check_regular, expanded, read_json
+from diffengine.text import did_you_mean, format_bytes
+
+LAYERS = re.compile("layers|blocks")  # in the name of a number of layers
 
 
 def quiet_libraries() -> None:
@@ -55,40 +58,79 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         listing = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise UserError(f"model folder '{origin}' holds no folder '{name}'; it has {listing}")
     if folder is not None:
-        check_files(folder)
+        _check_files(folder)
     try:
         return load(str(folder or origin), **options)
     except UserError:
         raise
-    except Exception as error:
-        reason, *_ = one_line(error).split("\n")
-        cls = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {cls}{reason}") from error
+    except Exception as error:  # the libraries check little of what they read
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
 
 
-def check_files(folder: Path) -> None:
-    """Refuse pipes and devices, which would be waited for, and sizes that no memory holds."""
-    for path in folder.iterdir():
-        require(path.is_file() or path.is_dir(), f"'{path}' is neither a file nor a folder; remove it")
-    if (config := folder / "config.json").is_file():
-        check_sizes(f"'{config}'", read_json(config))
-
-
-def check_sizes(name: str, sizes: Mapping[str, Any]) -> None:
-    """Refuse sizes of a model by which no memory could hold it; they are of the config `name`."""
-    problems = sizes_out_of_range(name, sizes)
-    require(not problems, "; ".join(problems))
+def _check_files(folder: Path) -> None:
+    """Refuse a component's folder with a FIFO, a device, or JSON that is no object or names files in other folders."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            shards = read_json(file).get("weight_map", {})
+            inside = isinstance(shards, dict) and all(Path(str(name)).name == name for name in shards.values())
+            require(inside, f"'{file}' names weights that are not in its folder; get the model again")
+        elif file.exists() and not file.is_dir():
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise UserError(f"'{file}' cannot be read: {error.strerror}; get the model again") from error
 
 
 def load_module(origin: str, name: str, cls: Any) -> Any:
-    """Load a module in fp32; a UserError if weights are missing, which the libraries only warn of and initialise."""
+    """Load a module in fp32 from safetensors alone.
+
+    Raises:
+        UserError: as of `load_component`; or the weights are not exactly those of the config, which the libraries only
+            warn of, and initialise the rest.
+    """
     precision = "dtype" if cls.__module__.startswith("transformers.") else "torch_dtype"
-    options = {precision: torch.float32, "output_loading_info": True}
+    options = {precision: torch.float32, "output_loading_info": True, "use_safetensors": True}
+
+    def load(source: str, **options: Any) -> Any:
+        if Path(source).is_dir():
+            _check_size(Path(source), cls)
+        return cls.from_pretrained(source, **options)
+
     with torch.random.fork_rng(devices=[]):
-        module, info = load_component(origin, name, cls.from_pretrained, **options)
+        module, info = load_component(origin, name, load, **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} of '{origin}' lacks {len(missing)} weights of a {cls.__name__}, first {missing[0]}")
+    # Older versions of transformers saved these numbers 0, 1, 2, ...
+    others = sorted(str(key) for key in info["unexpected_keys"] if not key.endswith("position_ids"))
+    others += sorted(map(str, info["mismatched_keys"]))
+    message = (
+        f"{name} of '{origin}' has {len(others)} weights that its config.json has not, first {min(others, default='')}"
+    )
+    require(not others, f"{message}; get the model again")
     return module
+
+
+def _check_size(folder: Path, cls: Any) -> None:
+    """Refuse a config of more layers or parameters than the folder has weights, before they take memory."""
+    files = sorted(folder.glob("*.safetensors"))
+    require(bool(files), f"'{folder}' holds no weights in safetensors; other formats may run code, so convert them")
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            tensors += len(weights.keys())
+    for key, value in read_json(folder / "config.json").items():
+        count = len(value) if isinstance(value, list) else value if LAYERS.search(key) else 0
+        few = not isinstance(count, int | float) or count <= tensors
+        require(few, f"'{folder}' has {key}={count} in its config.json, and {tensors} weights; get the model again")
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):  # of diffusers
+            module = cls.from_config(cls.load_config(folder))
+        else:
+            module = cls(cls.config_class.from_pretrained(folder))
+    parameters, size = sum(item.numel() for item in module.parameters()), sum(file.stat().st_size for file in files)
+    has = f"'{folder}' has a config.json of {parameters:,} parameters, and {format_bytes(size)} of weights"
+    require(parameters <= size, f"{has}; get the model again")
 
 
 @contextmanager

@@ -7,14 +7,14 @@ from huggingface_hub import hf_hub_download
 
 from diffengine.errors import UserError, require
 from diffengine.files import read_json
-from diffengine.models.adapters import load_with_peft, read_folder
+from diffengine.models.adapters import put_on, read_folder
 from diffengine.models.amused.components import CLASSES, Components
 from diffengine.models.amused.sampler import AmusedSampler
 from diffengine.models.generation import ImageSampler
 from diffengine.models.loading import load_component, load_module
-from diffengine.text import one_line
 
 GUIDANCE = "_diffengine_guidance_scale"  # in the index of a pipeline that we wrote; diffusers ignores it
+LARGEST_GUIDANCE = 10**6
 
 
 def open_pipeline(source: str, base: str | None = None) -> ImageSampler:
@@ -31,7 +31,8 @@ def open_pipeline(source: str, base: str | None = None) -> ImageSampler:
         require(not base, f"--base got '{base}', but '{source}' is a whole pipeline; leave it out")
         return _open(source, None)
     settings = [read_folder(item) for item in [folder, *sorted(folder.iterdir())]]
-    base = base or next(filter(None, (item.get("base_model_name_or_path") for item in settings if item)), None)
+    named = [item.get("base_model_name_or_path") for item in settings if item]
+    base = base or next((name for name in named if isinstance(name, str) and name), None)
     if base is None:
         known = "a pipeline folder (model_index.json), nor a work dir (checkpoints), nor an adapter that names its base"
         raise UserError(f"'{folder}' is neither {known}; for what convert wrote, name it with --base")
@@ -57,7 +58,11 @@ def _read_index(origin: str) -> dict[str, Any]:
     """The `model_index.json` of a folder or hub name; diffusers' own reader needs the pipeline's class."""
     path = Path(origin)
     file = path / "model_index.json" if path.is_dir() else Path(hf_hub_download(origin, "model_index.json"))
-    return read_json(file)
+    index = read_json(file)
+    scale = index.get(GUIDANCE, 1)
+    fine = type(scale) in (int, float) and 0 <= scale <= LARGEST_GUIDANCE
+    require(fine, f"'{file}' has a guidance scale of {scale!r}; expected a number from 0 to {LARGEST_GUIDANCE:,}")
+    return index
 
 
 def _put_on(modules: dict[str, Any], folder: Path) -> None:
@@ -66,10 +71,7 @@ def _put_on(modules: dict[str, Any], folder: Path) -> None:
     for name, module in modules.items():
         component = folder if alone == type(module).__name__ else folder / name
         if read_folder(component):
-            try:
-                load_with_peft(module, component)
-            except Exception as error:
-                raise UserError(f"adapter '{component}' does not fit {name} of the base: {one_line(error)}") from error
+            put_on(module, component, name)
         elif (component / "config.json").is_file():
             modules[name] = load_module(str(component), name, type(module)).eval()
         else:
@@ -82,11 +84,10 @@ def _class_of(folder: Path) -> str | None:
     """The class of the component that a folder is, or is an adapter of; None for another folder."""
     adapter, path = read_folder(folder), folder / "config.json"
     if adapter is not None:
-        return (adapter.get("auto_mapping") or {}).get("base_model_class")
+        mapping = adapter.get("auto_mapping")
+        return str(mapping.get("base_model_class")) if isinstance(mapping, dict) else None
     if not path.is_file():
         return None
-    try:
-        settings = read_json(path)
-        return settings.get("_class_name") or settings["architectures"][0]  # diffusers', transformers'
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"'{path}' holds no config of a component: {error!r}") from error
+    settings = read_json(path)
+    known = settings.get("_class_name") or settings.get("architectures")  # diffusers', transformers'
+    return str(known[0] if isinstance(known, list) and known else known)

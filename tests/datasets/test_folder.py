@@ -1,6 +1,7 @@
 """Folders of images, read by ImageTextDataset."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -197,3 +198,82 @@ def test_folder_of_images_has_no_splits_or_revisions(tmp_path):
     assert_error("split got 'test'.*no splits", str(tmp_path), caption="x", split="test")
     assert_error("revision got 'v1'.*has no revisions", str(tmp_path), caption="x", revision="v1")
     assert_error("max_samples got 0; expected at least 1", str(tmp_path), caption="x", max_samples=0)
+
+
+HOSTILE_METADATA = {
+    "nested": ("[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
+    "digits": ('{"file_name": "a.png", "text": ' + "9" * 5000 + "}", "line 1 is not JSON: Exceeds the limit"),
+    "long name": ('{"file_name": "' + "a" * 5000 + '.png", "text": "x"}', "which does not exist"),
+    "NUL in a name": ('{"file_name": "a\\u0000.png", "text": "x"}', "which does not exist"),
+    "surrogate in a name": ('{"file_name": "\\ud800.png", "text": "x"}', "which does not exist"),
+    "folder": ('{"file_name": ".", "text": "x"}', "which does not exist"),
+    "NUL": ('{"file_name": "a.png", "text": "a\\u0000b"}', "line 1: 'text' holds NUL"),
+    "surrogate": ('{"file_name": "a.png", "text": "\\ud800"}', "holds NUL or characters that are not Unicode"),
+    "long": (
+        '{"file_name": "a.png", "text": "' + "a" * 70_000 + '"}',
+        "has 70,000 characters; expected at most 65,536",
+    ),
+    "null in a list": ('{"file_name": "a.png", "text": ["x", null]}', "expected a text"),
+}
+
+
+@pytest.mark.parametrize(("content", "match"), HOSTILE_METADATA.values(), ids=HOSTILE_METADATA)
+def test_hostile_metadata(tmp_path, content, match):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(content)
+    assert_error(match, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "ABSOLUTE/secret.png", "../data-2/secret.png", "sub/../../secret.png"]
+)
+def test_metadata_that_names_images_outside_of_the_folder(tmp_path, name, monkeypatch):
+    for folder in (tmp_path, tmp_path / "data-2"):
+        image(folder / "secret.png", 9)
+    image(tmp_path / "data" / "sub" / "a.png")
+    row = {"file_name": name.replace("ABSOLUTE", str(tmp_path)), "text": "x"}
+    rows = [{"file_name": "sub/../sub/a.png", "text": "y"}, row]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path / "data")
+    for root in (str(tmp_path / "data"), "."):
+        assert_error("names the image '.*secret.png' outside of its folder .*, or set allow_outside=True", root)
+    assert sorted(shades(ImageTextDataset(".", allow_outside=True))) == [0, 9]
+
+
+def test_links_inside_the_folder_are_followed(tmp_path):
+    image(tmp_path / "elsewhere" / "b.png", 7)
+    image(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\na.png,x\nmore/b.png,y\n")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert shades(ImageTextDataset(str(tmp_path / "link"))) == [0, 7]
+
+
+@pytest.mark.parametrize("name", ["odd.png", "metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_fifos_and_devices_are_not_read(tmp_path, name, make):
+    image(tmp_path / "a.png").with_suffix(".txt").write_text("x")
+    make(tmp_path / name)
+    if name != "odd.png":
+        assert_error(f"{name}' cannot be read: it is no regular file", str(tmp_path))
+        return
+    dataset = ImageTextDataset(str(tmp_path), caption="x")
+    for read in (dataset.__getitem__, dataset.content, dataset.size):
+        with pytest.raises(UnreadableImage, match="it is no regular file"):
+            read(1)
+
+
+def test_huge_text_files_are_not_read(tmp_path):
+    for name, size in (("a.txt", "68.72 GB; expected at most 1.0 MB"), ("metadata.jsonl", "expected at most 1.07 GB")):
+        image(tmp_path / "a.png")
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**36)
+        assert_error(f"{name}' has {size}" if name == "a.txt" else f"{name}' has 68.72 GB; {size}", str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_file_names_that_are_not_utf8_or_hold_line_ends(tmp_path):
+    image(tmp_path / "two\nlines\x1b.png")
+    assert all_captions(ImageTextDataset(str(tmp_path), captions_from_file_names=True)) == ["two lines\x1b"]
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    assert_error("the name of .* is not UTF-8; rename the file", str(tmp_path), caption="x")

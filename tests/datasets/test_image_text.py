@@ -1,10 +1,14 @@
 """Arrow, Parquet and the hub's cache."""
 
 import io
+import json
+import os
 import pickle
 
 import datasets as hf
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
@@ -230,3 +234,62 @@ def test_table_with_paths_of_images(tmp_path):
     table = hf.Dataset.from_dict({"image": [str(tmp_path / "a.png")], "text": ["x"]})
     table.cast_column("image", hf.Image()).save_to_disk(tmp_path / "it")
     assert shades([ImageTextDataset(str(tmp_path / "it"))[0]]) == [8]
+
+
+def test_tables_that_name_files_outside_of_their_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    for path, name in ((tmp_path / "data" / "a.png", "inside"), (tmp_path / "b.png", "outside")):
+        path.write_bytes(png(8))
+        table = pa.table({"image": [{"bytes": None, "path": str(path)}], "text": ["x"]})
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    assert shades([ImageTextDataset(str(tmp_path / "data" / "inside.parquet"))[0]]) == [8]
+    outside = str(tmp_path / "data" / "outside.parquet")
+    assert_error("names the image '.*b.png' outside of its folder", outside)
+    assert shades([ImageTextDataset(outside, allow_outside=True)[0]]) == [8]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [[{"bytes": 5, "path": "x"}], [{"bytes": "x", "path": "x"}], [{"bytes": b"x", "path": 5}], [{"bytes": [b"x"]}]],
+    ids=str,
+)
+def test_columns_of_other_types_than_images(tmp_path, cells):
+    pq.write_table(pa.table({"image": cells, "text": ["x"]}), tmp_path / "it.parquet")
+    assert_error("column 'image' of .* holds .*; expected images", str(tmp_path / "it.parquet"))
+
+
+SAVED = {
+    "dataset_dict.json": ({"splits": 5}, {"splits": ["../it"]}, {"splits": [None]}, {}, []),
+    "state.json": ({"_data_files": [{"filename": "../secret.arrow"}]}, {"_data_files": [{"filename": "/etc/passwd"}]},
+                   {"_data_files": [5]}, {"_data_files": 5}, {}, []),
+    "dataset_info.json": ([], {"features": {"image": {"_type": "os.system"}}}, {"features": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, text) for name, texts in SAVED.items() for text in texts], ids=str
+)
+def test_damaged_or_foreign_data_saved_to_disk(tmp_path, name, content):
+    hf.Dataset.from_dict({"image": [b"x"], "text": ["x"]}).save_to_disk(tmp_path / "it")
+    (tmp_path / "it" / name).write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        ImageTextDataset(str(tmp_path / "it"))
+    assert "\n" not in str(caught.value)
+
+
+def test_offsets_that_lead_out_of_a_table(tmp_path):
+    """Reading such a cell ends the process."""
+    hf.Dataset.from_dict({"image": [b"x", b"y"], "text": ["x", "y"]}).save_to_disk(tmp_path / "it")
+    file = next((tmp_path / "it").glob("*.arrow"))
+    offsets = np.array([0, 1, 2], np.int32).tobytes()
+    content = file.read_bytes()
+    assert content.count(offsets) == 2  # of images and of texts
+    file.write_bytes(content.replace(offsets, np.array([0, 2**30, 2**30 + 1], np.int32).tobytes()))
+    assert_error("is damaged: ", str(tmp_path / "it"))
+
+
+def test_fifos_are_not_read_as_tables(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    os.mkfifo(tmp_path / "state.json")
+    for path in (tmp_path / "a.parquet", tmp_path):
+        assert_error("it is no regular file", str(path))

@@ -81,6 +81,7 @@ def test_a_dead_worker_is_one_line(end, how):
         list(read)
 
 
+@pytest.mark.soak  # forks twice: next to other tests' threads it may hang
 def test_workers_end_with_a_killed_main_process_and_leave_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
     (tmp_path / "temp").mkdir()

@@ -1,6 +1,7 @@
 """A damaged or changed checkpoint is refused before anything is loaded or written."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,24 @@ import pytest
 import torch
 
 from diffengine import cli
+from diffengine.api import load_sampler
 from diffengine.engine import checkpoint
-from diffengine.engine.state import TYPES, differences, state_after_a_step
+from diffengine.engine.state import TYPES, differences, load_model, scaler_problems, state_after_a_step
+from diffengine.errors import UserError
 from tests.engine.conftest import REFERENCE
-from tests.engine.runs import Toy, train
+from tests.engine.runs import Toy, assert_equal_checkpoints, train
 
 
 def set_first_moment(state: dict[str, Any], value: Any) -> None:
     state["optimizer"]["state"][0]["exp_avg"] = value
+
+
+def set_rate(state: dict[str, Any], value: float) -> None:
+    state["optimizer"]["param_groups"][0]["lr"] = value
+
+
+def first_moment(state: dict[str, Any]) -> torch.Tensor:
+    return state["optimizer"]["state"][0]["exp_avg"]
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -40,11 +51,49 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "param_groups.0.lr is nan; expected a finite number",
     ),
     "negative steps": (lambda s: s["counters"].update(iter=-5), "expected 'iter' of at least 0"),
+    "steps are true": (lambda s: s["counters"].update(iter=True), "expected 'iter' of at least 0"),
+    "steps are a fraction": (lambda s: s["counters"].update(iter=4.0), "expected 'iter' of at least 0"),
+    "epoch is true": (lambda s: s["counters"].update(epoch=True), "counters.epoch is True; expected a whole number"),
+    "no epoch": (lambda s: s["counters"].pop("epoch"), "counters.epoch is None; expected a whole number"),
     "too many steps": (lambda s: s["counters"].update(iter=10**9), "counters.iter is 1000000000; expected 0"),
     "steps are a string": (lambda s: s["counters"].update(iter="4"), "expected 'iter' of at least 0"),
     "epoch too high": (lambda s: s["counters"].update(epoch=99), "counters.epoch is 99; expected 0 to 1 after 4 steps"),
     "step count of the schedule": (lambda s: s["param_scheduler"].update(last_epoch=3), "last_epoch is 3; expected 4"),
     "missing rate of the schedule": (lambda s: s["param_scheduler"].update(base_lrs=[1.0]), "expected 2 entries"),
+    "betas": (
+        lambda s: s["optimizer"]["param_groups"][0].update(betas=(5.0, 5.0)),
+        "param_groups.0.betas is (5.0, 5.0); expected (0.9, 0.999), as in the config",
+    ),
+    "weight decay": (
+        lambda s: s["optimizer"]["param_groups"][1].update(weight_decay=-1.0),
+        "param_groups.1.weight_decay is -1.0; expected 0.0, as in the config",
+    ),
+    "negative rate": (lambda s: set_rate(s, -1.0), "param_groups.0.lr is -1.0; expected 0 to 0.001"),
+    "high rate": (lambda s: set_rate(s, 1e9), "param_groups.0.lr is 1000000000.0; expected 0 to 0.001"),
+    "moment is infinite": (
+        lambda s: s["optimizer"]["state"][0]["exp_avg"].view(-1)[-1:].fill_(float("inf")),
+        "optimizer.state.0.exp_avg is not finite",
+    ),
+    "moment laid out in another way": (
+        lambda s: set_first_moment(s, s["optimizer"]["state"][0]["exp_avg"].view(-1)[:1].expand_as(first_moment(s))),
+        "optimizer.state.0.exp_avg has the strides",
+    ),
+    "step count is not a number": (
+        lambda s: s["optimizer"]["state"][0]["step"].fill_(float("nan")),
+        "optimizer.state.0.step is not finite",
+    ),
+    "step count has a shape": (
+        lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(3)),
+        "optimizer.state.0.step is (3,) float32; expected () float32",
+    ),
+    "another optimizer's state": (
+        lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
+        "optimizer.state.0 has ['exp_avg', 'exp_avg_sq', 'momentum_buffer', 'step']; expected",
+    ),
+    "average of NaN": (
+        lambda s: s.update(ema={"updates": 1, "weights": {"a": torch.tensor(float("nan"))}}),
+        "a holds values that are not finite",
+    ),
     "no optimizer": (lambda s: s.pop("optimizer"), "'optimizer' is missing; expected dict"),
     "num_samples is a list": (lambda s: s.update(num_samples=[10]), "'num_samples' is list; expected int"),
     "assets hold a number": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
@@ -98,6 +147,10 @@ def without_section(state: dict[str, Any], name: str) -> str:
     return json.dumps({key: value for key, value in json.loads(state["config"]).items() if key != name})
 
 
+def first_weight(state: dict[str, Any]) -> torch.Tensor:
+    return next(iter(state["model"].values()))
+
+
 ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     **{f"no {name}": (lambda s, name=name: s.pop(name), f"'{name}' is missing; expected ") for name in TYPES},
     **{f"{name} is None": (lambda s, name=name: s.update({name: None}), f"'{name}' is NoneType") for name in TYPES},
@@ -109,6 +162,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "assets hold a number": (lambda s: s.update(assets={"a": 1}), "'assets' holds more than texts"),
     "average is a number": (lambda s: s.update(ema=1), "'ema' holds no weights by name"),
     "average has no weights": (lambda s: s.update(ema={"updates": 1}), "'ema' holds no weights by name"),
+    "weight is NaN": (lambda s: first_weight(s).view(-1)[-1:].fill_(float("nan")), "holds values that are not finite"),
 }
 
 
@@ -172,3 +226,92 @@ def test_the_state_of_any_optimizer_is_compared(options: dict[str, Any]) -> None
     assert differences(state, state_after_a_step(large, options), "state", steps=1) == []
     if state and state != {"momentum_buffer": None}:
         assert differences(state_after_a_step(small, options), state, "state") != []
+
+
+ODD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": lambda weight: weight.to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+    "parameter": lambda weight: torch.nn.Parameter(weight.clone()),
+    "trained": lambda weight: weight.clone().requires_grad_(),
+    "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", ODD_TENSORS)
+def test_tensors_that_no_kernel_expects_are_refused(reference: Path, tmp_path: Path, name: str) -> None:
+    state = checkpoint.read(reference / "iter_12.pth")
+    key = next(iter(state["model"]))
+    state["model"][key] = ODD_TENSORS[name](state["model"][key])
+    torch.save(state, tmp_path / "iter_12.pth")
+    quantized = "is broken or cut off"  # torch does not map it
+    with pytest.raises(
+        UserError, match=quantized if name == "quantized" else "of .* that is not dense or holds no val"
+    ):
+        checkpoint.read(tmp_path / "iter_12.pth")
+
+
+def test_a_few_bytes_do_not_unfold_to_endless_values(tmp_path: Path) -> None:
+    value: list = []
+    for _ in range(40):
+        value = [value] * 2  # the same list twice: 2**40 values
+    torch.save({"format": checkpoint.FORMAT, "extra": value}, tmp_path / "iter_1.pth")
+    with pytest.raises(UserError, match="is no checkpoint of diffengine"):
+        checkpoint.read(tmp_path / "iter_1.pth")
+
+
+def test_compressed_entries_are_not_unpacked(reference: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(reference / "iter_12.pth") as old, zipfile.ZipFile(tmp_path / "iter_12.pth", "w") as new:
+        for item in old.infolist():
+            new.writestr(item.filename, old.read(item), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="is no checkpoint of diffengine"):
+        checkpoint.read(tmp_path / "iter_12.pth")
+
+
+def test_the_options_of_the_config_are_used_after_a_resume(toy: Toy, reference: Path, tmp_path: Path) -> None:
+    """A checkpoint without them resumes with the same weights: only what training changes is taken from it."""
+    state = checkpoint.read(reference / "iter_8.pth")
+    for group in state["optimizer"]["param_groups"]:
+        for name in ("betas", "eps", "weight_decay", "initial_lr"):
+            del group[name]
+    state["param_scheduler"] = {"last_epoch": 8}
+    checkpoint.write(tmp_path / "iter_8.pth", state)
+    assert train(toy.config("reference", **REFERENCE), tmp_path, "--resume") == 0
+    assert_equal_checkpoints(tmp_path / "iter_12.pth", reference / "iter_12.pth")
+
+
+WRONG_SCALERS: list[dict[str, Any]] = [
+    {"scale": -1.0}, {"scale": 0.0}, {"scale": float("nan")}, {"scale": "x"}, {"growth_factor": 9.0},
+    {"_growth_tracker": -1}, {"_growth_tracker": 10**9},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_SCALERS, ids=str)
+def test_a_loss_scaler_is_compared(change: dict[str, Any]) -> None:
+    own = torch.amp.GradScaler("cpu").state_dict()
+    assert scaler_problems({**own, "scale": 2.0, "_growth_tracker": 7}, own) == []
+    (problem,) = scaler_problems({**own, **change}, own)
+    assert "scaler" in problem
+
+
+def test_a_flipped_bit_is_found_by_every_reader(
+    toy: Toy, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = bytearray((reference / "iter_12.pth").read_bytes())
+    content[content.index(first_weight(checkpoint.read(reference / "iter_12.pth")).numpy().tobytes())] ^= 1
+    path = tmp_path / "iter_12.pth"
+    path.write_bytes(content)
+    config, new = toy.config("reference", **REFERENCE), ["--work-dir", str(tmp_path / "new")]
+    for command in (
+        ["convert", config, str(path), str(tmp_path / "out")],
+        ["sample", str(path), "a cat"],
+        ["eval", str(path), "--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "eval")],
+        ["train", config, *new, "--resume", str(path)],
+        ["train", config, *new, "--init-from", str(path)],
+    ):
+        (tmp_path / "prompts.txt").write_text("a cat")
+        assert cli.main(command) == 2, command
+        assert "is damaged (in " in capsys.readouterr().err
+    for call in (load_sampler, load_model):
+        with pytest.raises(UserError, match="is damaged"):
+            call(path)

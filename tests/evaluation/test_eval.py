@@ -168,7 +168,7 @@ def test_groups() -> None:
         (["--n", "0"], "--n got 0; expected at least 1"),
         (["--max-images", "0"], "--max-images got 0; expected at least 1"),
         (["--data", "no/folder"], "there is no folder no/folder"),
-        (["--prompts", "none.txt"], "none.txt cannot be read: No such file"),
+        (["--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
     ],
 )
 def test_mistakes(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], answer: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import nn
 from diffengine.errors import UserError
 from diffengine.models.amused import AmusedModel
 from diffengine.models.amused.components import initialise
-from diffengine.models.amused.vocabulary import learn_vocabulary
+from diffengine.models.amused.vocabulary import from_assets, learn_vocabulary
+from diffengine.models.pipelines import GUIDANCE, open_pipeline
 from tests.support import models
 
 WORDS = ["a red cat", "a blue dog", "yoda pokemon"]
@@ -95,7 +97,7 @@ def test_end_id_2_is_the_highest_id(folder: Path, tmp_path: Path) -> None:
     """The released models have 2, toy the tokenizer's own id. Both pass the checks, so only weights are missing."""
     for eos in (2, VOCABULARY - 1):
         change(folder, "text_encoder/config.json", eos_token_id=eos)
-        with pytest.raises(UserError, match="cannot load transformer"):
+        with pytest.raises(UserError, match="holds no weights in safetensors"):
             AmusedModel(str(folder))
 
 
@@ -137,6 +139,131 @@ def test_broken_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot load transformer of"):
         AmusedModel(str(folder))
+
+
+TRANSFORMER_FILE, VQ_FILE, TEXT_FILE = (f"{name}/config.json" for name in ("transformer", "vqvae", "text_encoder"))
+SCHEDULER_FILE, TOKENIZER_FILE = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+WRONG_VALUES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "width is a text": (TRANSFORMER_FILE, {"hidden_size": "x"}, r"transformer.hidden_size got 'x' \(str\)"),
+    "width is zero": (TRANSFORMER_FILE, {"hidden_size": 0}, "cannot load transformer"),
+    "vocabulary is a list": (TRANSFORMER_FILE, {"vocab_size": [1]}, "transformer.vocab_size got"),
+    "negative layers": (TRANSFORMER_FILE, {"num_hidden_layers": -1}, "weights that its config.json has not"),
+    "too many layers": (TRANSFORMER_FILE, {"num_hidden_layers": 10**7}, "has num_hidden_layers=10000000 in its config"),
+    "too wide": (TRANSFORMER_FILE, {"intermediate_size": 10**9}, "config.json of .* parameters, and"),
+    "far too wide": (TRANSFORMER_FILE, {"hidden_size": 10**15}, "cannot load transformer"),
+    "no heads": (TRANSFORMER_FILE, {"num_attention_heads": 0}, "cannot load transformer"),
+    "no upsampling": (TRANSFORMER_FILE, {"upsample": False}, "weights that its config.json has not"),
+    "huge images": (TRANSFORMER_FILE, {"sample_size": 10**9}, "sample_size is 1000000000; expected 1 to 4096"),
+    "no levels": (VQ_FILE, {"block_out_channels": []}, "levels of vqvae.block_out_channels is 0"),
+    "levels are a number": (VQ_FILE, {"block_out_channels": 5}, "vqvae.block_out_channels got 5"),
+    "many levels": (VQ_FILE, {"down_block_types": ["DownEncoderBlock2D"] * 999}, "down_block_types=999 in its config"),
+    "code of a folder": (TEXT_FILE, {"auto_map": {"AutoConfig": "code.A"}, "model_type": "x"}, "executed"),
+    "text layers": (TEXT_FILE, {"num_hidden_layers": 10**7}, "has num_hidden_layers=10000000 in its config"),
+    "positions": (TEXT_FILE, {"max_position_embeddings": 10**9}, "config.json of .* parameters, and"),
+    "text width is a text": (TEXT_FILE, {"hidden_size": "x"}, "cannot load text_encoder"),
+    "schedule": (SCHEDULER_FILE, {"masking_schedule": "x"}, "scheduler.masking_schedule is 'x'; expected cosine or"),
+    "mask is a text": (SCHEDULER_FILE, {"mask_token_id": "x"}, "scheduler.mask_token_id is x"),
+    "endless captions": (TOKENIZER_FILE, {"model_max_length": 10**9}, "model_max_length is 1000000000; expected"),
+    "captions of no length": (TOKENIZER_FILE, {"model_max_length": 0}, "tokenizer.model_max_length is 0; expected"),
+    "length is a list": (TOKENIZER_FILE, {"model_max_length": [1]}, r"model_max_length is \[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_wrong_values_in_a_model_folder(toy: Path, tmp_path: Path, case: str) -> None:
+    """No hang, no memory, no code; one line."""
+    file, values, message = WRONG_VALUES[case]
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    change(folder, file, **values)
+    (folder / "text_encoder" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass A: pass")
+    if message == "executed":
+        open_pipeline(str(folder))
+    else:
+        with pytest.raises(UserError, match=message) as caught:
+            open_pipeline(str(folder))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def pickled(file: Path) -> None:
+    file.unlink()
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+        torch.save({"x": torch.zeros(1)}, file.with_name(name))
+
+
+def with_header(size: int, text: bytes = b"{}") -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(size.to_bytes(8, "little") + text + bytes(64))
+
+
+WEIGHTS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda file: file.write_bytes(b""), "header of 2**63": with_header(2**63), "no header": with_header(2),
+    "no JSON": with_header(1, b"["), "pickled": pickled, "missing": Path.unlink,
+    "folder": lambda file: (file.unlink(), file.mkdir()), "FIFO": lambda file: (file.unlink(), os.mkfifo(file)),
+    "device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+    "link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [f"{TRANSFORMER_FILE[:11]}/diffusion_pytorch_model", "text_encoder/model"])
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_damaged_weights_in_a_model_folder(toy: Path, tmp_path: Path, file: str, how: str) -> None:
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    WEIGHTS[how](folder / f"{file}.safetensors")
+    with pytest.raises(UserError) as caught:
+        open_pipeline(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", TRANSFORMER_FILE, TEXT_FILE, SCHEDULER_FILE, TOKENIZER_FILE,
+                                  "tokenizer/tokenizer.json"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", None])
+def test_json_in_a_model_folder(folder: Path, file: str, content: bytes | None) -> None:
+    (folder / file).unlink()
+    if content is None:
+        os.mkfifo(folder / file)
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}' (is not JSON|holds a JSON list|cannot be read: it is no regular)"):
+        open_pipeline(str(folder))
+
+
+WRONG_INDEX: list[dict[str, Any]] = [
+    {"_class_name": "os.system"}, {"_class_name": ["os", "system"]}, {"_class_name": None}, {GUIDANCE: "x"},
+    {GUIDANCE: -1}, {GUIDANCE: float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", WRONG_INDEX, ids=str)
+def test_index_of_a_model_folder(folder: Path, values: dict[str, Any]) -> None:
+    change(folder, "model_index.json", **values)
+    with pytest.raises(UserError, match=r"is a pipeline of|has a guidance scale of"):
+        open_pipeline(str(folder))
+
+
+def test_shards_are_in_the_folder(folder: Path) -> None:
+    index = {"weight_map": {"x": "../../secret.safetensors"}}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="names weights that are not in its folder"):
+        open_pipeline(str(folder))
+
+
+def test_ids_without_an_embedding(folder: Path) -> None:
+    """They would reach the embedding's kernel."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["vocab"]["cat</w>"] = 10**6
+    del settings["model"]["vocab"]["mon</w>"]
+    settings["model"]["merges"] = settings["model"]["merges"][:5]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer has the id 1000000, text_encoder.vocab_size is 534|end token is"):
+        open_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("assets", [{"../x.json": ""}, {"..": ""}, {"": ""}, {"a\0.json": ""}, {"tokenizer.json": "["},
+                                    {"tokenizer.json": "\ud800"}], ids=str)  # fmt: skip
+def test_assets_of_a_checkpoint(assets: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"expected files of a tokenizer|tokenizer.json' is not JSON"):
+        from_assets({"tokenizer_config.json": "{}", **assets})
 
 
 # ---------------------------------------------------------------------------------------------- from sizes

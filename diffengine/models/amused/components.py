@@ -16,9 +16,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from diffengine.errors import require
 from diffengine.files import expanded
+from diffengine.models.amused.preprocessor import caption_ids
 from diffengine.models.amused.vocabulary import from_assets
-from diffengine.models.loading import check_sizes, load_component, load_module, seeded, unknown_sizes
+from diffengine.models.loading import load_component, load_module, seeded, unknown_sizes
+from diffengine.signatures import problems_against, sizes_out_of_range
+from diffengine.text import one_line
 
+MOST = 4096  # tokens of a caption, or in a row of an image
 CLASSES = {"vqvae": VQModel, "text_encoder": CLIPTextModelWithProjection, "transformer": UVit2DModel}
 
 
@@ -79,7 +83,6 @@ class Components:
         if not self.from_sizes("text_encoder"):
             return self._read("text_encoder", CLIPTextConfig.from_pretrained)
         sizes, tokenizer = self.origins["text_encoder"], self.tokenizer
-        check_sizes("model.text_encoder", sizes)
         special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         follows = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **special}
         return CLIPTextConfig(**{"projection_dim": sizes.get("hidden_size", 512), **follows, **sizes})
@@ -118,7 +121,30 @@ class Components:
         """
         sizes = {name: self.origins[name] for name in CLASSES if self.from_sizes(name)}
         unknown = [line for name, given in sizes.items() for line in unknown_sizes(name, given, CLASSES[name])]
-        return unknown or self._mismatches()
+        unknown += [line for name, given in sizes.items() for line in sizes_out_of_range(name, given)]
+        return unknown or self._wrong_values() or self._mismatches()
+
+    def _wrong_values(self) -> list[str]:
+        """Values of configs that have another type than their class takes, or that no model has."""
+        self.text_config  # noqa: B018 - first: if its folder does not exist, the tokenizer is empty, without an error
+        problems = []
+        for name, config in (("vqvae", self.vqvae_config), ("transformer", self.transformer_config)):
+            known = {key: value for key, value in config.items() if key in inspect.signature(CLASSES[name]).parameters}
+            problems += problems_against(CLASSES[name], known, name, {"self"})
+        schedule, known_schedules = self.scheduler.config.masking_schedule, ("cosine", "linear")
+        if schedule not in known_schedules:
+            problems.append(f"scheduler.masking_schedule is {schedule!r}; expected {' or '.join(known_schedules)}")
+        if problems:
+            return problems
+        numbers = {
+            "tokenizer.model_max_length": self.tokenizer.model_max_length,
+            "transformer.sample_size": self.transformer_config["sample_size"],
+            "levels of vqvae.block_out_channels": len(self.vqvae_config["block_out_channels"]),
+        }
+        return [
+            f"{name} is {number!r}; expected 1 to {MOST}"
+            for name, number in numbers.items() if type(number) is not int or not 1 <= number <= MOST
+        ]  # fmt: skip
 
     def _mismatches(self) -> list[str]:
         text = self.text_config  # first: if its folder does not exist, the tokenizer is empty, without an error
@@ -146,6 +172,20 @@ class Components:
         length, most = tokenizer.model_max_length, text.max_position_embeddings
         if length > most:
             problems.append(f"tokenizer.model_max_length is {length}, text_encoder has {most} positions")
+        return problems or self._wrong_ids()
+
+    def _wrong_ids(self) -> list[str]:
+        """Whether the tokenizer makes ids that the text encoder has no embedding of, found by using it."""
+        tokenizer, limit = self.tokenizer, self.text_config.vocab_size
+        try:
+            shape, ids = caption_ids(tokenizer, ["", "a cat"]).shape, tokenizer.get_vocab().values()
+        except Exception as error:  # noqa: BLE001 - its files say what it does
+            return [f"tokenizer cannot be used: {one_line(error)[:200]}"]
+        problems = []
+        if shape != (2, tokenizer.model_max_length):
+            problems.append(f"tokenizer makes {tuple(shape)} ids of two captions, model_max_length is {shape[1]}")
+        if not all(0 <= number < limit for number in ids):
+            problems.append(f"tokenizer has the id {max(ids)}, text_encoder.vocab_size is {limit}")
         return problems
 
     def _read(self, name: str, load: Callable[..., Any]) -> Any:
@@ -157,10 +197,8 @@ class Components:
         options = inspect.signature(cls).parameters
         defaults = {key: option.default for key, option in options.items() if option.default is not option.empty}
         if self.from_sizes(name):
-            check_sizes(f"model.{name}", self.origins[name])
             return {**defaults, **self.origins[name]}
         config = self._read(name, cls.load_config)
-        check_sizes(f"{name} of '{self.origins[name]}'", config)
         found = config.get("_class_name", cls.__name__)
         require(found == cls.__name__, f"{name} of '{self.origins[name]}' is a {found}; expected a {cls.__name__}")
         return {**defaults, **{key: value for key, value in config.items() if not key.startswith("_")}}

@@ -1,6 +1,7 @@
 """A byte-pair vocabulary learnt from the captions, once per run; the same captions give the same text files."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from diffengine.errors import UserError
+from diffengine.errors import UserError, require
+from diffengine.models.loading import load_component
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -55,8 +57,10 @@ def to_assets(tokenizer: CLIPTokenizer) -> dict[str, str]:
 
 
 def from_assets(assets: Mapping[str, str]) -> CLIPTokenizer:
-    """The tokenizer that `to_assets` wrote."""
+    """The tokenizer that `to_assets` wrote; a UserError if these are no files of one."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in assets.items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder)
+            known = re.fullmatch(r"\w+\.(json|txt)", name, re.ASCII)
+            require(known is not None, f"assets hold {name!r}; expected files of a tokenizer, such as tokenizer.json")
+            (Path(folder) / name).write_text(text, encoding="utf-8", errors="replace")
+        return load_component(folder, "tokenizer", CLIPTokenizer.from_pretrained)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from diffengine.errors import UserError, require
 from diffengine.models.base import Batch, LabelledImage, PreviewRequest, TrainableModel
 from diffengine.models.frozen import evaluating
-from diffengine.models.loading import check_sizes, component_folder, load_module, seeded, unknown_sizes
+from diffengine.models.loading import component_folder, load_module, seeded, unknown_sizes
 from diffengine.models.masking import TokenGrid
+from diffengine.signatures import sizes_out_of_range
 
 
 @final
@@ -170,8 +171,7 @@ def _build(vqvae: str | Mapping[str, Any], seed: int) -> VQModel:
     if isinstance(vqvae, str):
         return load_module(vqvae, "vqvae", VQModel)
     sizes = {key: value for key, value in vqvae.items() if key != "type"}
-    check_sizes("model.vqvae", sizes)
-    problems = unknown_sizes("vqvae", sizes, VQModel)
+    problems = unknown_sizes("vqvae", sizes, VQModel) + sizes_out_of_range("vqvae", sizes)
     require(not problems, "model: " + "; ".join(problems))
     with seeded(seed):
         return VQModel(**{"lookup_from_codebook": True, **sizes})
