@@ -283,9 +283,8 @@ def logged_steps(work_dir):
     return [json.loads(line)["iter"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_two_processes_finish_the_step_and_save_on_a_signal(toy, monkeypatch, capfd, signum, code):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
 

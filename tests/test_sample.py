@@ -336,6 +336,7 @@ def test_a_work_dir_says_which_checkpoint_it_takes(here: Path, toy: Toy, capsys:
     assert "newest" not in capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_without_the_deprecated_pipelines(here: Path, toy: Toy) -> None:
     config = toy.config("hidden", prompts=["a cat"], preview_every=1, default_hooks={
         "preview": {"options": {"num_inference_steps": 2}}

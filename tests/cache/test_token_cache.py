@@ -89,6 +89,7 @@ def test_captions_are_stored_as_embeddings_or_as_ids(toy, tmp_path, monkeypatch,
     assert row.keys() == ({"hidden_states", "pooled_text_emb", "text"} if stored else {"text_ids", "text"})
 
 
+@pytest.mark.soak  # benchmarks/soak.py does this and more
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(toy, tmp_path):
     path = toy.config("whole", **{**CACHED, "max_iters": 6, "checkpoint_every": 2})
     assert train(path, tmp_path / "whole", "--cfg-options", "cache=True") == 0

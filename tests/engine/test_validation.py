@@ -102,6 +102,7 @@ def test_the_best_checkpoint(toy: Toy, data: Path, tmp_path: Path, capsys: pytes
     assert "--best is for a work dir" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_a_resumed_run_keeps_the_best(toy: Toy, data: Path, tmp_path: Path) -> None:
     path = config(toy, data, "resumes", max_iters=4, validation_every=1, checkpoint_every=2, keep_checkpoints=None)
     assert train(path, tmp_path / "whole") == 0

@@ -818,6 +818,8 @@ def limited(size: int, *argv: str) -> tuple[str, Case]:
     """No file may become larger than `size` bytes: writing beyond fails as on a full disk."""
 
     def make() -> list[str]:
+        own("run")
+        own("tokens")
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return list(argv) or train(*CACHED)
 

@@ -109,12 +109,13 @@ def attempt(base: Path, folder: Path, case: corpus.Case) -> str:
     ends = [os.pipe() for _ in ("stdout", "stderr")]  # files would have the limits of a full disk
     process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, case, *(end for _, end in ends)))
     process.start()
-    readers = [ThreadPool(1).apply_async(_read_all, end) for end in ends]
-    process.join(SECONDS)
-    code = process.exitcode
-    process.kill()
-    process.join()
-    out, err = (reader.get() for reader in readers)
+    with ThreadPool(2) as pool:
+        read = pool.starmap_async(_read_all, ends)
+        process.join(SECONDS)
+        code = process.exitcode
+        process.kill()
+        process.join()
+        out, err = read.get()
     last = err.strip().rpartition("\n")[2][-500:]
     if code not in (0, 2):
         return f"ended with {code}: {last}"
