@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ from diffengine import cli
 from diffengine.engine import checkpoint
 from tests.engine.runs import assert_equal, results
 from tests.support import models, photos
+from tests.support.processes import free_port
 
 LAST = 8  # the last step of a run
 MOMENTS = ("any time", "file", "half checkpoint", "SIGTERM", "SIGSTOP")
@@ -137,9 +137,7 @@ class Soak:
 
         `sabotage` and `signals` are for one rank: the first with 'file' and 'half checkpoint', since it alone writes.
         """
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         (self.root / name).mkdir(exist_ok=True)
         fork = multiprocessing.get_context("fork")
         processes = []

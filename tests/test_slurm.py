@@ -1,7 +1,6 @@
 """tools/slurm_train.sh on one machine: small scripts do what srun and scontrol do."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.runs import Toy, assert_equal_checkpoints, metrics
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 # SIGUSR1 comes to each at another time; when one leaves with an error, srun ends the others.
@@ -43,9 +43,7 @@ def submit(
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": python, "PYTHONPATH": str(ROOT),
         "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "PORT": str(port), "CUDA_VISIBLE_DEVICES": "",

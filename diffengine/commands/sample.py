@@ -26,9 +26,6 @@ MOST_IMAGES = 100_000
 LARGEST_FILE = 10**7  # bytes of prompts
 
 
-MOST = 1_000_000  # images of a command
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="a pipeline folder, a hub name, a run's work dir or checkpoint, or a folder that convert wrote")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from diffengine.errors import UserError, require
 from diffengine.files import read_foreign
-from diffengine.text import one_line
+from diffengine.text import can_be_written, one_line
 
 IMAGE_ENDINGS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
@@ -64,7 +64,7 @@ def read_folder(
     message = f"got column '{column}', but the captions of {root} come from no metadata.csv or .jsonl; unset the column"
     require(not column or by_metadata, message)
     for file in images:
-        require(_is_utf8(str(file)), f"the name of {str(file)!r} is not UTF-8; rename the file")
+        require(can_be_written(str(file)), f"the name of {str(file)!r} is not UTF-8; rename the file")
     if caption is not None:
         return [(str(file), caption) for file in images]
     if captions_from_file_names:
@@ -105,15 +105,7 @@ def problem_of_caption(text: str) -> str | None:
     """Why a text cannot be a caption; None if it can."""
     if len(text) > LONGEST_CAPTION:
         return f"has {len(text):,} characters; expected at most {LONGEST_CAPTION:,}"
-    return None if _is_utf8(text) and "\0" not in text else "holds NUL or characters that are not Unicode"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return None if can_be_written(text) else "holds NUL or characters that are not Unicode"
 
 
 def read_text(file: Path, most: int = LARGEST_TEXT) -> str:

@@ -15,7 +15,7 @@ import signal
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
@@ -135,19 +135,24 @@ class StepLoop(BaseLoop):
                     sums[name] = sums[name] + value if name in sums else value
             return sums
 
-        sums = self.micro.fit(accumulate, lambda: self._snapshot(run), run.logger.info, self.clock.done + 1)
+        def undo() -> None:
+            optim.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in zip(self._buffers, buffers):
+                    buffer.copy_(before)
+
+        sums = self.micro.fit(accumulate, undo, run.logger.info, self.clock.done + 1)
         learning_rate, started = optim.optimizer.param_groups[0]["lr"], self._now()
         try:
             norms = optim.step()  # clip, step, clear the gradients
         except torch.OutOfMemoryError as error:  # the optimizer's state, which no smaller micro-batch makes smaller
             raise too_large("the optimizer's state does", str(error)) from error
         run.param_scheduler.step()
-        good = norms.total.isfinite()
         for buffer, before in zip(self._buffers, buffers):
-            buffer.copy_(torch.where(good, buffer, before))
+            buffer.copy_(torch.where(norms.good, buffer, before))
         self._seconds["optimizer"] = self._now() - started
         return Step(
-            ~good, sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
+            ~norms.good, sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
             sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate, norms.total, norms.groups,
             sum(batch.get("skipped", ())), self._seconds,
         )  # fmt: skip
@@ -163,18 +168,6 @@ class StepLoop(BaseLoop):
         self._seconds["prepare"] += ready - started
         self._seconds["forward_backward"] += self._now() - ready
         return {"loss": loss_sum.detach(), **logs}
-
-    def _snapshot(self, run: "Run") -> Callable[[], None]:
-        """Return a function that clears the gradients and restores the buffers to their present values."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
-
-        def undo() -> None:
-            run.optim_wrapper.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-        return undo
 
 
 def _synchronized_clock() -> float:

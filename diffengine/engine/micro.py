@@ -13,7 +13,7 @@ from diffengine.text import format_bytes
 
 T = TypeVar("T")
 Attempt = Callable[[bool], T]
-Snapshot = Callable[[], Callable[[], None]]
+Undo = Callable[[], None]
 TRIALS = 2  # steps that several ranks try before they take them
 
 
@@ -43,19 +43,19 @@ class MicroBatches:
         """Samples of a micro-batch, at most."""
         return math.ceil(self._largest / self.count)
 
-    def fit(self, attempt: Attempt[T], snapshot: Snapshot, report: Callable[[str], None], step: int) -> T:
+    def fit(self, attempt: Attempt[T], undo: Undo, report: Callable[[str], None], step: int) -> T:
         """Take a step's gradients, in smaller micro-batches as long as memory runs out on any rank.
 
         Ranks exchange gradients inside the backward pass, and one that fails there leaves the others waiting. So with
         several ranks the first steps of a process are tried without an exchange before they are taken: two steps,
         since the optimizer's state is allocated in the first.
 
-        `attempt` takes them; its argument is whether ranks exchange them. `snapshot` returns what undoes an attempt.
+        `attempt` takes them; its argument is whether ranks exchange them. `undo` undoes an attempt.
         """
         if distributed.world_size() == 1:
-            return self._search(attempt, snapshot, report, step, exchange=True)
+            return self._search(attempt, undo, report, step, exchange=True)
         if self._untested:
-            self._search(attempt, snapshot, report, step, exchange=False)
+            self._search(attempt, undo, report, step, exchange=False)
             self._untested -= 1
         try:
             return attempt(True)
@@ -66,12 +66,9 @@ class MicroBatches:
                 f"fitted; continue with --resume --cfg-options micro_batch_size={smaller}"
             ) from error
 
-    def _search(
-        self, attempt: Attempt[T], snapshot: Snapshot, report: Callable[[str], None], step: int, exchange: bool
-    ) -> T:
+    def _search(self, attempt: Attempt[T], undo: Undo, report: Callable[[str], None], step: int, exchange: bool) -> T:
         """The first attempt that fits on all ranks; it is undone as well if it was one without an exchange."""
         while True:
-            undo = snapshot()
             reason, result = None, None
             try:
                 result = attempt(exchange)

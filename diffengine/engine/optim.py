@@ -113,9 +113,10 @@ def build_param_scheduler(
 
 
 class Norms(NamedTuple):
-    """Norms of a step's gradients before clipping, on the device. A step whose `total` is not finite is skipped."""
+    """Norms of a step's gradients before clipping, on the device."""
 
     total: Tensor  # scalar, of all gradients
+    good: Tensor  # scalar bool: whether `total` is finite; else the step is skipped
     groups: Tensor | None  # (groups,), in the order of `StepOptimWrapper.groups`; None for a model with one group
 
 
@@ -168,8 +169,9 @@ class StepOptimWrapper(OptimWrapper):
         """Clip, step unless gradients are not finite, clear them. Returns the norms before clipping."""
         self.scaler.unscale_(self.optimizer)
         total, norms_N, indices = clip(self.parameters, self.max_norm)
-        norms = Norms(total, self._by_group(norms_N, indices) if len(self.groups) > 1 else None)
-        self._take(total.isfinite())
+        groups = self._by_group(norms_N, indices) if len(self.groups) > 1 else None
+        norms = Norms(total, total.isfinite(), groups)
+        self._take(norms.good)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norms

@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from diffengine.engine.build import load_config, make_job
 from diffengine.engine.run import Run, build_run
 from diffengine.engine.workdir import claimed
 from diffengine.models.vq import VQTokenizerModel
+from tests.support.processes import free_port
 
 CPU = torch.device("cpu")
 WITH_TEXT_ENCODER = "model.train=['transformer', 'text_encoder']"
@@ -248,9 +248,7 @@ def _run_child(function: Callable[..., int | None], *args: Any) -> None:
 
 def on_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
     """Run `function(*args)` on `world` ranks with gloo; all must exit with 0."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     arguments = [(rank, world, port, function, *args) for rank in range(world)]
     processes = [_context().Process(target=_run_rank, args=given) for given in arguments]
     for process in processes:

@@ -1,8 +1,16 @@
-"""Waiting for other processes."""
+"""Ports for other processes, and waiting for them."""
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
