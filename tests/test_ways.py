@@ -1,6 +1,6 @@
 """Every way to train, at toy size: train, kill, resume, convert, load in diffusers, generate.
 
-To test another one, add a line to `WAYS`.
+To test another one, add a line to `WAYS`. Those that resemble another one are `SOAK`.
 """
 
 import json
@@ -71,6 +71,8 @@ WAYS = {
     ),
 }
 
+SOAK = {"rslora", "alpha_pattern", "loha", "both", "256", "micro_batches", "lora_and_text_encoder"}
+
 CONFIG = """
 from diffengine.engine.hooks import EMAHook
 from lion_pytorch import Lion
@@ -115,7 +117,7 @@ def train(path: str, work_dir: Path, *flags: str) -> int:
     return cli.main(["train", path, "--work-dir", str(work_dir), *flags])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.soak] * (way in SOAK)) for way in WAYS])
 def test_way_from_training_to_generation(toy: Path, way: str, tmp_path: Path) -> None:
     path = write_config(toy, way, tmp_path)
     complete, killed = tmp_path / "complete", tmp_path / "killed"
