@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak --kills 100
     python -m benchmarks.soak --kills 40 --ranks 2
+    python -m benchmarks.soak --full-disk
 
 A small run with everything on (token cache, average, validation, previews, page, export) is stopped once and continued
 with --resume. Its checkpoints, metrics, previews, export and cache must then be equal, and no temporary file may
@@ -13,10 +14,14 @@ remain. With several ranks one of them is stopped, and the others must end by th
     SIGTERM           after a random time
     SIGSTOP           after a random time, and SIGCONT a moment later: the run goes on
 
+With --full-disk the disk is full from each change of the file system on, one run per change: it must end with exit code 2
+and one line, unless only its page is missing, and be resumed as above.
+
 Processes are forked, so that none spends its time on imports.
 """
 
 import argparse
+import errno
 import itertools
 import multiprocessing
 import os
@@ -55,6 +60,7 @@ cache, image_variations, cache_path = True, 1, "cache"
 checkpoint_every, keep_checkpoints, validation_every, preview_every, prompts = 3, None, 4, 4, ["a cat"]
 custom_hooks = [dict(type=EMAHook)]
 """
+FULL = "full disk"
 PATIENCE = 60.0  # seconds after which a process hangs
 Process = multiprocessing.context.ForkProcess
 Sabotage = Callable[[], None]  # called in a process before it trains
@@ -82,6 +88,18 @@ def kill_before_change(count: int) -> None:
     def audit(event: str, args: tuple[Any, ...]) -> None:
         if is_change(event, args) and next(numbers) == count:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def fill_before_change(count: int) -> None:
+    """From change number `count` in the file system on, from 0, there is no space for this process."""
+    numbers = itertools.count()
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        frees = event in ("os.remove", "os.rmdir")
+        if is_change(event, args) and next(numbers) >= count and not frees:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 
     sys.addaudithook(audit)
 
@@ -128,7 +146,7 @@ class Soak:
         started = time.monotonic()
         codes = self.train("reference", sabotage=partial(count_changes, root / "changes"))
         self.seconds = time.monotonic() - started
-        if any(codes):
+        if set(codes) != {0}:
             sys.exit(f"the reference run ended with {codes}: {self.output('reference')}")
         self.changes = (root / "changes").stat().st_size
 
@@ -174,6 +192,20 @@ class Soak:
         else:
             signals = {"any time": [signal.SIGKILL], "SIGTERM": [signal.SIGTERM]}
             codes = self.train(name, signals=(signals.get(moment, [signal.SIGSTOP, signal.SIGCONT]), after))
+        return self.resume(name, moment, codes)
+
+    def fill_and_resume(self, count: int) -> Trial:
+        """Train on a disk that is full from change number `count` on, and resume on one that is not."""
+        name = f"full-{count}"
+        codes = self.train(name, sabotage=partial(fill_before_change, count))
+        output = (self.root / name / "output.txt").read_text(errors="replace")
+        errors = output.count("diffengine train: error: ")
+        if {*codes} - {0, 2} or errors != any(codes) or "Traceback" in output:
+            return Trial(FULL, 0, f"change {count} ended with {codes}: {self.output(name)}")
+        return self.resume(name, FULL, codes)
+
+    def resume(self, name: str, moment: str, codes: Sequence[int | None]) -> Trial:
+        """Resume a run that ended with these exit codes, and compare it with the one that was never stopped."""
         step = max([checkpoint.steps(path) for path in checkpoint.paths(self.root / name / "run")], default=0)
         if None in codes:
             return Trial(moment, step, f"hangs after {codes}: {self.output(name)}")
@@ -237,17 +269,20 @@ def _exact(path: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="runs that are stopped")
+    parser.add_argument("--full-disk", action="store_true", help="fill the disk instead, before each change")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep runs that differ here")
     options = parser.parse_args(arguments)
     started = time.strftime("%Y-%m-%d")
-    print(f"{options.kills} stopped runs, {options.ranks} ranks, seed {options.seed}, {started}, {common.machine()}\n")
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(options.folder or Path(scratch), options.ranks, options.seed)
-        trials = [soak.stop_and_resume(number) for number in range(options.kills)]
+        stop = soak.fill_and_resume if options.full_disk else soak.stop_and_resume
+        trials = [stop(number) for number in range(soak.changes if options.full_disk else options.kills)]
+    print(f"{len(trials)} stopped runs, {options.ranks} ranks, seed {options.seed}, {started}, {common.machine()}\n")
     table = common.Table("stopped by", "runs", "had a checkpoint", "equal")
-    for moment in MOMENTS[: options.kills]:
+    for moment in dict.fromkeys(trial.moment for trial in trials):
         own = [trial for trial in trials if trial.moment == moment]
         table.row(moment, len(own), sum(trial.step > 0 for trial in own), sum(not trial.problem for trial in own))
     if problems := [f"{trial.moment}: {trial.problem}" for trial in trials if trial.problem]:

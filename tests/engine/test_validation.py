@@ -60,7 +60,8 @@ def test_a_run_validates_before_at_intervals_and_at_the_end(toy: Toy, data: Path
 def test_cached_and_uncached_runs_validate_equally(toy: Toy, data: Path, tmp_path: Path) -> None:
     found = []
     for cache in (True, False):
-        path = config(toy, data, f"cache{cache}", max_iters=4, cache=cache, cache_path=str(tmp_path / "cache") if cache else None)
+        folder = str(tmp_path / "cache") if cache else None
+        path = config(toy, data, f"cache{cache}", max_iters=4, cache=cache, cache_path=folder)
         assert train(path, tmp_path / str(cache)) == 0
         found.append(lines(tmp_path / str(cache)))
     for one, other in zip(*found):
