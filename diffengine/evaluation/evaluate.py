@@ -199,7 +199,7 @@ def _kept(
         began = now
     images, seconds = [], 0.0
     for file in files:
-        with Image.open(file) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             seconds += float(image.info.get("seconds", 0))
             images.append(image.convert("RGB"))
     return images, seconds / count

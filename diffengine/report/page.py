@@ -20,6 +20,7 @@ IMAGE_BYTES = 2_300_000  # of all images together, as text
 MOST_IMAGES = 480
 LEVELS = ((256, 80), (192, 75), (128, 70), (96, 60), (64, 50))  # side and quality of smaller copies, best first
 MIME = {".webp": "image/webp", ".png": "image/png"}
+FORMATS = ("WEBP", "PNG")  # that a run writes
 
 
 def write_page(folders: Sequence[str | Path], file: Path, status: str | None = None) -> Path:
@@ -162,7 +163,7 @@ def _as_text(size: float) -> float:
 
 def _open(file: Path, side: int) -> Image.Image | None:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             small = image.convert("RGB")
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         return small
