@@ -34,6 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # left by a kill; a link would have us write to where it leads
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
