@@ -14,6 +14,7 @@ from PIL import Image
 from diffengine import __version__
 from diffengine.files import write_text
 from diffengine.report.read import RunFiles, differences, read_run
+from diffengine.signatures import children
 
 STATIC = Path(__file__).parent / "static"
 IMAGE_BYTES = 2_300_000  # of all images together, as text
@@ -72,7 +73,7 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
     """All that the page shows of a run, with images as data URIs of at most about `image_bytes` together."""
     facts = run.facts
     data = dict(facts.get("data") or {})
-    thumbnails = [item for item in data.pop("thumbnails", []) if isinstance(item, dict)]
+    thumbnails = [item for _, item in children(data.pop("thumbnails", None)) if isinstance(item, dict)]
     files = [run.folder / "report" / Path(str(item.get("file"))).name for item in thumbnails]
     images = fit(files, image_bytes // 8)
     data["thumbnails"] = [
