@@ -34,7 +34,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a kill; a link would have us write to where it leads
+        if not temporary.is_char_device():  # what a kill left; or a link, and we would write to where it leads
+            temporary.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

@@ -111,7 +111,7 @@ def test_any_file_may_be_missing(make: Make, missing: str) -> None:
     assert set(run["commands"]) == expected.get(missing, {"sample", "convert"})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3', "[" * 10**5, '{"a": %s1%s}' % ("[" * 900, "]" * 900),
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3', "[" * 10**5, '{"a": ' + "[" * 900 + "]" * 900 + "}",
                                   '{"step": NaN}', '{"step": 1e999}', '{"name": "\\ud800"}'])  # fmt: skip
 def test_damaged_json(make: Make, text: str) -> None:
     folder = make()
