@@ -124,7 +124,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "line of minus infinity seconds": (lambda s: s["metrics"].update(seconds=float("-inf")), "metrics.seconds is -inf"),
     "weight of bytes": (lambda s: s["model"].update({b"x": torch.zeros(1)}), "weights are not all named by texts"),
     "config of a thousand levels": (
-        lambda s: s.update(config=s["config"].replace('"model": {', '"model": {"x": ' + "[" * 900 + "]" * 900 + ",", 1)),
+        lambda s: s.update(config=s["config"].replace('"model": {', '"model": {"x":' + "[" * 900 + "]" * 900 + ",", 1)),
         "'config' is not the JSON of a config with a model and a seed",
     ),
     "config of endless levels": (
