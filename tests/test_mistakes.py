@@ -432,6 +432,12 @@ ERRORS |= {
     "size of another type": (
         from_sizes("transformer", "UVit2DModel", hidden_size="x"), r"hidden_size got 'x' \(str\); expected int"
     ),
+    "no model": (options("model={'type': 'builtins.dict'}"), "model got <class 'dict'>; expected a subclass of"),
+    "no backend": (options("vis_backends=[{'type': 'builtins.dict'}]"), "vis_backends got {'save_dir': 'new'}; expected"),
+    "no transform": (options("train_dataloader.transforms=[{'type': 'builtins.str'}]"), "a transform got ''; expected"),
+    "no optimizer": (
+        options("optim_wrapper.optimizer={'type': 'builtins.dict'}"), "optimizer builtins.dict is no torch.optim.Opti"
+    ),
     "no hook": (options("custom_hooks=[{'type': 'os.getcwd'}]"), "custom_hooks got os.getcwd; expected a subclass of"),
     "learning rate as text": (
         options("optim_wrapper.optimizer.lr=1e-4x"), r"optimizer.lr got '1e-4x' \(str\); expected float or Tensor"
