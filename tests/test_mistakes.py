@@ -433,7 +433,7 @@ ERRORS |= {
         from_sizes("transformer", "UVit2DModel", hidden_size="x"), r"hidden_size got 'x' \(str\); expected int"
     ),
     "no model": (options("model={'type': 'builtins.dict'}"), "model got <class 'dict'>; expected a subclass of"),
-    "no backend": (options("vis_backends=[{'type': 'builtins.dict'}]"), "vis_backends got {'save_dir': 'new'}; expected"),
+    "no backend": (options("vis_backends=[{'type': 'builtins.dict'}]"), "vis_backends got {'save_dir': 'new'}; "),
     "no transform": (options("train_dataloader.transforms=[{'type': 'builtins.str'}]"), "a transform got ''; expected"),
     "no optimizer": (
         options("optim_wrapper.optimizer={'type': 'builtins.dict'}"), "optimizer builtins.dict is no torch.optim.Opti"

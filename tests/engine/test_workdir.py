@@ -86,7 +86,7 @@ def _write_deep(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, _write_deep])
-def test_a_note_of_another_kind_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_a_note_that_no_run_wrote_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "diffengine.json")
     with pytest.raises(UserError, match=r"holds 'diffengine.json', which no run wrote; move it away"):
         claim(tmp_path, None, overwrite=True)
