@@ -14,8 +14,8 @@ remain. With several ranks one of them is stopped, and the others must end by th
     SIGTERM           after a random time
     SIGSTOP           after a random time, and SIGCONT a moment later: the run goes on
 
-With --full-disk the disk is full from each change of the file system on, one run per change: it must end with exit code 2
-and one line, unless only its page is missing, and be resumed as above.
+With --full-disk the disk is full from each change of the file system on, one run per change. The run must end with exit
+code 2 and one line, unless only its page is missing, and resume as above.
 
 Processes are forked, so that none spends its time on imports.
 """

@@ -124,6 +124,7 @@ def sample(
     Raises:
         UserError: the source cannot be opened, or a setting that the model cannot generate with.
     """
+    require(not isinstance(prompts, str), f"prompts got the text {prompts!r}; expected a list of texts")
     size = size or (resolution and (resolution, resolution)) or None
     for side in size or ():
         config.check_side("size", side)
@@ -161,6 +162,8 @@ def evaluate(
         UserError: a source or the data cannot be opened, or a setting that a model cannot generate with.
     """
     quiet_libraries()
+    for name, given in (("sources", sources), ("prompts", ["a"] if prompts is None else prompts)):
+        require(not isinstance(given, str) and len(given) > 0, f"{name} got {given!r}; expected a list of at least one")
     require(1 <= per_caption <= MOST_IMAGES, f"--n got {per_caption}; expected 1 to {MOST_IMAGES}")
     if resolution is not None:
         config.check_side("--resolution", resolution)

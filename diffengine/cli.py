@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffengine import __version__
 from diffengine.errors import PeerError, UserError, disk_errors, require
@@ -21,7 +21,10 @@ LONGEST = 100_000  # characters of an argument
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line."""
+    """argparse that reports a mistake in one line, and takes an option by its whole name only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: error: {one_line(message)}; `{self.prog} --help` shows what it takes", file=sys.stderr)
@@ -90,8 +93,17 @@ def quiet_libraries() -> None:
         logging.getLogger().addHandler(logging.NullHandler())  # else logging prints warnings that nobody listens to
 
 
+def open_streams() -> None:
+    """Let stdout and stderr take any line: also if they are closed, or cannot encode it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it stays open
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def console() -> None:
     """The entry point of the installed command."""
+    open_streams()
     quiet_libraries()
     # CPU threads that wait for one another spin for microseconds, then sleep: as fast on a free machine, up to five
     # times faster next to other work. OpenMP reads it once, when torch is imported.

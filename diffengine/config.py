@@ -142,14 +142,14 @@ def _read_file(path: Path) -> Plain:
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     own = {key: value for key, value in space.items() if key not in names and not key.startswith("_")}
-    return _plain(own, f"config '{path}'")
+    return plain(own, f"config '{path}'")
 
 
-def _plain(value: Any, source: str) -> Any:
+def plain(value: Any, source: str) -> Any:
     """Plain data only (what JSON can hold); tuples become lists, and imported classes their dotted names."""
     count = itertools.count(1)
 
-    def plain(value: Any, depth: int) -> Any:
+    def copied(value: Any, depth: int) -> Any:
         if depth > DEEPEST:
             raise UserError(f"{source} holds values more than {DEEPEST} levels deep, or one that holds itself")
         if next(count) > MOST_VALUES:
@@ -159,14 +159,14 @@ def _plain(value: Any, source: str) -> Any:
         if isinstance(value, Path):  # from Python: data=Path("photos")
             value = str(value)
         if isinstance(value, Mapping):
-            return {plain(str(key), depth): plain(item, depth + 1) for key, item in value.items()}
+            return {copied(str(key), depth): copied(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [plain(item, depth + 1) for item in value]
+            return [copied(item, depth + 1) for item in value]
         if problem := _no_plain_value(value):
             raise UserError(f"{source} {problem}: got {shown(value)} of {type(value).__name__}")
         return value
 
-    return plain(value, 0)
+    return copied(value, 0)
 
 
 def _no_plain_value(value: Any) -> str | None:
@@ -208,7 +208,7 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
         key, equals, text = option.partition("=")
         key = key.strip()
         require(bool(equals and key), f"--cfg-options got {shown(option)}; expected KEY=VALUE, as in batch_size=4")
-        text = _plain(text, f"--cfg-options: {key}")
+        text = plain(text, f"--cfg-options: {key}")
         *parents, last = key.split(".")
         require(bool(parents) or last in known, f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
         target: Any = config
@@ -236,7 +236,7 @@ def _literal(text: str, old: Any, key: str) -> Any:
     if isinstance(old, str) and not REFERENCE.fullmatch(old) and text not in ("None", "True", "False"):
         return text
     try:
-        value = _plain(ast.literal_eval(text), key)
+        value = plain(ast.literal_eval(text), key)
     except (UserError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     if type(old) is float and type(value) is int:
@@ -368,7 +368,7 @@ def load(name: str, options: Iterable[str], settings: Mapping | None, builders: 
     """
     options, config = list(options), extend(PLAIN, read(name))
     problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
-    given = _plain({key: value for key, value in (settings or {}).items() if value is not None}, f"config '{name}'")
+    given = plain({key: value for key, value in (settings or {}).items() if value is not None}, f"config '{name}'")
     takes = ", ".join(key for key in config if key not in SECTIONS)
     for key in given:
         require(key in {*config, *SECTIONS}, f"config '{name}' has no setting '{key}'; it has {takes}")

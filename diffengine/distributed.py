@@ -21,11 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffengine.errors import PeerError, UserError, disk_errors, require
 from diffengine.terminal import say
+from diffengine.text import one_line, shown
 
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+MOST = 2**20  # processes of a run
+
+
+def whole(name: str, least: int, most: int, default: int | None = None) -> int:
+    """The whole number in an environment variable; a UserError if it is none, or out of range."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    valid = text.isdecimal() and len(text) < 10 and least <= int(text) <= most
+    require(valid, f"{name} got {shown(text)} in the environment; expected a whole number from {least} to {most:,}")
+    return int(text)
 
 
 def start(launcher: str = "none") -> torch.device:
@@ -44,7 +54,7 @@ def start(launcher: str = "none") -> torch.device:
         _read_slurm()
     if launcher == "pytorch":
         require("RANK" in env, "--launcher pytorch got no RANK in the environment; start it with torchrun")
-    local_rank = int(env.get("LOCAL_RANK", 0))
+    local_rank = whole("LOCAL_RANK", 0, MOST, 0)
     if cuda:
         processes, gpus = env.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
         require(
@@ -52,7 +62,13 @@ def start(launcher: str = "none") -> torch.device:
         )
         torch.cuda.set_device(local_rank)
     if "RANK" in env and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        whole("RANK", 0, whole("WORLD_SIZE", 1, MOST) - 1)
+        port, host = whole("MASTER_PORT", 0, 2**16 - 1), env.get("MASTER_ADDR")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except (RuntimeError, ValueError) as error:
+            advice = "check MASTER_ADDR, and that no other process uses MASTER_PORT"
+            raise UserError(f"the processes cannot meet at {host}, port {port}: {one_line(error)}; {advice}") from error
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 

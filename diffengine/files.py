@@ -34,6 +34,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if not temporary.is_char_device():  # what a kill left; or a link, and we would write to where it leads
+            temporary.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -50,12 +52,12 @@ def write_text(path: Path, text: str) -> None:
 
 def owned(folder: Path) -> set[str]:
     """The names in a folder that are ours: they may be replaced and deleted, and no others."""
-    try:
-        names = json.loads((folder / OWNED).read_text(encoding="utf-8"))["owns"]
-        return {OWNED, *(name for name in names if Path(name).name == name and name not in ("", ".."))}
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(folder / OWNED):
         return _owned_before(folder)
-    except (IsADirectoryError, ValueError, LookupError, TypeError):  # another program's
+    try:
+        names = read_json(folder / OWNED)["owns"]
+        return {OWNED, *(name for name in names if Path(name).name == name and name not in ("", ".."))}
+    except (UserError, LookupError, TypeError):  # another program's
         return set()
 
 

@@ -172,6 +172,9 @@ class ConsoleHandler(logging.StreamHandler):
     def stream(self) -> TextIO:
         return sys.stdout
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A console that was closed is no reason to stop, nor for a traceback: the log has the line."""
+
 
 def on_terminal() -> bool:
     """Whether a person sees what is printed, on a terminal where a line can be rewritten."""

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import json
 import logging
 import multiprocessing
@@ -134,7 +135,7 @@ def test_what_the_system_refuses_prints_one_line_and_exits_with_2(monkeypatch, c
         (["train", "a", "--\x1b[31m\nx"], r"diffengine: error: unrecognized arguments: --\x1b[31m x; `diffengine"),
         (["\x1b[31m"], r"diffengine: error: argument COMMAND: invalid choice: '\x1b[31m'"),
         (["train", "a", "--launcher", "x"], "diffengine train: error: argument --launcher: invalid choice: 'x'"),
-        (["train", "a", "--work-d", "x" * 90_000], "diffengine train: error: unknown config 'a'"),
+        (["train", "a", "--work-dir", "x" * 90_000], "diffengine train: error: unknown config 'a'"),
         (["sample", "x", "a", "--n", "²"], "diffengine sample: error: argument --n: invalid int value: '²'"),
         (["sample", "x", "a", "--n", "9" * 5000], "diffengine sample: error: argument --n: invalid int value: '999"),
         (["copy-cfg", "vq_32_emoji", "a" * 300 + ".py"], "diffengine copy-cfg: error: cannot read or write 'aaa"),
@@ -174,6 +175,24 @@ def test_the_command_keeps_warnings_of_libraries_out_of_its_lines(monkeypatch, c
         assert line == "diffengine list-cfg: error: got this"
         assert (logged, len(caught)) == (["a warning"] * shown, shown)
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+
+
+def test_closed_and_narrow_streams_take_any_line(monkeypatch, tmp_path):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.open_streams()
+    assert cli.main(["copy-cfg", "vq_32_emoji", str(tmp_path / "\u4e2d.py")]) == 0
+    assert rb"\u4e2d.py" in written.getvalue()
+    assert cli.main(["copy-cfg", "none", "x.py"]) == 2
+    assert not sys.stderr.isatty()
+    sys.stderr.close()
+
+
+def test_options_are_not_abbreviated(capsys):
+    """`tools/slurm_train.sh` would not know them."""
+    assert cli.main(["train", "amused_512_own", "--over"]) == 2
+    assert "unrecognized arguments: --over;" in capsys.readouterr().err
 
 
 def test_interrupt_and_broken_pipe(monkeypatch, capsys):

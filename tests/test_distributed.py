@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -52,6 +53,32 @@ def test_slurm_variables_are_translated_for_torch(clean_env: pytest.MonkeyPatch)
 def test_missing_launcher(clean_env: pytest.MonkeyPatch, launcher: str, text: str) -> None:
     with pytest.raises(UserError, match=text):
         distributed.start(launcher)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("LOCAL_RANK", "x", r"^LOCAL_RANK got 'x' in the environment; expected a whole number from 0 to 1,048,576$"),
+        ("RANK", "1", r"^RANK got '1' in the environment; expected a whole number from 0 to 0$"),
+        ("WORLD_SIZE", "", r"^WORLD_SIZE got '' in the environment; expected a whole number from 1 to 1,048,576$"),
+        ("MASTER_PORT", "99999", r"^MASTER_PORT got '99999' in the environment; expected a whole number from 0 to"),
+    ],
+)
+def test_a_launcher_s_mistake(clean_env: pytest.MonkeyPatch, name: str, value: str, text: str) -> None:
+    started = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, item in {**started, name: value}.items():
+        clean_env.setenv(key, item)
+    with pytest.raises(UserError, match=text):
+        distributed.start()
+
+
+def test_a_port_in_use(clean_env: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for key, item in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            clean_env.setenv(key, item)
+        with pytest.raises(UserError, match=f"^the processes cannot meet at 127.0.0.1, port {port}: .*; check MASTER_"):
+            distributed.start()
 
 
 def _full_disk() -> None:

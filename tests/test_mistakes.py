@@ -432,6 +432,12 @@ ERRORS |= {
     "size of another type": (
         from_sizes("transformer", "UVit2DModel", hidden_size="x"), r"hidden_size got 'x' \(str\); expected int"
     ),
+    "no model": (options("model={'type': 'builtins.dict'}"), "model got <class 'dict'>; expected a subclass of"),
+    "no backend": (options("vis_backends=[{'type': 'builtins.dict'}]"), "vis_backends got {'save_dir': 'new'}; "),
+    "no transform": (options("train_dataloader.transforms=[{'type': 'builtins.str'}]"), "a transform got ''; expected"),
+    "no optimizer": (
+        options("optim_wrapper.optimizer={'type': 'builtins.dict'}"), "optimizer builtins.dict is no torch.optim.Opti"
+    ),
     "no hook": (options("custom_hooks=[{'type': 'os.getcwd'}]"), "custom_hooks got os.getcwd; expected a subclass of"),
     "learning rate as text": (
         options("optim_wrapper.optimizer.lr=1e-4x"), r"optimizer.lr got '1e-4x' \(str\); expected float or Tensor"
@@ -483,13 +489,25 @@ def test_error_is_one_line(here, case, capfd):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("NPROC_PER_NODE", "many", "NPROC_PER_NODE got 'many'; expected a whole number of at least 1"),
-        ("NPROC_PER_NODE", "0", "NPROC_PER_NODE got '0'; expected a whole number of at least 1"),
+        *(
+            (
+                "NPROC_PER_NODE",
+                value,
+                f"NPROC_PER_NODE got '{value}' in the environment; expected a whole number from 1 to 16",
+            )
+            for value in ("many", "0", "17")
+        ),
+        (
+            "NNODES",
+            "9" * 11,
+            f"NNODES got '{'9' * 11}' in the environment; expected a whole number from 1 to 1,048,576",
+        ),
         ("NNODES", "2", "NNODES=2 got no MASTER_ADDR; set it to the machine with NODE_RANK=0"),
     ],
 )
 def test_wrong_environment_variable(here, monkeypatch, capsys, name, value, message):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setenv(name, value)
     assert main(train()) == 2
     assert capsys.readouterr().err == f"diffengine train: error: {message}\n"

@@ -36,6 +36,16 @@ def test_what_fits_is_shown(monkeypatch: pytest.MonkeyPatch, columns: int, bar: 
     assert len(line) <= columns - 2
 
 
+def test_a_console_that_was_closed_gets_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    console = io.StringIO()
+    console.close()
+    monkeypatch.setattr(sys, "stdout", console)
+    ConsoleHandler().handle(logging.makeLogRecord({"msg": "step 1"}))
+    assert capsys.readouterr().err == ""
+
+
 def test_fitting() -> None:
     assert fitting(["12/60", "loss 1"], 12) == "12/60 loss 1"
     assert fitting(["12/60", "loss 1"], 11) == "12/60"

@@ -9,13 +9,14 @@ A process checks a chunk when it first reads it, and from then on reads only the
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ from diffengine.cache.checked import (
 )
 from diffengine.cache.fingerprint import difference
 from diffengine.errors import UserError, require
+from diffengine.signatures import Between, fits
 
 Row = dict[str, np.ndarray | list[str]]
 Rows = tuple[int, int]  # the first row, and the one after the last
@@ -134,7 +136,8 @@ class Table:
 
     @cached_property
     def _saved(self) -> tuple[Any, str | None]:
-        return read_json(self.file.with_suffix(".json"))
+        found, why = read_json(self.file.with_suffix(".json"))
+        return (None, f"'{self.file}' is damaged") if why is None and not _describes_table(found) else (found, why)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -169,6 +172,15 @@ class Table:
             columns["text"] = columns["text"].take(pa.array(range(batch.num_rows)))  # a copy, so `content` is freed
             self._views[chunk] = columns
         return self._views[chunk]
+
+
+def _describes_table(found: Any) -> bool:
+    """Whether the content of a table's JSON file has what `TableBuilder.finish` writes there."""
+    hints = {"rows": Annotated[int, Between(1, 2**53)], "messages": list[list], FINGERPRINT: dict}
+    if not isinstance(found, dict) or not all(fits(found.get(name), hint) for name, hint in hints.items()):
+        return False
+    sizes = [item[0] for item in found["messages"] if fits(item, tuple[Annotated[int, Between(0, 2**53)], str])]
+    return len(sizes) == len(found["messages"]) == math.ceil(found["rows"] / CHUNK) + 2
 
 
 @final

@@ -224,15 +224,11 @@ def _free_port() -> Iterator[int]:
 
 def rank_environments(free_port: int) -> list[dict[str, str]]:
     """torch's variables for each process of this machine, from NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT."""
-    env = os.environ
+    from diffengine.distributed import MOST, whole
 
-    def whole(name: str, smallest: int) -> int:
-        text = env.get(name, str(smallest))
-        valid = text.isdecimal() and int(text) >= smallest
-        require(valid, f"{name} got '{text}'; expected a whole number of at least {smallest}")
-        return int(text)
-
-    nodes, node, local = whole("NNODES", 1), whole("NODE_RANK", 0), whole("NPROC_PER_NODE", 1)
+    env, most = os.environ, max(16, os.cpu_count() or 1)  # more processes than cores and GPUs take all memory
+    nodes, node = whole("NNODES", 1, MOST, 1), whole("NODE_RANK", 0, MOST, 0)
+    local = whole("NPROC_PER_NODE", 1, most, 1)
     address = env.get("MASTER_ADDR") or env.get("ADDR")
     port = env.get("MASTER_PORT") or env.get("PORT") or str(free_port if nodes == 1 else 29500)
     require(nodes == 1 or bool(address), f"NNODES={nodes} got no MASTER_ADDR; set it to the machine with NODE_RANK=0")

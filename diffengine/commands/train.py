@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from diffengine.engine import run as runs
 
-    weights = Path(options.init_from) if options.init_from else None
+    weights = None if options.init_from is None else Path(options.init_from)
     require(
         not (weights and options.resume),
         "got --init-from and --resume, which continues with the run's weights; leave one out",

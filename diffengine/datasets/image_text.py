@@ -25,6 +25,7 @@ from diffengine.datasets.folder import (
 from diffengine.datasets.images import read_image, read_size
 from diffengine.errors import UserError, require
 from diffengine.files import check_regular, expanded, read_json
+from diffengine.terminal import on_terminal
 from diffengine.text import one_line
 
 BEGINNING = 2**16  # bytes by which the content of a file is known
@@ -214,6 +215,8 @@ def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
 
 def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf.Dataset:
     """The rows of one split as `datasets` reads them; every error becomes one line."""
+    if not on_terminal():  # a file would get the bars next to our lines
+        hf.disable_progress_bars()
     try:
         if local is not None:
             return _load_local(local, split)

@@ -52,12 +52,18 @@ def read_size(source: bytes | str, name: str) -> Size:
         return (height, width) if turned else (width, height)
 
 
+def _formats() -> list[str]:
+    """What PIL decodes itself: an EPS is a program, which it has Ghostscript run."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
 @contextmanager
 def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     try:
         if not isinstance(source, bytes):
             check_regular(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             yield image
     except DECODE_ERRORS as error:
         unknown = isinstance(error, UnidentifiedImageError)

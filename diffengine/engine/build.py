@@ -26,7 +26,7 @@ from diffengine.files import expanded, is_inside
 from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.registry import build, resolve
 from diffengine.signatures import Between
-from diffengine.text import where
+from diffengine.text import shown, where
 
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
 Training = tuple[TrainableModel, StepLoop, StepOptimWrapper, LRScheduler, TokenCache]  # what takes the steps of a run
@@ -83,6 +83,8 @@ def _check_outside(data: Sequence[Path], path: Path, what: str, option: str) -> 
 def learn_assets(job: Job, dataset: ImageDataset) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then sent to all."""
     cls = resolve(job.resolved["model"]["type"])
+    known = isinstance(cls, type) and issubclass(cls, TrainableModel)
+    require(known, f"model got {shown(cls)}; expected a subclass of diffengine.models.base.TrainableModel")
     options = {key: value for key, value in job.resolved["model"].items() if key != "type"}
     return distributed.on_rank_0(lambda: cls.learn_assets(options, lambda: chain.from_iterable(dataset.all_captions())))
 
@@ -133,13 +135,15 @@ def build_dataloader(
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
-    changes = [build(transform) for transform in image_transforms]
+    changes, others = ([build(item) for item in items or []] for items in (image_transforms, transforms))
+    for transform in (*changes, *others):
+        require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
     _check_size(changes)
     sample_transform = model.sample_transform
     stream = Stream(
         build(dataset),
         changes,
-        [build(transform) for transform in transforms or []] + ([sample_transform] if sample_transform else []),
+        others + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -183,7 +187,10 @@ def validates(hooks: Sequence[AnyHook]) -> bool:
 def build_backends(job: Job) -> list[BaseVisBackend]:
     """The `vis_backends` section."""
     section = job.resolved.get("vis_backends", DEFAULT_BACKENDS)
-    return [build({"save_dir": str(job.work_dir), **item}) for item in section]
+    found = [build({"save_dir": str(job.work_dir), **item}) for item in section]
+    for backend in found:
+        require(isinstance(backend, BaseVisBackend), f"vis_backends got {shown(backend)}; expected a BaseVisBackend")
+    return found
 
 
 def build_token_cache(job: Job, stream: Stream, model: TrainableModel, optim: StepOptimWrapper) -> TokenCache:

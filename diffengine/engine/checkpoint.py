@@ -33,6 +33,11 @@ from diffengine.text import format_bytes
 
 FORMAT = "diffengine-1"
 MOST = 2**20  # values in a checkpoint
+# Of tensors; torch can do little with others, such as float8.
+DTYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
 MOVE = "move it away, and use the one before"
 BEST = "best.pth"  # of the validations so far
 NAME = re.compile(r"(epoch|iter)_\d+\.pth")
@@ -65,8 +70,8 @@ def _not_plain(value: Any, where: str) -> list[str]:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    """Whether a value is a tensor that others can be copied from: not sparse, quantized, meta or trained."""
-    if type(value) is not Tensor or value.layout is not torch.strided:
+    """Whether a value is a tensor that others can be copied from: not sparse, quantized, meta, trained or odd."""
+    if type(value) is not Tensor or value.layout is not torch.strided or value.dtype not in DTYPES:
         return False
     return not (value.is_quantized or value.is_meta or value.requires_grad)
 
@@ -91,8 +96,10 @@ def read(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"checkpoint '{path}' does not exist")
     foreign = f"'{path}' is no checkpoint of diffengine {FORMAT.rpartition('-')[2]}"
     try:
-        with zipfile.ZipFile(path) as file:  # torch compresses nothing, so nothing unpacks to more than the file has
-            require(all(item.compress_type == zipfile.ZIP_STORED for item in file.infolist()), foreign)
+        with zipfile.ZipFile(path) as file:  # torch compresses nothing, so its entries have less than the file has
+            entries = file.infolist()
+            stored = all(item.compress_type == zipfile.ZIP_STORED for item in entries)
+            require(stored and sum(item.file_size for item in entries) <= path.stat().st_size, foreign)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
         require(ours and _size(checkpoint, MOST) <= MOST, foreign)

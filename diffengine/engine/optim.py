@@ -71,6 +71,7 @@ def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, 
         built = build(options, params=list(groups))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+    require(isinstance(built, Optimizer), f"{name} is no torch.optim.Optimizer; choose one")
     for lr in (group.get("lr") for group in built.param_groups):
         advice = "expected a number, which the schedule changes (Adafactor: set lr and relative_step=False)"
         require(isinstance(lr, int | float), f"{name} got lr={lr}; {advice}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffengine.config import PLAIN, REFERENCE, SECTIONS, Plain, resolve, substitute
+from diffengine.config import GIVEN, PLAIN, REFERENCE, SECTIONS, Plain, plain, resolve, substitute
 from diffengine.engine import checkpoint
 from diffengine.engine.build import BUILDERS, Training, choose_guidance
 from diffengine.engine.optim import StepOptimWrapper, build_optimizer, trained_parameters
@@ -85,8 +85,8 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
     if not all(type(text) is str for item in state["assets"].items() for text in item):
         problems.append("'assets' holds more than texts")
     try:
-        config = json.loads(state["config"])
-    except ValueError:
+        config = plain(json.loads(state["config"]), "'config'")
+    except (UserError, ValueError, RecursionError):
         config = None
     model = config.get("model") if isinstance(config, dict) else None
     seed = config.get("seed") if isinstance(model, dict) else None
@@ -96,6 +96,8 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
     if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
         problems.append("'ema' holds no weights by name")
         average = {"weights": {}}
+    if not all(type(name) is str for name in (*average["weights"], *state["model"])):
+        problems.append("weights are not all named by texts")
     for name, tensor in {**average["weights"], **state["model"]}.items():
         if isinstance(tensor, Tensor) and not _is_finite(tensor):
             problems.append(f"{name} holds values that are not finite")
@@ -341,7 +343,10 @@ def load_model(path: Path, given: Plain | None = None, average: bool = False) ->
         advice = "train with EMAHook among custom_hooks, or leave out --ema"
         require("ema" in state, f"--ema: {source} keeps no average; {advice}")
         state = {**state, "model": {**state["model"], **state["ema"]["weights"]}}
-    return model_of(state, trusted_config(state, given, source), source)
+    model = model_of(state, trusted_config(state, given, source), source)
+    lacking = [name for name in trained_parameters(model) if average and name not in state["ema"]["weights"]]
+    require(not lacking, f"{source} keeps no average of {', '.join(lacking[:3])}; leave out --ema")
+    return model
 
 
 def trusted_config(state: Mapping[str, Any], given: Plain | None, source: str) -> Plain:
@@ -369,7 +374,7 @@ def model_of(state: Mapping[str, Any], resolved: Plain, source: str) -> Trainabl
     cls = resolve_type(resolved["model"]["type"])
     if not (isinstance(cls, type) and issubclass(cls, TrainableModel)):
         raise UserError(f"{source} names '{resolved['model']['type']}', which is no TrainableModel")
-    problems = problems_of(resolved["model"], "model", {"assets"})
+    problems = problems_of(resolved["model"], "model", GIVEN["model"])
     require(not problems, f"{source} holds a config that builds no model: {'; '.join(problems[:5])}")
     try:
         model = cls(**options, assets=state["assets"], seed=resolved["seed"])

@@ -92,6 +92,13 @@ def _refuse_foreign(work_dir: Path, names: Iterable[str]) -> None:
         raise UserError(f"work dir '{work_dir}' holds '{found[0]}', which no run wrote; {advice}")
 
 
+def _refuse_pipes(work_dir: Path) -> None:
+    """Refuse a folder where a file of ours is a pipe: to open it would wait for ever."""
+    for name in sorted(owned(work_dir)):
+        pipe = (work_dir / name).is_fifo()
+        require(not pipe, f"'{work_dir / name}' is a pipe; expected a file: move it away")
+
+
 def check_inputs(job: "Job") -> None:
     """Refuse a start that would delete what the run starts from or learns from."""
     stale = _stale(job.work_dir)
@@ -146,6 +153,8 @@ def begin(work_dir: Path, config: Plain, name: str, resumed: bool, components: I
     work_dir.mkdir(parents=True, exist_ok=True)
     names, damaged = {*OURS, *components}, 0
     _refuse_foreign(work_dir, [*names, OWNED])
+    if resumed:
+        _refuse_pipes(work_dir)
     stale = [] if resumed else _stale(work_dir)
     own(work_dir, owned(work_dir) | names)
     for path in [*_temporary(work_dir), *stale]:

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 from PIL import Image
 
 from diffengine.datasets import Sample, center_square, spread
+from diffengine.errors import UserError
 from diffengine.evaluation.heldout import TIMES, fixed_images, held_out_losses
 from diffengine.evaluation.retrieval import Gallery, rate
 from diffengine.evaluation.scores import Score
-from diffengine.files import write_text
+from diffengine.files import check_regular, read_json, write_text
 from diffengine.grids import grid, save_image
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
 from diffengine.terminal import Progress
@@ -186,23 +188,37 @@ def _kept(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"weights": source.fingerprint, **asked}, indent=2) + "\n"
     settings = folder / "settings.json"
-    if not settings.exists() or settings.read_text(encoding="utf-8") != text:
+    if _noted(settings) != json.loads(text):
         for file in folder.glob("*.png"):
             file.unlink()
         write_text(settings, text)
     files = [folder / f"{index:06}.png" for index in range(count)]
-    missing = [index for index, file in enumerate(files) if not file.exists()]
+    found = [_read(file) for file in files]
+    missing = [index for index, image in enumerate(found) if image is None]
     began = time.perf_counter()
     for index, image in zip(missing, make(missing)):
         now = time.perf_counter()
-        save_image(image, files[index], {"seconds": repr(now - began)})
+        found[index] = save_image(image, files[index], {"seconds": repr(now - began)}), now - began
         began = now
-    images, seconds = [], 0.0
-    for file in files:
-        with Image.open(file) as image:
-            seconds += float(image.info.get("seconds", 0))
-            images.append(image.convert("RGB"))
-    return images, seconds / count
+    images, seconds = zip(*filter(None, found))
+    return list(images), sum(seconds) / count
+
+
+def _read(file: Path) -> tuple[Image.Image, float] | None:
+    """An image, and the seconds that it took; None if there is none, or a damaged one."""
+    try:
+        check_regular(file)
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.convert("RGB"), float(image.info.get("seconds", 0))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _noted(file: Path) -> Row | None:
+    """What a JSON file holds; None if there is none, or a damaged one."""
+    with suppress(UserError):
+        return read_json(file)
+    return None
 
 
 def _losses(folder: Path, source: Source, sampler: ImageSampler, data: LossData) -> Row:
@@ -211,10 +227,9 @@ def _losses(folder: Path, source: Source, sampler: ImageSampler, data: LossData)
     asked = {"weights": source.fingerprint, "seed": data.seed}
     asked |= {"held_out": [digest for _, digest in held_out], "trained": [digest for _, digest in trained]}
     file = folder / f"{_slug(source.name)}-losses.json"
-    if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["of"] == asked:
-            return kept["losses"]
+    kept = _noted(file) or {}
+    if kept.get("of") == asked and isinstance(kept.get("losses"), dict):
+        return kept["losses"]
     images, twin = (fixed_images(sampler, samples, data.seed) for samples in (held_out, trained))
     found: Row = {"ln V": math.log(sampler.num_codes)}
     with Progress(2 * len(held_out) + len(trained), "computed the loss of", "images", len(TIMES)) as progress:

@@ -61,9 +61,9 @@ def load_component(origin: str, name: str, load: Callable[..., Any], **options: 
         _check_files(folder)
     try:
         return load(str(folder or origin), **options)
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the libraries check little of what they read
+    except BaseException as error:  # the libraries check little of what they read; a panic in Rust is no Exception
         reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot load {name or 'a pipeline'} of '{origin}': {reason}") from error
 

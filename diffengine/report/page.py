@@ -14,12 +14,14 @@ from PIL import Image
 from diffengine import __version__
 from diffengine.files import write_text
 from diffengine.report.read import RunFiles, differences, read_run
+from diffengine.signatures import children
 
 STATIC = Path(__file__).parent / "static"
 IMAGE_BYTES = 2_300_000  # of all images together, as text
 MOST_IMAGES = 480
 LEVELS = ((256, 80), (192, 75), (128, 70), (96, 60), (64, 50))  # side and quality of smaller copies, best first
 MIME = {".webp": "image/webp", ".png": "image/png"}
+FORMATS = ("WEBP", "PNG")  # that a run writes
 
 
 def write_page(folders: Sequence[str | Path], file: Path, status: str | None = None) -> Path:
@@ -71,7 +73,7 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
     """All that the page shows of a run, with images as data URIs of at most about `image_bytes` together."""
     facts = run.facts
     data = dict(facts.get("data") or {})
-    thumbnails = [item for item in data.pop("thumbnails", []) if isinstance(item, dict)]
+    thumbnails = [item for _, item in children(data.pop("thumbnails", None)) if isinstance(item, dict)]
     files = [run.folder / "report" / Path(str(item.get("file"))).name for item in thumbnails]
     images = fit(files, image_bytes // 8)
     data["thumbnails"] = [
@@ -162,7 +164,7 @@ def _as_text(size: float) -> float:
 
 def _open(file: Path, side: int) -> Image.Image | None:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             small = image.convert("RGB")
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         return small

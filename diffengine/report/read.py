@@ -9,17 +9,31 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, final
+from typing import Annotated, Any, final
 
 from diffengine import config
 from diffengine.config import PLAIN, SECTIONS, Plain
 from diffengine.errors import UserError, require
-from diffengine.files import expanded, locked, write_text
+from diffengine.files import LARGEST_JSON, expanded, locked, read_foreign, write_text
+from diffengine.signatures import Between, children, fits
+from diffengine.text import printable
 
 Line = dict[str, float | None]  # one line of metrics.jsonl
 RECENT = 40  # log lines that the time left is taken from
 LARGEST = 1e300  # number of a line
 MOST_POINTS = 3000  # of a curve; longer ones are averaged
+MOST_CURVES = 1000
+LARGEST_LINES = 2**30  # bytes of metrics.jsonl
+COUNT = Annotated[int, Between(0, 2**53)]
+# What `run.json` holds by type; what has another is left out.
+FACTS = {
+    **dict.fromkeys(("step", "max_iters", "processes"), COUNT),
+    **dict.fromkeys(("started", "updated", "seconds", "seconds_left"), float),
+    **dict.fromkeys(("name", "status", "error"), str),
+    **dict.fromkeys(("data", "environment", "memory", "references"), dict),
+    "generates": bool,
+    "warnings": list[dict],
+}
 
 
 @final
@@ -46,7 +60,7 @@ class RunFiles:
     @property
     def step(self) -> int:
         """The last step that a file knows of."""
-        return max([int(self.facts.get("step", 0)), *(int(line["iter"] or 0) for line in self.lines)])
+        return max([self.facts.get("step", 0), *(int(line["iter"] or 0) for line in self.lines)])
 
     @property
     def max_iters(self) -> int | None:
@@ -91,7 +105,7 @@ class RunFiles:
         own = [{key: value for key, value in line.items() if key.startswith("val/") == bool(prefix)} for line in lines]
         for line, whole in zip(own, lines):
             line["iter"] = whole["iter"]
-        keys = dict.fromkeys(key for line in own for key in line)
+        keys = list(dict.fromkeys(key for line in own for key in line))[:MOST_CURVES]
         return {key: [_short(mean) for mean in _thinned([line.get(key) for line in own])] for key in keys}
 
     @property
@@ -117,8 +131,7 @@ class RunFiles:
     def prompts(self) -> dict[str, Any]:
         """previews/prompts.json: "prompts" and, after them, generation "steps", by image."""
         found = _read_json(self.folder / "previews" / "prompts.json")
-        return {"prompts": [str(each) for each in found.get("prompts", [])],
-                "steps": [str(each) for each in found.get("steps", [])]}  # fmt: skip
+        return {key: [str(each) for _, each in children(found.get(key))] for key in ("prompts", "steps")}
 
     def _previews(self, pattern: str) -> Iterator[Path]:
         return (self.folder / "previews").glob(pattern)
@@ -131,7 +144,7 @@ class RunFiles:
         generates = self.facts.get("generates", by_config)
         prompts = self.prompts["prompts"]
         prompt = prompts[0] if prompts else "a prompt of your own"
-        found = commands(self.folder, bool(generates), prompt, int(self.facts.get("processes", 1)))
+        found = commands(self.folder, generates, prompt, self.facts.get("processes", 1))
         if self.status == "done":
             del found["resume"]
         if (self.folder / "best.pth").exists():
@@ -165,17 +178,18 @@ def read_run(folder: str | Path) -> RunFiles:
     """
     path = expanded(folder)
     require(path.is_dir(), f"work dir '{path}' does not exist" if not path.exists() else f"'{path}' is not a folder")
-    known = [name for name in ("run.json", "metrics.jsonl", "config.py") if (path / name).is_file()]
-    require(bool(known), f"'{path}' holds no run: it has neither run.json nor metrics.jsonl nor config.py")
-    facts = _read_json(path / "run.json")
+    known = any((path / name).is_file() for name in ("run.json", "metrics.jsonl", "config.py"))
+    require(known, f"'{path}' holds no run: it has neither run.json nor metrics.jsonl nor config.py")
+    found = _read_json(path / "run.json")
+    facts = {key: value for key, value in found.items() if key not in FACTS or fits(value, FACTS[key])}
     values, title = read_config(path / "config.py")
-    name = str(facts.get("name") or title or path.resolve().name)
+    name = printable(facts.get("name") or title or path.resolve().name)
     return RunFiles(path, facts, *read_lines(path / "metrics.jsonl"), values, name)
 
 
 def read_lines(file: Path) -> tuple[list[Line], int]:
     """(the lines of metrics.jsonl by step, how many others are damaged). What is no finite number becomes None."""
-    rows = [row for row in _read(file).split(b"\n") if row.strip()]
+    rows = [row for row in _read(file, LARGEST_LINES).split(b"\n") if row.strip()]
     lines = [line for line in map(_line, rows) if line]
     return sorted(lines, key=lambda line: line["iter"] or 0), len(rows) - len(lines)
 
@@ -214,7 +228,7 @@ def read_config(file: Path) -> tuple[Plain, str]:
         for node in ast.parse(text).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 values[node.targets[0].id] = ast.literal_eval(node.value)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}, name
     return values, name
 
@@ -259,14 +273,9 @@ def _in_use(folder: Path) -> bool:
         return True
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, most: int = LARGEST_JSON) -> bytes:
     """A file's content, b"" if there is none."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise UserError(f"cannot read '{file}': {error}") from error
+    return read_foreign(file, most) if file.exists() else b""
 
 
 def _read_text(file: Path) -> str:
@@ -275,10 +284,11 @@ def _read_text(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object; {} if there is none, or if it is damaged."""
+    """A JSON file's object of plain values; {} if there is none, or if it is damaged."""
+    text = _read_text(file) or "{}"
     try:
-        found = json.loads(_read_text(file) or "{}")
-    except ValueError:
+        found = config.plain(json.loads(text), f"'{file}'")
+    except (UserError, ValueError, RecursionError):  # not plain, not JSON, or nested too deep to be read
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -37,6 +37,21 @@ def test_each_flipped_bit_is_noticed(tmp_path):
     assert Table(table.file).change(FINGERPRINT) is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": 10**15}, {"rows": -1}, {"rows": "x"}, {"messages": []}, {"messages": 5}, {"messages": [[-5, "x"]] * 5},
+     {"made_of": 5}],
+    ids=str,
+)  # fmt: skip
+def test_a_json_file_that_describes_no_table_is_damage(tmp_path, change):
+    """With a digest that fits, as anyone can make it."""
+    file = write_table(tmp_path / "table.arrow").file
+    content, _ = read_json(file.with_suffix(".json"))
+    write_json(file.with_suffix(".json"), {**content, **change})
+    assert Table(file).fingerprint is None
+    assert Table(file).change(FINGERPRINT) == f"'{file}' is damaged"
+
+
 def test_a_damaged_chunk_is_not_read(tmp_path):
     """A worker that never saw the check at the start notices it too."""
     table = write_table(tmp_path / "table.arrow")

@@ -128,6 +128,14 @@ def test_data_saved_to_disk(tmp_path):
     assert_error("revision got 'v1'", str(tmp_path / "one"), revision="v1")
 
 
+def test_no_progress_bar_stands_next_to_our_lines(tmp_path, capfd):
+    hf.enable_progress_bars()
+    rows(2).to_parquet(tmp_path / "train.parquet")
+    capfd.readouterr()
+    assert len(ImageTextDataset(str(tmp_path / "train.parquet"))) == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_parquet_file_and_folder(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

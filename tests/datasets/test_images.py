@@ -1,9 +1,10 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from diffengine.datasets.images import UnreadableImage, read_image, read_size
 
@@ -149,3 +150,15 @@ def test_size_is_read_from_the_header(monkeypatch):
     assert read_size(data, "it") == (6, 4)
     with pytest.raises(AssertionError, match="the pixels were read"):
         read_image(data, "it")
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """PIL would have Ghostscript run it, whatever the file is called."""
+    interpreter = tmp_path / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'ran'}'\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # PIL looks for it once
+    with pytest.raises(UnreadableImage, match=r"^it cannot be read as an image: it is in no format that PIL knows"):
+        read(encoded(Image.new("RGB", (4, 4)), "EPS"))
+    assert not (tmp_path / "ran").exists()

@@ -8,7 +8,9 @@ import torch
 from diffusers import UVit2DModel
 
 import diffengine
+from diffengine import api
 from diffengine.engine.run import Run
+from diffengine.errors import UserError
 from tests.engine.runs import Toy, metrics
 from tests.support import models
 
@@ -142,3 +144,12 @@ def test_the_package_offers_them(run: Run) -> None:
     assert set(diffengine.__all__) == {"UserError", "build_cache", "check", "convert", "evaluate", "sample", "train"}
     with pytest.raises(AttributeError, match="has no attribute 'load'"):
         _ = diffengine.load
+
+
+def test_a_text_is_no_list_of_texts(toy: Toy) -> None:
+    with pytest.raises(UserError, match=r"^prompts got the text 'a cat'; expected a list of texts$"):
+        diffengine.sample(toy.model, "a cat")
+    with pytest.raises(UserError, match=r"^sources got 'model'; expected a list of at least one$"):
+        api.evaluate("model", prompts=["a cat"])
+    with pytest.raises(UserError, match=r"^prompts got \[\]; expected a list of at least one$"):
+        api.evaluate([toy.model], prompts=[])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 from diffengine import cli
 from diffengine.api import load_sampler
 from diffengine.engine import checkpoint
-from diffengine.engine.state import TYPES, differences, load_model, read_whole, scaler_problems, state_after_a_step
+from diffengine.engine.state import (
+    TYPES,
+    differences,
+    load_model,
+    model_of,
+    read_whole,
+    scaler_problems,
+    state_after_a_step,
+    trusted_config,
+)
 from diffengine.errors import UserError
 from tests.engine.conftest import REFERENCE
 from tests.engine.runs import Toy, assert_equal_checkpoints, train
@@ -113,6 +123,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "metrics.rows is (3, 16) float32; expected (1, 16) float32",
     ),
     "line of minus infinity seconds": (lambda s: s["metrics"].update(seconds=float("-inf")), "metrics.seconds is -inf"),
+    "weight of bytes": (lambda s: s["model"].update({b"x": torch.zeros(1)}), "weights are not all named by texts"),
+    "config of a thousand levels": (
+        lambda s: s.update(config=s["config"].replace('"model": {', '"model": {"x":' + "[" * 900 + "]" * 900 + ",", 1)),
+        "'config' is not the JSON of a config with a model and a seed",
+    ),
+    "config of endless levels": (
+        lambda s: s.update(config='{"model": ' + "[" * 10**5), "'config' is not the JSON of a config with a model"
+    ),
     "weight of integers": (
         lambda s: s["model"].update({key: value.long() for key, value in s["model"].items()}),
         ") int64, expected (",
@@ -244,8 +262,36 @@ ODD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "meta": lambda weight: weight.to("meta"),
     "parameter": lambda weight: torch.nn.Parameter(weight.clone()),
     "trained": lambda weight: weight.clone().requires_grad_(),
+    "float8": lambda weight: weight.to(torch.float8_e4m3fn),
     "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
 }
+
+
+def test_an_average_of_some_weights_is_refused(reference: Path, tmp_path: Path) -> None:
+    state = read_whole(reference / "iter_12.pth")
+    name, *_ = state["model"]
+    average = {key: value for key, value in state["model"].items() if key != name}
+    checkpoint.write(tmp_path / "iter_12.pth", {**state, "ema": {"updates": 12, "weights": average}})
+    with pytest.raises(UserError, match=f"keeps no average of {name}; leave out --ema$"):
+        load_model(tmp_path / "iter_12.pth", average=True)
+
+
+def test_an_entry_is_not_listed_twice(reference: Path, tmp_path: Path) -> None:
+    """A few bytes each would have it read again and again."""
+    path = Path(shutil.copy(reference / "iter_12.pth", tmp_path))
+    with zipfile.ZipFile(path, "a") as file:
+        file.filelist += [max(file.filelist, key=lambda item: item.file_size)] * 1000
+        file._didModify = True  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="is no checkpoint of diffengine"):
+        read_whole(path)
+
+
+def test_a_checkpoint_does_not_set_what_the_run_gives(reference: Path) -> None:
+    state = read_whole(reference / "iter_12.pth")
+    resolved = trusted_config(state, None, "it")
+    resolved["model"]["seed"] = 3
+    with pytest.raises(UserError, match=r"^it holds a config that builds no model: model: unknown key 'seed'"):
+        model_of(state, resolved, "it")
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

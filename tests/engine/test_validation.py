@@ -134,6 +134,7 @@ def test_init_from_takes_the_weights_and_not_the_settings(toy: Toy, data: Path, 
     assert train(path, tmp_path / "third", "--init-from", weights, "--resume") == 2
     assert "got --init-from and --resume" in capsys.readouterr().err
     assert train(path, tmp_path / "third", "--init-from", "none.pth") == 2
+    assert train(path, tmp_path / "third", "--init-from", "") == 2  # as of a shell's variable that is not set
     assert "checkpoint 'none.pth' does not exist" in capsys.readouterr().err
 
 

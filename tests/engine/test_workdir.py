@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, name: str, overwri
     with pytest.raises(UserError, match=f"holds '{name.partition('/')[0]}', which no run wrote"):
         claim(tmp_path, None, overwrite)
     assert (tmp_path / name).read_text() == "mine"
+
+
+def _write_deep(path: Path) -> None:
+    path.write_text("[" * 10**5)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, _write_deep])
+def test_a_note_that_no_run_wrote_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "diffengine.json")
+    with pytest.raises(UserError, match=r"holds 'diffengine.json', which no run wrote; move it away"):
+        claim(tmp_path, None, overwrite=True)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    begin(tmp_path, {}, "x", resumed=False, components=[])
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(UserError, match=r"log.txt' is a pipe; expected a file: move it away$"):
+        begin(tmp_path, {}, "x", resumed=True, components=[])
 
 
 def test_the_work_dir_is_created_and_must_not_be_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_run_on_its_own_data(run: Run, generated: list[str], capsys: pytest.Ca
     assert len(generated) == 1
     without_times = [{**row, "seconds_per_image": 0} for row in table]
     assert [{**row, "seconds_per_image": 0} for row in rows(folder)] == without_times
+
+
+def test_what_is_damaged_is_made_again(toy: Toy, tmp_path: Path, generated: list[str]) -> None:
+    arguments = ["eval", str(toy.model), "--data", str(toy.data), "--max-images", "2", "--steps", "1"]
+    arguments += ["-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    table = rows(tmp_path / "out")
+    first, second = sorted(tmp_path.glob("out/images/*steps*/*.png"))
+    (losses,) = tmp_path.glob("out/*-losses.json")
+    for file in (first, *tmp_path.glob("out/images/*/settings.json")):
+        file.unlink()
+        os.mkfifo(file)
+    second.write_bytes(b"x")
+    losses.write_text("[")
+    generated.clear()
+    assert main(arguments) == 0
+    assert len(generated) == 2
+    assert [{**row, "seconds_per_image": 0} for row in rows(tmp_path / "out")] == [
+        {**row, "seconds_per_image": 0} for row in table
+    ]
 
 
 def test_the_losses_of_a_run_are_those_that_it_recorded(toy: Toy, tmp_path: Path) -> None:

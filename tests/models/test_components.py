@@ -133,6 +133,15 @@ def test_missing_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
         AmusedModel(str(folder))
 
 
+def test_a_panic_in_rust_is_an_error(toy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy, tmp_path / "model"))
+    file = folder / "tokenizer" / "tokenizer.json"
+    broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": broken}))
+    with pytest.raises(UserError, match=r"cannot load tokenizer of .*: Precompiled"):
+        AmusedModel(str(folder))
+
+
 def test_broken_weights_are_an_error(toy: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(toy, tmp_path / "model"))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -160,6 +169,8 @@ WRONG_VALUES: dict[str, tuple[str, dict[str, Any], str]] = {
     "code of a folder": (TEXT_FILE, {"auto_map": {"AutoConfig": "code.A"}, "model_type": "x"}, "executed"),
     "text layers": (TEXT_FILE, {"num_hidden_layers": 10**7}, "has num_hidden_layers=10000000 in its config"),
     "positions": (TEXT_FILE, {"max_position_embeddings": 10**9}, "config.json of .* parameters, and"),
+    "outputs without names": (TEXT_FILE, {"return_dict": False}, "text_encoder.return_dict is False, what we read"),
+    "quantized": (TEXT_FILE, {"quantization_config": {"load_in_8bit": True}}, "text_encoder is quantized"),
     "text width is a text": (TEXT_FILE, {"hidden_size": "x"}, "cannot load text_encoder"),
     "schedule": (SCHEDULER_FILE, {"masking_schedule": "x"}, "scheduler.masking_schedule is 'x'; expected cosine or"),
     "mask is a text": (SCHEDULER_FILE, {"mask_token_id": "x"}, "scheduler.mask_token_id is x"),

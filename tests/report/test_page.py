@@ -1,6 +1,7 @@
 """The page and what it is made of: damaged files, escaping, size, several runs, old runs, and the command."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,13 +111,49 @@ def test_any_file_may_be_missing(make: Make, missing: str) -> None:
     assert set(run["commands"]) == expected.get(missing, {"sample", "convert"})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3', "[" * 10**5, '{"a": ' + "[" * 900 + "]" * 900 + "}",
+                                  '{"step": NaN}', '{"step": 1e999}', '{"name": "\\ud800"}'])  # fmt: skip
 def test_damaged_json(make: Make, text: str) -> None:
     folder = make()
     (folder / "run.json").write_text(text)
     (folder / "previews" / "prompts.json").write_text(text)
     (folder / "config.py").write_text("batch_size = open('x')\n")
     assert the_run(folder)["config"] == []
+
+
+@pytest.mark.parametrize("odd", [5, "x", [1], None, {"thumbnails": 5}, -1])
+def test_facts_of_another_type_are_left_out(make: Make, odd: Any) -> None:
+    folder = make()
+    facts = json.loads((folder / "run.json").read_text())
+    expected = the_run(folder)
+    (folder / "run.json").write_text(json.dumps({**dict.fromkeys(facts, odd), "status": "done"}))
+    (folder / "previews" / "prompts.json").write_text(json.dumps({"prompts": odd, "steps": odd}))
+    found = the_run(folder)
+    assert (found["status"], found["train"]) == ("done", expected["train"])
+    assert type(found["step"]) is int
+
+
+@pytest.mark.parametrize("text", ["a = {[1]: 2}", "a = " + "9" * 5000, "a = " + "[" * 5000, "a = 1\0"])
+def test_a_config_that_is_no_python(make: Make, text: str) -> None:
+    folder = make()
+    (folder / "config.py").write_text(text)
+    assert the_run(folder)["config"] == []
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.py", "metrics.jsonl", "previews/prompts.json"])
+def test_a_pipe_is_not_waited_for(make: Make, name: str) -> None:
+    folder = make()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}' cannot be read: it is no regular file"):
+        build_page([read_run(folder)])
+
+
+def test_curves_are_few(make: Make) -> None:
+    lines = "".join(json.dumps({"iter": step, f"loss{step}": 1}) + "\n" for step in range(3000))
+    folder = make()
+    (folder / "metrics.jsonl").write_text(lines)
+    assert len(the_run(folder)["train"]) == 1000
 
 
 def test_nothing_in_a_work_dir_is_executed(make: Make, tmp_path: Path) -> None:
@@ -268,3 +305,11 @@ def test_the_command_loads_neither_torch_nor_diffusers(make: Make) -> None:
 def test_read_run_wants_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         read_run(tmp_path)
+
+
+def test_a_link_is_not_written_through(make: Make, tmp_path: Path) -> None:
+    folder, other = make(), tmp_path / "other.txt"
+    other.write_text("mine")
+    (folder / ".report.html.tmp").symlink_to(other)
+    assert cli.main(["report", str(folder)]) == 0
+    assert other.read_text() == "mine"

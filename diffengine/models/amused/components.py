@@ -128,7 +128,10 @@ class Components:
         """Values of configs that have another type than their class takes, or that no model has."""
         self.text_config  # noqa: B018 - first: if its folder does not exist, the tokenizer is empty, without an error
         problems = []
-        for name, config in (("vqvae", self.vqvae_config), ("transformer", self.transformer_config)):
+        configs = {"vqvae": self.vqvae_config, "transformer": self.transformer_config}
+        quantized = {**configs, "text_encoder": self.text_config.to_dict()}
+        problems += [f"{name} is quantized" for name, config in quantized.items() if config.get("quantization_config")]
+        for name, config in configs.items():
             known = {key: value for key, value in config.items() if key in inspect.signature(CLASSES[name]).parameters}
             problems += problems_against(CLASSES[name], known, name, {"self"})
         schedule, known_schedules = self.scheduler.config.masking_schedule, ("cosine", "linear")
@@ -165,6 +168,7 @@ class Components:
             ("transformer.micro_cond_embed_dim", sizes["micro_cond_embed_dim"], "5 x micro_cond_encode_dim", micro),
             ("vqvae.lookup_from_codebook", bool(vqvae["lookup_from_codebook"]), "what the pipeline needs", True),
             ("vqvae.vq_embed_dim", vqvae["vq_embed_dim"] or latents, "vqvae.latent_channels", latents),
+            ("text_encoder.return_dict", text.return_dict, "what we read its outputs by", True),
         ]
         problems = [f"{name} is {got}, {other} is {wanted}" for name, got, other, wanted in pairs if got != wanted]
         if sizes["vocab_size"] <= sizes["codebook_size"]:
