@@ -109,6 +109,7 @@ def test_cache(table) -> None:
     assert caption >= 4 * (77 * 24 + 20)  # hidden states and pooled, fp32
 
 
+@pytest.mark.soak
 def test_throughput_of_a_script(table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script only takes optimizer steps and ignores its arguments."""
     run_timed, runs = common.run_timed, []

@@ -71,7 +71,7 @@ WAYS = {
     ),
 }
 
-SOAK = {"rslora", "alpha_pattern", "loha", "both", "256", "micro_batches", "lora_and_text_encoder"}
+SOAK = {"lion", "warm_up", "rslora", "alpha_pattern", "loha", "both", "256", "micro_batches", "lora_and_text_encoder"}
 
 CONFIG = """
 from diffengine.engine.hooks import EMAHook
