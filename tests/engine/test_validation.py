@@ -104,6 +104,15 @@ def test_the_best_checkpoint(toy: Toy, data: Path, tmp_path: Path, capsys: pytes
     assert "--best is for a work dir" in capsys.readouterr().err
 
 
+def test_the_best_checkpoint_is_written_before_that_of_its_step(toy: Toy, data: Path, tmp_path: Path) -> None:
+    """Else a run that is killed in between would resume after the step, and never write it."""
+    path = config(toy, data, "order", max_iters=2, validation_every=2, checkpoint_every=1)
+    hook = {"type": "tests.engine.test_harm.Harm", "work": "link", "name": ".iter_2.pth.tmp"}
+    assert train(path, tmp_path / "run", "--cfg-options", f"custom_hooks=[{hook}]") == 2
+    assert checkpoint.newest(tmp_path / "run").name == "iter_1.pth"
+    assert checkpoint.read(tmp_path / "run" / "best.pth")["counters"]["iter"] == 2
+
+
 @pytest.mark.soak
 def test_a_resumed_run_keeps_the_best(toy: Toy, data: Path, tmp_path: Path) -> None:
     path = config(toy, data, "resumes", max_iters=4, validation_every=1, checkpoint_every=2, keep_checkpoints=None)

@@ -65,14 +65,14 @@ class CheckpointHook(Hook):
 
     def after_step(self, run: Run, step: Step) -> None:
         self._bad = step.bad
-        if run.clock.due(self.every) or run.clock.finished:
-            self.on_interrupt(run)
         validated_at, values = run.validation
         if self.best_by is not None and self.best_by in values and validated_at == run.clock.done:
             value = self._sign * values[self.best_by]
-            if value < self._best:
+            if value < self._best:  # written first: a run that is killed after it validates this step again
                 self._best, state = value, collect(run)
                 distributed.on_rank_0(lambda: checkpoint.write(run.work_dir / checkpoint.BEST, state))
+        if run.clock.due(self.every) or run.clock.finished:
+            self.on_interrupt(run)
 
     @property
     def _sign(self) -> int:
