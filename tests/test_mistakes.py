@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -409,6 +410,7 @@ def huge(path):
 
 # Values that would take all memory or time, and files that never end.
 ERRORS |= {
+    "images that are no tensors": (options("train_dataloader.image_transforms=[]"), "put ToTensor last among them"),
     "huge images": (options("resolution=100000"), "image size after Resize got 100,000; expected 16,384 pixels"),
     "endless run": (options("max_iters=1000000000000000000"), "max_iters got 10+; expected 1,000,000,000 at most"),
     "huge batch": (options("batch_size=1000000000000"), "batch_size got 10+ .*; expected int from 1 to 1,000,000"),
@@ -532,6 +534,20 @@ def test_custom_data_set(here, monkeypatch):
     monkeypatch.syspath_prepend(here)
     assert main(["train", "mine.py", "--work-dir", "new"]) == 0
     assert (here / "new" / "iter_1.pth").exists()
+
+
+@pytest.mark.parametrize("sample", ["5", "dict(text='a')", "dict(image=3, text='a')", "dict(image=IMAGE, text=[])"])
+def test_custom_data_set_of_other_samples(here, monkeypatch, capsys, sample):
+    (here / "other_images.py").write_text(
+        "from PIL import Image\n\nIMAGE = Image.new('RGB', (40, 40))\n\n\nclass Other(list):\n"
+        f"    def __init__(self):\n        super().__init__([{sample}] * 4)\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.delitem(sys.modules, "other_images", raising=False)
+    assert main(train("--cfg-options", "train_dataloader.dataset={'type': 'other_images.Other'}")) == 2
+    printed = capsys.readouterr().err
+    assert "expected {'image': an RGB PIL image, 'text': str or list of str}" in printed
+    assert printed.count("\n") == 1
 
 
 def test_damaged_image_can_be_skipped(here, capfd):

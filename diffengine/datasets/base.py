@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from PIL.Image import Image
+
 from diffengine.datasets.missing import MissingImages
 from diffengine.errors import UserError, require
 
@@ -96,6 +98,15 @@ def as_dataset(dataset: Any) -> ImageDataset:
     message = f"dataset got a {cls.__name__}; expected an ImageDataset, or an object with __len__ and __getitem__"
     require(hasattr(cls, "__len__") and hasattr(cls, "__getitem__"), message)
     return WrappedDataset(dataset)
+
+
+def check_sample(sample: Any) -> None:
+    """A UserError unless a data set's sample is what `ImageDataset.__getitem__` says."""
+    got = {key: type(value).__name__ for key, value in sample.items()} if isinstance(sample, dict) else sample
+    image, text = (sample.get(key) if isinstance(sample, dict) else None for key in ("image", "text"))
+    texts = text if isinstance(text, list | tuple) else [text]
+    valid = isinstance(image, Image) and len(texts) > 0 and all(isinstance(one, str) for one in texts)
+    require(valid, f"the data set gave {got!r:.200}; expected {{'image': an RGB PIL image, 'text': str or list of str}}")
 
 
 def as_list(text: str | list[str]) -> list[str]:

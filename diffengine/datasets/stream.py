@@ -14,7 +14,7 @@ from typing import Any, final
 import numpy as np
 from torch.utils.data import Dataset
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset
+from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, check_sample
 from diffengine.datasets.split import Split, digest_of
 from diffengine.datasets.survey import spread
 from diffengine.datasets.transforms import AnyTransform, apply, is_random
@@ -151,7 +151,7 @@ class Stream(Dataset):
         for row in rows:
             index, variation = divmod(row, self.variations)
             sample, rng = raw[index], self._of_images.at(index, variation)
-            samples.append(None if sample is None else apply(self.image_transforms, sample, rng))
+            samples.append(None if sample is None else self._transformed(sample, rng))
         return samples
 
     def fixed_sample(self, index: int) -> Sample:
@@ -159,7 +159,7 @@ class Stream(Dataset):
         if self.cached_sample is not None:
             return self.cached_sample(index, 0)
         counter = (index, 0) if self.image_variations is not None else (index, 0, 1)
-        return apply(self.image_transforms, self.dataset[index], self._of_images.at(*counter))
+        return self._transformed(self.dataset[index], self._of_images.at(*counter))
 
     def fixed_samples(self, indices: Sequence[int]) -> list[tuple[Sample, int]]:
         """Each readable image as of `fixed_sample`, with the digest that the split has of its content."""
@@ -180,7 +180,11 @@ class Stream(Dataset):
 
     def _transform(self, position: int, epoch: int, index: int, raw: Sample) -> Sample:
         counter = (position,) if self.image_variations is None else (index, epoch % self.image_variations)
-        return apply(self.image_transforms, raw, self._of_images.at(*counter))
+        return self._transformed(raw, self._of_images.at(*counter))
+
+    def _transformed(self, raw: Sample, rng: np.random.Generator) -> Sample:
+        check_sample(raw)
+        return apply(self.image_transforms, raw, rng)
 
     def _finish(self, position: int, sample: Sample, skipped: int) -> Sample:
         rng = self._of_samples.at(position)

@@ -43,8 +43,14 @@ class TokenGrid:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
-            self.sides(*sample["image"].shape[-2:])
+            self.of_image(sample["image"])
         return sample
+
+    def of_image(self, image: Any) -> tuple[int, int]:
+        """The sides (h, w) of the token grid of an image (3,H,W); a UserError if it is no tensor, or as of `sides`."""
+        got = f"the image transforms give a {type(image).__name__}"
+        require(isinstance(image, Tensor), f"{got}, expected a tensor: put ToTensor last among them")
+        return self.sides(*image.shape[-2:])
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """The sides (h, w) of the token grid for an image's in pixels; a UserError if they are not divisible."""
@@ -74,7 +80,7 @@ class RandomMask:
         if "token_ids" in sample:
             num_tokens = sample["token_ids"].numel()
         else:
-            num_tokens = math.prod(self.grid.sides(*sample["image"].shape[-2:]))
+            num_tokens = math.prod(self.grid.of_image(sample["image"]))
         t = rng.random()
         n = num_masked(t, num_tokens, self.schedule)
         counts = {"num_targets": n, "num_tokens": num_tokens, "bucket": int(BUCKETS * t)}
