@@ -102,11 +102,12 @@ def as_dataset(dataset: Any) -> ImageDataset:
 
 def check_sample(sample: Any) -> None:
     """A UserError unless a data set's sample is what `ImageDataset.__getitem__` says."""
-    got = {key: type(value).__name__ for key, value in sample.items()} if isinstance(sample, dict) else sample
     image, text = (sample.get(key) if isinstance(sample, dict) else None for key in ("image", "text"))
     texts = text if isinstance(text, list | tuple) else [text]
-    valid = isinstance(image, Image) and len(texts) > 0 and all(isinstance(one, str) for one in texts)
-    require(valid, f"the data set gave {got!r:.200}; expected {{'image': an RGB PIL image, 'text': str or list of str}}")
+    if not (isinstance(image, Image) and len(texts) > 0 and all(isinstance(one, str) for one in texts)):
+        got = {key: type(value).__name__ for key, value in sample.items()} if isinstance(sample, dict) else sample
+        expected = "{'image': an RGB PIL image, 'text': str or list of str}"
+        raise UserError(f"the data set gave {got!r:.200}; expected {expected}")
 
 
 def as_list(text: str | list[str]) -> list[str]:
