@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from diffengine.errors import UserError, require
+from diffengine.files import real_path
 from diffengine.signatures import children, problems_against, problems_of
 from diffengine.text import can_be_written, did_you_mean, shown, where
 
@@ -106,14 +107,14 @@ def read(name: str) -> Plain:
 
 def _read(path: Path, chain: list[Path]) -> Plain:
     """`read` of a file; `chain` holds the files that extend it, to find a loop."""
-    require(path.resolve() not in chain, f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
+    require(real_path(path) not in chain, f"config '{path}' extends itself, by way of {', '.join(map(str, chain))}")
     require(len(chain) < LONGEST_CHAIN, f"config '{path}' is extended by a chain of {len(chain)} files; name fewer")
     config = _read_file(path)
     bases = config.pop("extends", [])
     merged: Plain = {}
     for base in bases if isinstance(bases, list) else [bases]:
         require(isinstance(base, str), f"config '{path}': extends got {shown(base)}; expected a config's name or path")
-        merged = extend(merged, _read(find(base, path.parent), [*chain, path.resolve()]))
+        merged = extend(merged, _read(find(base, path.parent), [*chain, real_path(path)]))
     return extend(merged, config)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffengine import __version__
 from diffengine.errors import UserError, require
-from diffengine.files import delete, own, owned
+from diffengine.files import delete, own, owned, real_path
 from diffengine.models import adapters
 from diffengine.models.base import MaskedImageModel, TrainableModel, describe
 from diffengine.models.loading import load_module
@@ -166,9 +166,9 @@ def _unchecked(model: MaskedImageModel) -> list[str]:
 
 def check_targets(model: TrainableModel, targets: Iterable[Path]) -> None:
     """Raise a UserError if something that we did not write would be lost, or a component was loaded from there."""
-    sources = {folder.resolve(): name for name, folder in model.sources.items()}
+    sources = {real_path(folder): name for name, folder in model.sources.items()}
     for target in targets:
-        if name := sources.get(target.resolve()):
+        if name := sources.get(real_path(target)):
             lost = f"is the {name} that this model was made from, and would be lost"
             raise UserError(f"'{target}' {lost}; write to another folder")
         _check_ours(target)

@@ -138,10 +138,14 @@ def expanded(name: str | Path) -> Path:
         raise UserError(f"'{name}' names the home of a user that does not exist") from error
 
 
+def real_path(name: str | Path) -> Path:
+    """A path of the user's without links; one that leads in a circle stays."""
+    return Path(os.path.realpath(expanded(name)))
+
+
 def is_inside(path: str | Path, folder: str | Path) -> bool:
     """Whether `path` is `folder` itself or lies inside it. Links are followed."""
-    inner, outer = (expanded(item).resolve() for item in (path, folder))
-    return inner.is_relative_to(outer)
+    return real_path(path).is_relative_to(real_path(folder))
 
 
 def existing_parent(path: Path) -> Path:

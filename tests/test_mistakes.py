@@ -104,6 +104,11 @@ def metadata_names_no_file(here):
     return train()
 
 
+def output_in_a_loop(here):
+    Path("loop").symlink_to("loop")
+    return ["convert", "toy.py", "run/iter_1.pth", "loop"]
+
+
 def empty_folder(here):
     Path("empty").mkdir()
     return train("--data", "empty")
@@ -410,6 +415,7 @@ def huge(path):
 
 # Values that would take all memory or time, and files that never end.
 ERRORS |= {
+    "output in a loop of links": (output_in_a_loop, "Too many levels of symbolic links"),
     "images that are no tensors": (options("train_dataloader.image_transforms=[]"), "put ToTensor last among them"),
     "huge images": (options("resolution=100000"), "image size after Resize got 100,000; expected 16,384 pixels"),
     "endless run": (options("max_iters=1000000000000000000"), "max_iters got 10+; expected 1,000,000,000 at most"),

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from diffengine.errors import UserError, require
-from diffengine.files import expanded
+from diffengine.files import expanded, real_path
 from diffengine.terminal import say
 
 
@@ -18,8 +18,8 @@ def run(options: argparse.Namespace) -> int:
     from diffengine.report import write_page
 
     folders = [expanded(folder) for folder in options.work_dir]
-    resolved = [folder.resolve() for folder in folders]
-    require(len(set(resolved)) == len(folders), "report got the same work dir twice; name each once")
+    distinct = {real_path(folder) for folder in folders}
+    require(len(distinct) == len(folders), "report got the same work dir twice; name each once")
     file = Path(options.output) if options.output else (folders[0] if len(folders) == 1 else Path()) / "report.html"
     require(file.suffix in (".html", ".htm"), f"--output got '{file}'; expected a file name that ends in .html")
     require(not file.is_dir(), f"--output got '{file}', which is a folder; expected a file")

@@ -1,5 +1,6 @@
 """Captioned images from the hub, from Arrow or Parquet files, or from a folder of images."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Any
 import datasets as hf
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
@@ -217,6 +219,8 @@ def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf
     """The rows of one split as `datasets` reads them; every error becomes one line."""
     if not on_terminal():  # a file would get the bars next to our lines
         hf.disable_progress_bars()
+    if os.environ.get("DATASETS_VERBOSITY", "error") == "error":
+        hf.logging.set_verbosity(hf.logging.CRITICAL)  # it logs each error that it raises
     try:
         if local is not None:
             return _load_local(local, split)
@@ -228,7 +232,7 @@ def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf
     except Exception as error:  # `datasets` checks little of what it reads
         hub = f"there is no folder {path}, and as a hub data set it"
         what, check = (path, "the files") if local else (hub, "the name, the network")
-        reason = one_line(error)[:300]
+        reason = one_line(error.__cause__ if isinstance(error, DatasetGenerationError) else error)[:300]
         raise UserError(f"{what} cannot be loaded: {reason}; check {check} and the split '{split}'") from error
     # Without a network `datasets` silently takes whichever revision is cached.
     cached = {Path(file["filename"]).parent.name for file in rows.cache_files}

@@ -136,6 +136,14 @@ def test_no_progress_bar_stands_next_to_our_lines(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_an_error_of_datasets_is_one_line_with_its_cause(tmp_path, capfd, monkeypatch):
+    """`datasets` logs an error that it raises, and raises one that names no reason."""
+    pq.write_table(pa.table({}), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match="cannot be loaded: BatchSize must be greater than 0, got 0; check the files"):
+        ImageTextDataset(str(tmp_path / "empty.parquet"))
+    assert capfd.readouterr().err == ""
+
+
 def test_parquet_file_and_folder(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
