@@ -425,17 +425,20 @@ def test_a_module_that_raises_on_import(folder, monkeypatch):
 
 
 # Settings that admit a value by its type; their classes check the range. All others must refuse it when it is read.
-PATHS = {"cache_path", "class_data", "class_prompt", "data", "instance_prompt", "pretrained", "validation_data"}
+PATHS = {
+    "cache_path", "class_data", "class_prompt", "data", "instance_prompt", "pretrained", "tag_separator",
+    "validation_data",
+}  # fmt: skip
 NUMBERS = {
-    "caption_dropout", "clip_grad", "flip", "learning_rate", "lora_dropout", "min_transparent", "prior_loss_weight",
-    "validation_share", "weight_decay",
+    "caption_dropout", "clip_grad", "drop_tags", "flip", "learning_rate", "lora_dropout", "min_transparent",
+    "prior_loss_weight", "validation_share", "weight_decay",
 }  # fmt: skip
 OPTIONAL = {
-    "backgrounds", "cache_path", "checkpoint_every", "class_data", "class_prompt", "clip_grad", "image_variations",
-    "keep_checkpoints", "max_epochs", "max_iters", "micro_batch_size", "patience", "pretrained", "preview_every",
-    "validation_data", "validation_every",
+    "backgrounds", "cache_path", "caption_variations", "checkpoint_every", "class_data", "class_prompt", "clip_grad",
+    "image_variations", "keep_checkpoints", "max_epochs", "max_iters", "micro_batch_size", "patience", "pretrained",
+    "preview_every", "validation_data", "validation_every",
 }  # fmt: skip
-SWITCHES = {"cache", "compile", "gradient_checkpointing", "random_crop"}
+SWITCHES = {"cache", "compile", "gradient_checkpointing", "random_crop", "shuffle_tags"}
 
 
 def references(value, path):
@@ -644,5 +647,10 @@ def test_overrides_reach_every_section():
         "batch_size": 2,
         "num_workers": 4,
         "image_variations": 8,
+        "shuffle_tags": False,
+        "drop_tags": 0.0,
+        "keep_tags": 1,
+        "tag_separator": ",",
+        "caption_variations": None,
     }  # fmt: skip
     assert resolved["default_hooks"]["preview"]["resolution"] == 256

@@ -215,6 +215,15 @@ ERRORS = {
         options("model.pretraned=x"),
         "unknown key 'pretraned' for AmusedModel; did you",
     ),
+    "share of tags": (options("drop_tags=1.5"), "drop_tags got 1.5; expected a probability from 0 to 1"),
+    "tags kept of none": (
+        options("keep_tags=2"),
+        "keep_tags got 2, but captions do not vary; set shuffle_tags or drop_t",
+    ),
+    "variations of fixed captions": (
+        options("caption_variations=2", "shuffle_tags=False"),
+        "got 2, but captions do not vary; set shuffle_tags or drop_tags, or unset caption_variations",
+    ),
     "no equals sign": (options("batch_size"), "got 'batch_size'; expected KEY=VALUE, as in batch_size=4"),
     "typo in a file": (typo_in_a_file, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
     "wrong type": (options("batch_size=many"), r"got 'many' \(str\); expected int, as in batch_size=2"),

@@ -21,6 +21,11 @@ weight_decay = 1e-2
 gradient_checkpointing = False  # a third less speed for far less memory
 compile = "auto"  # torch.compile for the blocks, if it pays within the run
 caption_dropout = 0.1  # share of samples trained without caption, for guidance
+shuffle_tags = False  # for captions such as "1girl, red hair, hat": their tags in another order each time
+drop_tags = 0.0  # share of a caption's tags that are left out
+keep_tags = 1  # so many first tags always stay
+tag_separator = ","
+caption_variations = None  # shuffles and drops of a caption, taken in turn; None: a new one each time, not cached
 flip = 0.5  # share of samples mirrored
 random_crop = True
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
@@ -48,6 +53,11 @@ train_dataloader = dict(
     batch_size="${batch_size}",
     num_workers="${num_workers}",
     image_variations="${image_variations}",
+    shuffle_tags="${shuffle_tags}",
+    drop_tags="${drop_tags}",
+    keep_tags="${keep_tags}",
+    tag_separator="${tag_separator}",
+    caption_variations="${caption_variations}",
 )
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))

@@ -19,7 +19,7 @@ from diffengine.cache.checked import NONE_YET, digest_of
 from diffengine.cache.fingerprint import difference, digest_of_images, digest_of_texts
 from diffengine.cache.samples import CachedDataset, columns_of
 from diffengine.cache.tables import Rows, Table, TableBuilder, delete_table
-from diffengine.datasets import Sample, Stream, collate, variation_batches
+from diffengine.datasets import ImageDataset, Sample, Stream, collate, variation_batches
 from diffengine.errors import UserError, disk_errors, require
 from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
@@ -293,7 +293,7 @@ class TokenCache:
         table, encoder = caption_table(self.folder), self._encoder
 
         def find_change() -> tuple[dict[str, Any], bool, str | None]:
-            captions = distinct_captions(self.stream)
+            captions = distinct_captions(self.stream.dataset, self.stream)
             embeddings = self._stores_embeddings(len(captions))
             digest = digest_of_texts([caption] for caption in captions)
             precision = {"precision": self.precision} if embeddings else {}
@@ -303,7 +303,7 @@ class TokenCache:
         fingerprint, embeddings, reason = distributed.on_rank_0(find_change)
         if reason is None:
             return table
-        captions = distinct_captions(self.stream)
+        captions = distinct_captions(self.stream.dataset, self.stream)
         builder = TableBuilder(table.file, fingerprint, len(captions))
         missing = distributed.on_rank_0(lambda: _missing(builder, reason, f"{len(captions)} captions", "captions"))
 
@@ -319,12 +319,25 @@ class TokenCache:
         return self._build(builder, missing, write, "captions")
 
     def _stores_embeddings(self, captions: int) -> bool:
-        """Whether the table of so many captions holds their embeddings."""
+        """Whether the table of so many captions holds their embeddings; a line says why "auto" does not store them.
+
+        Raises:
+            UserError: the config asks for embeddings that cannot be stored.
+        """
         choice, caption_bytes = self.text_embeddings, self._encoder.embedding_bytes
         if caption_bytes is None:
             require(choice is not True, "text_embeddings=True, but the text encoder is trained and changes; unset it")
             return False
-        return choice is True or (choice == "auto" and captions * caption_bytes <= MAX_EMBEDDINGS)
+        reason = None
+        if self.stream.caption_variations is None:
+            reason = "tags are drawn again each time; set caption_variations to how many to keep of a caption"
+            require(choice is not True, f"text_embeddings=True, but {reason}")
+        elif choice == "auto" and captions * caption_bytes > MAX_EMBEDDINGS:
+            size = format_bytes(captions * caption_bytes)
+            reason = f"its outputs for {captions:,} captions take {size}; set token_cache.text_embeddings=True"
+        if choice == "auto" and reason:
+            say(f"token cache: the text encoder runs at each step, since {reason}")
+        return choice is True or (choice == "auto" and reason is None)
 
     def _build(
         self, builder: TableBuilder, missing: list[Rows], write: Callable[[list[Rows]], None], what: str
@@ -339,9 +352,10 @@ class TokenCache:
         return Table(builder.file)
 
 
-def distinct_captions(stream: Stream) -> list[str]:
-    """The captions of the data, and "", which a dropped caption becomes."""
-    return list(dict.fromkeys(["", *chain.from_iterable(stream.dataset.all_captions())]))
+def distinct_captions(dataset: ImageDataset, stream: Stream) -> list[str]:
+    """The captions of the data with the stream's variations of them, and "", which a dropped caption becomes."""
+    captions = dict.fromkeys(["", *chain.from_iterable(dataset.all_captions())])
+    return list(dict.fromkeys(chain(captions, *map(stream.variations_of, captions))))
 
 
 def _missing(builder: TableBuilder, reason: str, everything: str, rows: str) -> list[Rows]:

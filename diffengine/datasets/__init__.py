@@ -20,6 +20,7 @@ from diffengine.datasets.transforms import (
     Resize,
     ToTensor,
     Transform,
+    VaryTags,
     center_square,
     square_transforms,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "ToTensor",
     "Transform",
     "UnreadableImage",
+    "VaryTags",
     "WrappedDataset",
     "as_dataset",
     "as_list",

@@ -53,8 +53,8 @@ def read_folder(
     """The images among `files` (all files of `root`) with their captions, sorted by path.
 
     Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
-    any; else a NAME.txt per image. An image with several metadata rows appears once per row. Metadata may name images
-    outside of `root` only with `allow_outside`.
+    any; else a NAME.txt per image, with a caption per line. An image with several metadata rows appears once per row.
+    Metadata may name images outside of `root` only with `allow_outside`.
     """
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
@@ -125,13 +125,19 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
     texts = {file: file.with_suffix(".txt") for file in images}
-    rows: list[Row] = [(str(file), read_text(text).strip()) for file, text in texts.items() if text.is_file()]
+    rows: list[Row] = [(str(file), _captions_in(text)) for file, text in texts.items() if text.is_file()]
     if not rows:
         raise UserError(
             f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) or a NAME.txt "
             "per image, or set caption= or captions_from_file_names=True"
         )
     return rows
+
+
+def _captions_in(file: Path) -> Caption:
+    """The caption of a NAME.txt, "" if it is blank; of several lines, a caption each."""
+    captions = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+    return captions if len(captions) > 1 else "".join(captions)
 
 
 def _from_metadata(metadata: list[Path], image_column: str, caption_column: str | None) -> list[Row]:

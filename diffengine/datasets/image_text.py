@@ -42,7 +42,8 @@ class ImageTextDataset(ImageDataset):
             - a Parquet file, or a folder of them,
             - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
               metadata.csv or metadata.jsonl (column file_name, relative to that file, in any subfolder), or from a
-              NAME.txt per image, in UTF-8.
+              NAME.txt per image, in UTF-8: a caption per line, of which the stream draws one each time; blank lines are
+              ignored.
         split: default "train". A folder of images has only that one.
         image_column: default `image`, or else the only column of images; in metadata files `file_name`.
         caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which the

@@ -22,7 +22,7 @@ from diffengine.errors import UserError, require
 
 ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
 # Domains of generators: equal counters in two domains give unrelated draws.
-ORDER, IMAGE, SAMPLE, VALIDATION = 0, 1, 2, 3
+ORDER, IMAGE, SAMPLE, VALIDATION, CAPTION = 0, 1, 2, 3, 4
 
 
 @final
@@ -58,14 +58,18 @@ class Stream(Dataset):
     Args:
         dataset: an ImageDataset, or any object with `__len__` and `__getitem__`.
         image_transforms: change the image. They draw from (seed, position).
-        transforms: run after them, and after the caption is drawn, from (seed, position).
+        transforms: run after them, and after the caption is drawn and varied, from (seed, position).
         image_variations: with V, image_transforms draw from (seed, index, epoch modulo V): each image has only V
             variations of crop and flip, which a cache can hold. None for a new variation each time.
+        vary_caption: a transform of {"text": caption} that draws from (seed, position). None: captions do not vary.
+        caption_variations: with V, vary_caption draws from (seed, caption, epoch modulo V): each caption has at most V
+            variations. None for a new variation each time.
         split: which images are trained; None for all.
         skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
             in `skipped` (int, else 0). By default such an image is an error.
 
     Attributes:
+        caption_variations: of each caption: as given, or one without vary_caption; None for no limit.
         cached_sample: (index, epoch) -> the sample after the image transforms, from a cache; None to read the data set.
 
     Raises:
@@ -75,6 +79,7 @@ class Stream(Dataset):
     def __init__(
         self, dataset: Any, image_transforms: Sequence[AnyTransform], transforms: Sequence[AnyTransform], *,
         seed: int = 0, image_variations: int | None = None, skip_unreadable: bool = False, split: Split | None = None,
+        vary_caption: AnyTransform | None = None, caption_variations: int | None = None,
     ) -> None:  # fmt: skip
         self.dataset = as_dataset(dataset)
         self.split = split or Split(None, [], [], {})
@@ -86,11 +91,14 @@ class Stream(Dataset):
         self.transforms = list(transforms)
         self.seed = seed
         self.image_variations = image_variations
+        self.vary_caption = vary_caption
+        self.caption_variations = caption_variations if vary_caption else 1
         self.skip_unreadable = skip_unreadable
         self.cached_sample: Callable[[int, int], Sample] | None = None
         self._orders: dict[int, np.ndarray] = {}
         self._of_images = Generators(seed, IMAGE)
         self._of_samples = Generators(seed, SAMPLE)
+        self._of_captions = Generators(seed, CAPTION)
 
     def __len__(self) -> int:
         """The number of images that are trained, which is the length of an epoch."""
@@ -154,6 +162,10 @@ class Stream(Dataset):
             samples.append(None if sample is None else self._transformed(sample, rng))
         return samples
 
+    def variations_of(self, caption: str) -> list[str]:
+        """The variations of a caption, as many as `caption_variations`; none if it does not vary, or without limit."""
+        return [self._variation(caption, number) for number in range(self.caption_variations or 0) if self.vary_caption]
+
     def fixed_sample(self, index: int) -> Sample:
         """An image after the image transforms, the same in every run: in its first variation, if there are some."""
         if self.cached_sample is not None:
@@ -192,7 +204,21 @@ class Stream(Dataset):
         text = sample["text"]
         if not isinstance(text, str):
             sample = {**sample, "text": text[int(share * len(text))]}
+        if self.vary_caption is not None:
+            sample = {**sample, "text": self._varied(sample["text"], position)}
         return {**apply(self.transforms, sample, rng), "skipped": skipped}
+
+    def _varied(self, caption: str, position: int) -> str:
+        """The caption's variation at a position."""
+        if self.caption_variations is not None:
+            return self._variation(caption, position // len(self) % self.caption_variations)
+        assert self.vary_caption is not None
+        return self.vary_caption({"text": caption}, self._of_captions.at(position))["text"]
+
+    def _variation(self, caption: str, number: int) -> str:
+        """One of the `caption_variations` of a caption: the same wherever the data has this caption."""
+        assert self.vary_caption is not None
+        return self.vary_caption({"text": caption}, self._of_captions.at(digest_of(caption.encode()), number))["text"]
 
     def _next_readable(self, position: int) -> tuple[Sample, int]:
         """(sample, how many were skipped) of the first readable image from this position's index on."""

@@ -1,5 +1,6 @@
 """What the square crop and the text length will cut off a data set, reported before training starts."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
@@ -7,8 +8,10 @@ import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Size, UnreadableImage
 from diffengine.errors import require
+from diffengine.text import shortened
 
 GOLDEN_RATIO = 0.6180339887498949
+SHOWN = 80  # characters of what a caption loses
 
 
 def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | None:
@@ -43,7 +46,7 @@ def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | N
 def survey_captions(
     captions: Iterable[str], lengths: Callable[[Sequence[str]], tuple[list[int], int]], limit: int = 1000
 ) -> str | None:
-    """One line: how many captions are longer than the model reads, and the longest. None if no caption is cut.
+    """One line: how many captions are longer than the model reads, and what the longest loses. None if none is cut.
 
     Args:
         captions: all captions of the data.
@@ -56,8 +59,12 @@ def survey_captions(
     cut = sum(count > most for count in tokens)
     if not most or not cut:
         return None
-    sampled = _sampled(indices, len(known), "captions")
-    return f"{sampled}: {cut} are longer than {most} tokens and are cut there; the longest has {max(tokens)}"
+    words = known[indices[tokens.index(max(tokens))]].split()
+    read = bisect_right(range(1, len(words)), most, key=lambda count: lengths([" ".join(words[:count])])[0][0])
+    lost = len(words) - read
+    sampled, plural = _sampled(indices, len(known), "captions"), "" if lost == 1 else "s"
+    loss = f"loses its last {lost} word{plural}: '{shortened(' '.join(words[read:]), SHOWN)}'"
+    return f"{sampled}: {cut} are longer than {most} tokens and are cut there; the longest has {max(tokens)} and {loss}"
 
 
 def _spread(count: int, limit: int) -> list[int]:

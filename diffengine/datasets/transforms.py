@@ -165,6 +165,35 @@ class ToTensor(Transform):
         return {**others, "image": pixels, "micro_conds": micro_conds}
 
 
+class VaryTags(Transform):
+    """Changes the order of a caption's tags, "1girl, red hair, hat", and leaves some of them out.
+
+    A caption of at most `keep` tags stays as it was. In any other, spaces around tags and empty tags are removed.
+
+    Args:
+        shuffle: whether the tags after the first `keep` change their order, default True.
+        drop: probability with which each of these is left out, default 0.
+        keep: how many of the first tags are always kept, in their order, default 1.
+        separator: what is between two tags, default ",". A space follows it in the new caption.
+    """
+
+    def __init__(self, shuffle: bool = True, drop: float = 0.0, keep: int = 1, separator: str = ",") -> None:
+        require(0 <= drop <= 1, f"drop_tags got {drop}; expected a probability from 0 to 1")
+        require(keep >= 0, f"keep_tags got {keep}; expected 0 or more")
+        require(separator != "", "tag_separator got ''; expected what is between two tags, such as ','")
+        self.shuffle, self.drop, self.keep, self.separator = shuffle, drop, keep, separator
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        tags = [tag.strip() for tag in sample["text"].split(self.separator) if tag.strip()]
+        first, rest = tags[: self.keep], tags[self.keep :]
+        ranks, shares = rng.random((2, len(rest)))
+        if not rest:
+            return sample
+        order = ranks.argsort() if self.shuffle else range(len(rest))
+        kept = [rest[index] for index in order if shares[index] >= self.drop]
+        return {**sample, "text": f"{self.separator.rstrip()} ".join(first + kept)}
+
+
 class DropCaption(Transform):
     """Replaces the caption by "" with probability `p`, default 0.1: guidance needs the unconditional case.
 

@@ -15,7 +15,7 @@ from diffengine import distributed
 from diffengine.cache import TokenCache
 from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
-from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, as_dataset, make_loader
+from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, VaryTags, as_dataset, make_loader
 from diffengine.datasets.base import Size
 from diffengine.datasets.transforms import AnyTransform, Transform
 from diffengine.engine.loop import StepLoop
@@ -117,6 +117,11 @@ def build_dataloader(
     num_workers: Annotated[int, Between(0, 1024)] = 0,
     image_variations: Annotated[int, Between(1, 10**6)] | None = None,
     skip_unreadable: bool = False,
+    shuffle_tags: bool = False,
+    drop_tags: float = 0.0,
+    keep_tags: Annotated[int, Between(0, 10**6)] = 1,
+    tag_separator: str = ",",
+    caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
     *,
     model: TrainableModel,
     seed: int,
@@ -133,22 +138,37 @@ def build_dataloader(
         num_workers: processes per GPU that read and transform, at most one per core.
         image_variations: variations of crop and flip per image; None for a new one each time.
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
+        shuffle_tags, drop_tags, keep_tags, tag_separator: options of `VaryTags` for the captions that are trained.
+        caption_variations: variations of a caption by the tags' order and drop; None for a new one each time.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
     changes, others = ([build(item) for item in items or []] for items in (image_transforms, transforms))
     for transform in (*changes, *others):
         require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
     _check_size(changes)
+    vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
     sample_transform = model.sample_transform
     stream = Stream(
         build(dataset),
         changes,
         others + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
+        vary_caption=vary_caption, caption_variations=caption_variations,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = PositionSampler(batch_size, rank=rank, world_size=world_size, start_step=start_iter)
     return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations: int | None) -> VaryTags | None:
+    """The transform of captions; None if they do not vary, and then no other option of it may be set."""
+    if shuffle or drop:
+        return VaryTags(shuffle, drop, keep, separator)
+    got = {"keep_tags": (keep, 1), "tag_separator": (separator, ","), "caption_variations": (variations, None)}
+    for name, (value, default) in got.items():
+        message = f"{name} got {value!r}, but captions do not vary; set shuffle_tags or drop_tags, or unset {name}"
+        require(value == default, message)
+    return None
 
 
 def _check_size(transforms: Sequence[AnyTransform]) -> None:

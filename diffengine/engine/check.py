@@ -180,7 +180,8 @@ def _describe_cache(cache: TokenCache, dry_run: Run) -> dict[str, Any] | str:
     clock, built = dry_run.clock, dry_run.cache
     if reason := cache.why_unusable(clock.max_iters * clock.batch_size):
         return reason
-    counts = {"images": len(cache.stream.dataset) * cache.variations, "captions": len(distinct_captions(cache.stream))}
+    captions = distinct_captions(cache.stream.dataset, dry_run.train_loop.stream)
+    counts = {"images": len(cache.stream.dataset) * cache.variations, "captions": len(captions)}
     folder, exists, seconds, size = cache.folder, distributed.on_rank_0(cache.exists), 0.0, 0
     for what, table_in in (("images", image_table), ("captions", caption_table)):
         if exists:

@@ -8,6 +8,7 @@ import torch
 
 from diffengine import cli
 from diffengine.cache import token_cache
+from diffengine.datasets import collate
 from diffengine.errors import UserError
 from tests.cache.caches import (
     BUILD,
@@ -15,6 +16,7 @@ from tests.cache.caches import (
     CHECK,
     VARIATIONS,
     build_cached,
+    count_encoded,
     flip,
     image_files,
     table_bytes,
@@ -76,6 +78,45 @@ def test_loss_and_gradients_from_the_cache(toy, tmp_path, train_text):
         assert cached.loss_sum == pytest.approx(online.loss_sum, rel=1e-6)
         for one, other in zip(cached.grads, online.grads):
             assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
+
+
+WORDS = {"shuffle_tags": True, "drop_tags": 0.2, "tag_separator": " ", "keep_tags": 0}  # the captions' words as tags
+
+
+def test_varied_captions_from_the_cache(toy_copy, encoded, capsys):
+    """The cache holds each variation; without a limit the text encoder runs at each step, and a line says why."""
+    root = toy_copy.root
+    cache = {"cache": True, "cache_path": str(root / "kept"), **WORDS}
+    assert count_encoded(toy_copy, encoded) == (BUILD, 11)
+    online = build_cached(toy_copy, root / "online", cache=False, **WORDS, caption_variations=2).train_loop.stream
+    every = token_cache.distinct_captions(online.dataset, online)
+    assert 25 < len(every) <= 11 + 10 * 2
+    for change in (len(every), 0):
+        encoded.update(images=0, captions=0)
+        run = build_cached(toy_copy, root / f"cached{change}", **cache, caption_variations=2)
+        assert encoded == {"images": CHECK, "captions": change}
+    cached = run.train_loop.stream
+    texts = [cached[position]["text"] for position in range(60)]
+    assert texts == [online[position]["text"] for position in range(60)]
+    assert {*texts} <= {*every}
+    assert [cached.fixed_sample(index)["text"] for index in range(10)] == [[text] for text in every[1:11]]
+    batch = run.trainable.prepare(collate(cached.__getitems__(range(8))))
+    assert "text_ids" not in batch
+    hidden, pooled = run.trainable.encode_text(run.trainable.preprocessor.text_ids(texts[:8]))
+    assert torch.allclose(batch["hidden_states"], hidden, atol=1e-5)  # encoded in other batches
+    assert torch.allclose(batch["pooled_text_emb"], pooled, atol=1e-5)
+
+    encoded.update(images=0, captions=0)
+    capsys.readouterr()
+    run = build_cached(toy_copy, root / "unlimited", **cache)
+    assert encoded == {"images": CHECK, "captions": 11}
+    reason = "tags are drawn again each time; set caption_variations to how many to keep of a caption"
+    assert f"token cache: the text encoder runs at each step, since {reason}\n" in capsys.readouterr().out
+    samples = run.train_loop.stream.__getitems__(range(8))
+    ids = run.trainable.preprocessor.text_ids([sample["text"] for sample in samples])
+    assert torch.equal(run.trainable.prepare(collate(samples))["text_ids"], ids)
+    with pytest.raises(UserError, match=f"^text_embeddings=True, but {reason}$"):
+        build_cached(toy_copy, root / "must", "token_cache.text_embeddings=True", **cache)
 
 
 @pytest.mark.parametrize(

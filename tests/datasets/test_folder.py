@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from diffengine.datasets import ImageTextDataset, UnreadableImage
+from diffengine.datasets import ImageTextDataset, Stream, UnreadableImage, as_list
 from diffengine.errors import UserError
 from tests.support.photos import all_captions
 
@@ -111,6 +111,27 @@ def test_single_image(tmp_path):
     file.with_suffix(".txt").write_text("a glass style")
     dataset = ImageTextDataset(str(file))
     assert (len(dataset), dataset[0]["text"], shades(dataset)) == (1, "a glass style", [9])
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ("a fox", ["a fox"]),
+        ("\n  a fox\t\r\n\r\n", ["a fox"]),
+        ("", [""]),
+        (" \n\n", [""]),
+        ("a fox\r\n\n red, sly \n\t\na fox\n", ["a fox", "red, sly", "a fox"]),
+        ("a\u2028b\x0bc", ["a\u2028b\x0bc"]),  # lines end with \n, \r\n or \r alone
+    ],
+)
+def test_each_line_of_a_text_file_is_a_caption(tmp_path, text, captions):
+    image(tmp_path / "a.png").with_suffix(".txt").write_text(text, encoding="utf-8", newline="")
+    image(tmp_path / "b.png").with_suffix(".txt").write_text("a dog\n")
+    dataset = ImageTextDataset(str(tmp_path), prefix="my ")
+    texts = [[f"my {caption}" for caption in captions], ["my a dog"]]
+    assert [as_list(dataset[index]["text"]) for index in range(2)] == list(dataset.all_captions()) == texts
+    taken = {Stream(dataset, [], [], seed=1)[position]["text"] for position in range(60)}
+    assert taken == {*texts[0], "my a dog"}
 
 
 def test_other_encodings_are_errors(tmp_path):

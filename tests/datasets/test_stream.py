@@ -15,13 +15,15 @@ from diffengine.datasets import (
     Stream,
     ToTensor,
     UnreadableImage,
+    VaryTags,
     batches_of,
     collate,
     generator,
     make_loader,
     steps_for_epochs,
 )
-from diffengine.datasets.stream import SAMPLE
+from diffengine.datasets.split import digest_of
+from diffengine.datasets.stream import CAPTION, SAMPLE
 from diffengine.errors import UserError
 
 
@@ -342,3 +344,60 @@ def test_epoch_ends_with_the_step_that_completes_it(num_samples, batch_size):
     for epochs in range(1, 6):
         steps = steps_for_epochs(epochs, num_samples, batch_size)
         assert steps * batch_size >= epochs * num_samples > (steps - 1) * batch_size
+
+
+class Tagged(Photos):
+    """Images with two lists of eight tags each to choose a caption from; the last two images have one caption."""
+
+    def __getitem__(self, index):
+        names = "ab" if index < self.count - 2 else "z"
+        texts = [", ".join(f"{name}{min(index, self.count - 2)}{tag}" for tag in range(8)) for name in names]
+        return {**super().__getitem__(index), "text": texts}
+
+
+TAGS = {"dataset": Tagged(5), "vary_caption": VaryTags(drop=0.3)}
+
+
+def varied(text, *counter):
+    """What `VaryTags(drop=0.3)` makes of eight tags by the random numbers of a counter."""
+    first, *rest = text.split(", ")
+    ranks, shares = generator(3, CAPTION, *counter).random((2, 7))
+    order = sorted(range(7), key=lambda tag: ranks[tag])
+    return ", ".join([first, *(rest[tag] for tag in order if shares[tag] >= 0.3)])
+
+
+@pytest.mark.parametrize("variations", [None, 3])
+def test_tags_vary_by_position_or_in_turn(variations):
+    """And nothing else changes: neither which caption is chosen, nor what the other transforms draw."""
+    plain_stream, tagged = stream(Tagged(5)), stream(**TAGS, caption_variations=variations)
+    seen = {}
+    for position in range(60):
+        before, after = plain(plain_stream[position]), plain(tagged[position])
+        text = before.pop("text")
+        counter = (position,) if variations is None else (digest_of(text.encode()), position // 5 % 3)
+        assert after.pop("text") == (varied(text, *counter) if text else "")
+        seen.setdefault(text, set()).add(varied(text, *counter) if text else "")
+        assert before == after
+    assert len(seen) == 1 + 2 * 3 + 1
+    for text in seen.keys() - {""}:
+        of_text = [varied(text, digest_of(text.encode()), number) for number in range(variations or 0)]
+        assert tagged.variations_of(text) == of_text
+        assert variations is None or seen[text] <= set(of_text)
+    assert variations is not None or sum(map(len, seen.values())) > 1 + 3 * 7
+    assert plain_stream.variations_of("a, b, c") == []
+
+
+@pytest.mark.parametrize("variations", [None, 3])
+def test_varied_captions_do_not_depend_on_workers_and_ranks(variations):
+    def texts(workers=0, **options):
+        ours = stream(**TAGS, caption_variations=variations)
+        return [batch["text"] for batch in make_loader(ours, PositionSampler(4, num_steps=6, **options), workers)]
+
+    whole = texts()
+    assert texts(1) == texts(2) == whole
+    assert [one + two for one, two in zip(*(texts(rank=rank, world_size=2) for rank in (0, 1)))] == whole
+
+
+def test_fixed_samples_have_captions_as_they_are():
+    data, tagged = Tagged(5), stream(**TAGS)
+    assert [tagged.fixed_sample(index)["text"] for index in range(5)] == [data[index]["text"] for index in range(5)]

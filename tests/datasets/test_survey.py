@@ -51,10 +51,17 @@ def count_words(captions):
 def test_truncated_captions_are_counted():
     captions = ["a b", "a b c d", "a b c d e", "a b c d e f g"]
     expected = "4 captions: 2 are longer than 4 tokens and are cut there; the longest has 7"
+    expected += " and loses its last 3 words: 'e f g'"
     assert survey_captions(iter(captions), count_words) == expected
+    assert survey_captions(captions[:3], count_words).endswith("the longest has 5 and loses its last 1 word: 'e'")
     assert survey_captions(captions[:2], count_words) is None
     assert survey_captions([], count_words) is None
     assert survey_captions(captions, lambda captions: ([0] * len(captions), 0)) is None
+
+
+def test_a_long_caption_is_reported_in_one_short_line():
+    line = survey_captions(["a\nb\n" + " c\n" * 500], count_words)
+    assert line.endswith(f"the longest has 502 and loses its last 498 words: '{'c ' * 30} … {' c' * 10}'")
 
 
 def test_many_captions_are_sampled_evenly():

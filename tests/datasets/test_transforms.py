@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffengine.datasets import Crop, DropCaption, Flip, Resize, ToTensor
+from diffengine.datasets import Crop, DropCaption, Flip, Resize, ToTensor, VaryTags
 from diffengine.errors import UserError
 
 
@@ -126,12 +126,39 @@ def test_captions_are_dropped_with_probability_p(p, low, high):
     assert low <= sum(sample["caption_dropped"] for sample in samples) <= high
 
 
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),  # of the rest, "b", "c", "d", "e", the numbers below leave out "c" and "e"
+    [
+        ({}, "a,b ,c, , d,e,", "a, d, b, e, c"),
+        ({"drop": 0.5}, "a, b, c, d, e", "a, d, b"),
+        ({"drop": 0.5, "shuffle": False}, "a, b, c, d, e", "a, b, d"),
+        ({"drop": 1.0}, "a, b, c, d, e", "a"),
+        ({"drop": 1.0, "keep": 0}, "b, c, d, e", ""),
+        ({"keep": 0}, "b, c, d, e", "d, b, e, c"),
+        ({"keep": 2}, "a, a, b, c, d, e", "a, a, d, b, e, c"),
+        ({"separator": " | "}, "a, x | b | c | d | e", "a, x | d | b | e | c"),
+        ({"separator": " "}, "a b  c d e", "a d b e c"),
+        ({"keep": 2}, " a,b ", " a,b "),  # nothing can vary
+        ({"keep": 0}, "", ""),
+    ],
+)
+def test_tags_are_shuffled_and_left_out(options, text, expected):
+    class Numbers:
+        def random(self, shape):
+            return np.array([[0.3, 0.9, 0.1, 0.5], [0.5, 0.49, 0.99, 0.0]])[:, : shape[1]]
+
+    sample = {"text": text, "other": 1}
+    assert VaryTags(**options)(sample, Numbers()) == {"text": expected, "other": 1}
+    assert sample["text"] == text
+
+
 def test_options_do_not_change_later_random_numbers():
-    sample = {"image": coordinates(9, 9), "text": "a fox"}
+    sample = {"image": coordinates(9, 9), "text": "a, fox"}
     for first, second in [
         (DropCaption(0), DropCaption(1)),
         (Flip(0), Flip(1)),
         (Crop(4), Crop(4, random=False)),
+        (VaryTags(True), VaryTags(False, 1.0)),
     ]:
         after = []
         for transform in (first, second):
@@ -139,7 +166,7 @@ def test_options_do_not_change_later_random_numbers():
             transform(sample, generator)
             after.append(generator.random())
         assert after[0] == after[1]
-    assert DropCaption(0)(sample, rng())["text"] == "a fox"
+    assert DropCaption(0)(sample, rng())["text"] == "a, fox"
     assert np.array_equal(Flip(0)(sample, rng())["image"], sample["image"])
 
 
@@ -157,6 +184,9 @@ def test_transforms_do_not_change_the_sample_in_place():
         (lambda: Crop(-1), "Crop got size=-1"),
         (lambda: Flip(1.5), "Flip got p=1.5; expected a probability from 0 to 1"),
         (lambda: DropCaption(float("nan")), "DropCaption got p=nan"),
+        (lambda: VaryTags(drop=1.5), "drop_tags got 1.5; expected a probability from 0 to 1"),
+        (lambda: VaryTags(keep=-1), "keep_tags got -1; expected 0 or more"),
+        (lambda: VaryTags(separator=""), "tag_separator got ''; expected what is between two tags"),
         (
             lambda: Crop(8)({"image": coordinates(9, 7)}, rng()),
             r"image of 9x7; expected at least 8x8; put Resize\(8\)",

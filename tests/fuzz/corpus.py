@@ -123,6 +123,7 @@ SETTINGS = (
     "seed", "num_workers", "resolution", "image_variations", "prompts", "preview_every", "log_every",
     "checkpoint_every", "keep_checkpoints", "caption_dropout", "flip", "data", "pretrained", "cache", "cache_path",
     "work_dir", "compile", "precision", "lr_schedule", "validation_every", "validation_share", "clip_grad",
+    "shuffle_tags", "drop_tags", "keep_tags", "tag_separator", "caption_variations",
 )  # fmt: skip
 SECTION_KEYS = (
     "model.adapters.transformer.r", "model.adapters.transformer.lora_alpha", "model.adapters.transformer.lora_dropout",
