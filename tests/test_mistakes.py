@@ -424,7 +424,7 @@ def huge(path):
 
 # Values that would take all memory or time, and files that never end.
 ERRORS |= {
-    "output in a loop of links": (output_in_a_loop, "Too many levels of symbolic links"),
+    "output in a loop of links": (output_in_a_loop, "cannot write to .loop.: "),
     "images that are no tensors": (options("train_dataloader.image_transforms=[]"), "put ToTensor last among them"),
     "huge images": (options("resolution=100000"), "image size after Resize got 100,000; expected 16,384 pixels"),
     "endless run": (options("max_iters=1000000000000000000"), "max_iters got 10+; expected 1,000,000,000 at most"),
