@@ -23,7 +23,7 @@ from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
-from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
+from diffengine.engine.optim import DTYPES, describe_groups, resolve_precision, trained_parameters
 from diffengine.engine.step import Step
 from diffengine.errors import UserError, disk_errors, quiet_threads, require
 from diffengine.models.base import MaskedImageModel
@@ -202,6 +202,9 @@ class Run(Runner):
             f"{self.trained_parameters:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x "
             f"{self.job.device.type}, in {self.work_dir}"
         )
+        groups = self.job.resolved["optim_wrapper"].get("param_groups") or ()
+        for text in describe_groups(groups, self.optim_wrapper.optimizer):
+            info(f"param_groups: {text}")
         if distributed.rank() == 0:
             sizes = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
             captions = chain.from_iterable(stream.dataset.all_captions())

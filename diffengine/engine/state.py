@@ -256,11 +256,12 @@ def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps
     if unknown := [key for key in saved if key not in indices]:
         return [f"optimizer.state has {unknown[0]!r}; expected 0 to {len(indices) - 1}, one a parameter"]
     expected: dict[str, Any] = {}
-    for index, parameter in zip(indices, optim.parameters):
+    numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+    for index, number, parameter in zip(indices, numbers, optim.parameters):
         if index in saved:
-            like = f"{describe(parameter)} {parameter.stride()}"
+            like = f"{number} {describe(parameter)} {parameter.stride()}"
             if like not in expected:
-                expected[like] = state_after_a_step(parameter, optim.options)
+                expected[like] = state_after_a_step(parameter, optim.options, groups[number])
             problems += differences(saved[index], expected[like], f"optimizer.state.{index}", steps=steps)
     return problems
 
@@ -286,11 +287,13 @@ def scaler_problems(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[st
     return [] if fine else [f"scaler is {dict(saved)}; expected a scale above 0, and the rest as in {dict(own)}"]
 
 
-def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer of these options stores for a parameter like this one, once it has taken a step."""
+def state_after_a_step(
+    parameter: Tensor, options: Mapping[str, Any], group: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the optimizer of these options stores for a parameter like this one, in `group`, after a step."""
     copy = torch.zeros_like(parameter, requires_grad=True)
     copy.grad = torch.ones_like(copy)
-    optimizer = build_optimizer(options, [{"params": [copy]}])
+    optimizer = build_optimizer(options, [{**(group or {}), "params": [copy]}])
     optimizer.step()
     return optimizer.state_dict()["state"].get(0, {})
 
