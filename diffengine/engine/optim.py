@@ -1,7 +1,8 @@
 """The optimizer, its groups of parameters, its schedule, and the precision of a step."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, final
 
@@ -126,14 +127,22 @@ def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, 
     if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
     try:
-        built = build(options, params=list(groups))
+        with redirect_stdout(io.StringIO()):  # Prodigy prints what it was given
+            built = build(options, params=list(groups))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     require(isinstance(built, Optimizer), f"{name} is no torch.optim.Optimizer; choose one")
     for lr in (group.get("lr") for group in built.param_groups):
         advice = "expected a number, which the schedule changes (Adafactor: set lr and relative_step=False)"
         require(isinstance(lr, int | float), f"{name} got lr={lr}; {advice}")
+    if is_schedule_free(built):
+        built.train()
     return built
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether an optimizer trains other weights than are to be used, and changes between them by train() and eval()."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def build_optim_wrapper(
@@ -220,6 +229,34 @@ class StepOptimWrapper(OptimWrapper):
         self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
         self._last: tuple[list[int], Any] = ([], None)  # the last step's `indices`, and their groups on the device
         self._taken = False  # whether the optimizer has taken a step in this process
+
+    @property
+    def schedule_free(self) -> bool:
+        """Whether the weights that are trained are not those to be used."""
+        return is_schedule_free(self.optimizer)
+
+    @contextmanager
+    def eval_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights to be used: a schedule-free optimizer's average, else those it has.
+
+        The optimizer changes copies, since eval() and then train() would not give back every bit.
+        """
+        if not self.schedule_free:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        live = [parameter.data for parameter in self.parameters]
+        groups = [dict(group) for group in optimizer.param_groups]  # which hold the mode
+        try:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.clone()
+            optimizer.eval()
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, live):
+                parameter.data = data
+            for group, before in zip(optimizer.param_groups, groups):
+                group.update(before)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""

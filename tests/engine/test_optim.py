@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UVit2DModel
 from mmengine.hooks import Hook
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,6 +206,7 @@ OTHER_OPTIMIZERS = {
     "lion": {"type": "lion_pytorch.Lion", "lr": 1e-4},
     "8bit": {"type": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3},
     "8bit_lion": {"type": "bitsandbytes.optim.Lion8bit", "lr": 1e-4},
+    "prodigy": {"type": "prodigyopt.Prodigy", "lr": 1.0},
 }
 
 
@@ -241,6 +243,7 @@ SKIPS = {
     "momentum": {"type": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
     "adagrad": {"type": "torch.optim.Adagrad", "lr": 0.1},
     **OTHER_OPTIMIZERS,
+    "schedule_free": {"type": "schedulefree.AdamWScheduleFree", "lr": 1e-3},
 }
 
 
@@ -447,6 +450,80 @@ def test_groups_are_checked_before_the_model_is_read(
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_schedule_free_weights_follow_their_formulas() -> None:
+    """Schedule-free SGD (arXiv 2405.15682): z of plain SGD, x its mean, y between them; g is 5 at every step."""
+    model: Any = nn.Linear(1, 1, bias=False)
+    model.gradient_group = lambda name: name
+    options = {"type": "schedulefree.SGDScheduleFree", "lr": 0.1, "momentum": 0.75}
+    wrapper = build_optim_wrapper(options, "fp32", model=model)
+    z = x = model.weight.item()
+    for step in range(1, 6):
+        wrapper.backward(model(torch.tensor([[5.0]])).sum())
+        wrapper.step()
+        z -= 0.1 * 5
+        x += (z - x) / step
+        live = model.weight.detach().clone()
+        assert live.item() == pytest.approx(0.25 * z + 0.75 * x, rel=1e-5)
+        with wrapper.eval_weights():
+            assert model.weight.item() == pytest.approx(x, rel=1e-5)
+        assert torch.equal(model.weight, live)
+    assert all(group["train_mode"] for group in wrapper.optimizer.param_groups)
+
+
+HEAD = "transformer.mlm_layer.conv1.weight"
+SCHEDULE_FREE = {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "weight_decay": 0.01}}
+
+
+def test_what_looks_at_a_schedule_free_run_sees_its_average(toy: Toy, tmp_path: Path) -> None:
+    """Checkpoints, exports and previews; the run resumes bit for bit, with previews or without."""
+    settings: dict[str, Any] = {"max_iters": 3, "checkpoint_every": 1, "optim_wrapper": SCHEDULE_FREE}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(toy.config("free", **settings), one) == 0
+    path = toy.config("free_shown", **settings, prompts=["a"], preview_every=1)
+    run = runs.build(path, two, resume=one / "iter_1.pth")
+    run.train()
+    runs.assert_equal_checkpoints(one / "iter_3.pth", two / "iter_3.pth")
+    a, b = (checkpoint.read(folder / "iter_3.pth") for folder in (one, two))
+    runs.assert_equal(a["train_weights"], b["train_weights"])
+    names = {parameter: name for name, parameter in run.trainable.named_parameters()}
+    for parameter, values in run.optim_wrapper.optimizer.state.items():
+        name = names[parameter]
+        assert torch.equal(b["train_weights"][name], parameter)
+        assert torch.equal(b["model"][name], parameter.detach().lerp(values["z"], 1 - 1 / 0.9))
+    assert not torch.equal(
+        b["model"]["transformer.mlm_layer.conv1.weight"], run.trainable.transformer.mlm_layer.conv1.weight
+    )
+    exported = UVit2DModel.from_pretrained(two / "transformer").state_dict()
+    seen = run.pipeline().transformer.state_dict()
+    with run.averaged_weights():
+        runs.assert_equal(run.trainable.trained_state(), b["model"])
+    for name, weight in b["model"].items():
+        assert torch.equal(exported[name.removeprefix("transformer.")], weight)
+        assert torch.equal(seen[name.removeprefix("transformer.")], weight)
+    checkpoint.write(two / "iter_2.pth", {name: value for name, value in b.items() if name != "train_weights"})
+    with pytest.raises(UserError, match="'train_weights' has not the names that the optimizer trains"):
+        runs.build(path, two, resume=two / "iter_2.pth")
+
+
+def test_what_a_schedule_free_optimizer_makes_superfluous(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A schedule gets a warning, an average is refused."""
+    path = toy.config("free_schedule", optim_wrapper=SCHEDULE_FREE, lr_schedule="cosine",
+                      custom_hooks=[{"type": "diffengine.engine.hooks.EMAHook"}])  # fmt: skip
+    assert train(path, tmp_path) == 2
+    output = capsys.readouterr()
+    assert "warning: the lr schedule 'cosine' with AdamWScheduleFree: it averages the weights instead" in output.out
+    assert "EMAHook got the optimizer AdamWScheduleFree, which averages the weights itself" in output.err
+
+
+def test_prodigy_refuses_rates_by_group() -> None:
+    model: Any = Two()
+    with pytest.raises(UserError, match=r"Prodigy cannot train these param_groups: .*different lr values"):
+        build_optim_wrapper(dict(OTHER_OPTIMIZERS["prodigy"]), "fp32", param_groups=[{"match": "two.*", "lr": 0.5}],
+                            model=model)  # fmt: skip
 
 
 @pytest.mark.parametrize("train_", [["text_encoder"], ["transformer", "text_encoder"]])
