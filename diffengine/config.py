@@ -340,11 +340,27 @@ def validate(resolved: Plain, builders: Builders) -> list[str]:
                 given = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
                 problems += problems_against(builders[key], section, key, given)
             problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
+            if key == "optim_wrapper":
+                problems += _group_problems(section)
     seed, work_dir = resolved.get("seed", PLAIN["seed"]), resolved.get("work_dir")
     if type(seed) is not int or not 0 <= seed < 2**32:
         problems.append(f"seed got {shown(seed)}; expected an int from 0 to 2**32 - 1")
     if not isinstance(work_dir, str | None):
         problems.append(f"work_dir got {shown(work_dir)}; expected a folder")
+    return problems
+
+
+def _group_problems(section: Plain) -> list[str]:
+    """The problems of an `optim_wrapper`'s `param_groups`: a pattern each, and options of the optimizer's class."""
+    problems, entries, optimizer = [], section.get("param_groups"), section.get("optimizer")
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        path = f"optim_wrapper.param_groups.{index}"
+        if not isinstance(entry, dict) or type(entry.get("match")) is not str or "type" in entry:
+            problems.append(f'{path} got {shown(entry)}; expected dict(match="text_encoder.*", lr=1e-5), no `type`')
+        elif isinstance(optimizer, dict):
+            merged = {**optimizer, **{key: value for key, value in entry.items() if key != "match"}}
+            known = problems_of(optimizer, path)
+            problems += [problem for problem in problems_of(merged, path) if problem not in known]
     return problems
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from diffengine.errors import UserError
 from diffengine.text import one_line, shown, where
 
-EXTRAS = {"bitsandbytes": "8bit", "wandb": "wandb"}  # package -> the extra of ours that installs it
+# package -> the extra of ours that installs it
+EXTRAS = {"bitsandbytes": "8bit", "schedulefree": "optimizers", "prodigyopt": "optimizers", "wandb": "wandb"}
 
 
 def import_from_here() -> None:

@@ -435,7 +435,8 @@ NUMBERS = {
 }  # fmt: skip
 OPTIONAL = {
     "backgrounds", "cache_path", "caption_variations", "checkpoint_every", "class_data", "class_prompt", "clip_grad",
-    "image_variations", "keep_checkpoints", "max_epochs", "max_iters", "micro_batch_size", "patience", "pretrained",
+    "image_variations", "keep_checkpoints", "max_epochs", "max_iters", "micro_batch_size", "param_groups", "patience",
+    "pretrained",
     "preview_every", "validation_data", "validation_every",
 }  # fmt: skip
 SWITCHES = {"cache", "compile", "gradient_checkpointing", "random_crop", "shuffle_tags"}

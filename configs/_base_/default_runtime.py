@@ -13,9 +13,10 @@ validation_every = None  # epochs or steps; None: as often as 5 % of the time al
 patience = None  # stop after so many validations without a lower loss
 precision = "auto"  # bf16 where the GPU has it, else fp16; fp32 on a CPU
 clip_grad = 1.0  # the largest norm of all gradients together; None for no limit
+param_groups = None  # options for some parameters: [dict(match="text_encoder.*", lr=1e-5)]
 max_bad_steps = 20  # in a row, whose loss or gradients are not finite, end the run; each is skipped and counted
 
-optim_wrapper = dict(precision="${precision}", clip_grad="${clip_grad}")
+optim_wrapper = dict(precision="${precision}", clip_grad="${clip_grad}", param_groups="${param_groups}")
 default_hooks = dict(
     metrics=dict(type=MetricsHook, every="${log_every}", max_bad_steps="${max_bad_steps}"),
     preview=dict(type=PreviewHook, prompts="${prompts}", every="${preview_every}"),

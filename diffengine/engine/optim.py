@@ -1,7 +1,9 @@
-"""The optimizer, its two groups, its schedule, and the precision of a step."""
+"""The optimizer, its groups of parameters, its schedule, and the precision of a step."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, final
 
 import torch
@@ -14,6 +16,7 @@ from diffengine.engine.mmengine_seam import OptimWrapper
 from diffengine.errors import UserError, require
 from diffengine.models.base import TrainableModel
 from diffengine.registry import build, resolve
+from diffengine.text import did_you_mean, where
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -42,21 +45,77 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters in two groups: with the optimizer's weight decay, and without.
+def parameter_groups(model: nn.Module, entries: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The trained parameters in pairs of groups: with the optimizer's weight decay, and without.
 
     Matrices and kernels decay. Embeddings do not, and neither do parameters that are vectors once axes of size 1 are
     dropped: norms, biases, and GRN's gamma and beta of shape (1,1,1,C), which names alone would miss.
+
+    Args:
+        entries: `param_groups` of `build_optim_wrapper`. The first pair is of what none of them matches.
+
+    Raises:
+        UserError: an entry is the first to match of no trained parameter.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    pairs: list[dict[bool, list[nn.Parameter]]] = [{True: [], False: []} for _ in range(1 + len(entries))]
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+    for prefix, module in model.named_modules():
+        for last, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 decays = not isinstance(module, nn.Embedding) and parameter.squeeze().ndim >= 2
-                groups[decays].append(parameter)
-    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+                matching = [number for number, entry in enumerate(entries, 1) if fnmatchcase(last, entry["match"])]
+                pairs[min(matching, default=0)][decays].append(parameter)
+    for number, (entry, pair) in enumerate(zip(entries, pairs[1:])):
+        if not pair[True] + pair[False]:
+            raise UserError(f"param_groups.{number} got match='{entry['match']}', {_why_no_match(entry, model)}")
+    groups = []
+    for entry, pair in zip(({}, *entries), pairs):
+        options = {key: value for key, value in entry.items() if key != "match"}
+        groups += [{**options, "params": pair[True]}, {**options, "params": pair[False], "weight_decay": 0.0}]
+    return groups
+
+
+def _why_no_match(entry: Mapping[str, Any], model: nn.Module) -> str:
+    """Why an entry of `param_groups` gets no parameter, and what to do."""
+    names = list(trained_parameters(model))
+    if any(fnmatchcase(name, entry["match"]) for name in names):
+        return "and entries before it match all of its parameters; the first match wins, so move it up"
+    components = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in names)
+    hint = did_you_mean(entry["match"], [*components, *names])
+    return f"which no trained parameter matches{hint or f'; they have names such as {names[0]}'}"
+
+
+def _check_groups(
+    optimizer: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Refuse options that groups cannot have: the optimizer is built and stepped for one number per group."""
+    numbers = [torch.zeros(1, device=device, requires_grad=True) for _ in groups]
+    for index, entry in enumerate(entries):
+        options = {key: value for key, value in entry.items() if key != "match"}
+        alone = build_optimizer({**optimizer, **options}, [{"params": numbers[:1]}])  # its class checks the values
+        shared = [key for key in options if key not in alone.defaults or key in ("fused", "foreach")]
+        advice = f"which {optimizer['type']} has for all parameters together; set it in optim_wrapper.optimizer"
+        require(not shared, f"param_groups.{index} got {', '.join(shared)}, {advice}")
+    built = build_optimizer(optimizer, [{**group, "params": [number]} for group, number in zip(groups, numbers)])
+    for number in numbers:
+        number.grad = torch.ones_like(number)
+    try:
+        built.step()
+    except Exception as error:  # of any package
+        raise UserError(f"optimizer {optimizer['type']} cannot train these param_groups: {where(error)}") from error
+
+
+def describe_groups(entries: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> list[str]:
+    """A line for each entry of `param_groups`: what it matched, and its rate."""
+    lines = []
+    for number, entry in enumerate(entries, 1):
+        groups = optimizer.param_groups[2 * number : 2 * number + 2]
+        sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+        rate = groups[0].get("initial_lr", groups[0]["lr"])
+        lines.append(f"'{entry['match']}': {len(sizes)} tensors, {sum(sizes):,} parameters, lr {rate:g}")
+    return lines
 
 
 def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Optimizer:
@@ -68,30 +127,45 @@ def build_optimizer(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, 
     if resolve(options["type"]) in FUSED and options.get("fused") is None and not options.get("foreach"):
         options["fused"] = True
     try:
-        built = build(options, params=list(groups))
+        with redirect_stdout(io.StringIO()):  # Prodigy prints what it was given
+            built = build(options, params=list(groups))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     require(isinstance(built, Optimizer), f"{name} is no torch.optim.Optimizer; choose one")
     for lr in (group.get("lr") for group in built.param_groups):
         advice = "expected a number, which the schedule changes (Adafactor: set lr and relative_step=False)"
         require(isinstance(lr, int | float), f"{name} got lr={lr}; {advice}")
+    if is_schedule_free(built):
+        built.train()
     return built
 
 
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether an optimizer trains other weights than are to be used, and changes between them by train() and eval()."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 def build_optim_wrapper(
-    optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None, *, model: TrainableModel
-) -> "StepOptimWrapper":
+    optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None,
+    param_groups: list[dict] | None = None, *, model: TrainableModel,
+) -> "StepOptimWrapper":  # fmt: skip
     """The `optim_wrapper` section.
 
     Args:
         optimizer: `dict(type=AdamW, lr=..., weight_decay=...)`, any torch-style optimizer class.
         precision: of autocast over fp32 weights, see `resolve_precision`.
         clip_grad: the largest norm of all gradients together; None for no limit.
+        param_groups: `[dict(match="text_encoder.*", lr=1e-5), ...]`: other options of the optimizer for the trained
+            parameters whose name, "component.parameter", matches a pattern of `fnmatch` (`*`, `?`, `[...]`; `*`
+            matches dots, too). The first match wins. The schedule scales each group's own rate.
         model: given by the run.
     """
     require(clip_grad is None or clip_grad > 0, f"clip_grad got {clip_grad}; expected a number above 0, or None")
     device = next(model.parameters()).device
-    built = build_optimizer(optimizer, parameter_groups(model))
+    split = parameter_groups(model, param_groups or ())
+    if param_groups:
+        _check_groups(optimizer, param_groups, split, device)
+    built = build_optimizer(optimizer, split)
     groups = {parameter: model.gradient_group(name) for name, parameter in trained_parameters(model).items()}
     return StepOptimWrapper(built, resolve_precision(precision, device)[0], clip_grad, device, optimizer, groups)
 
@@ -155,6 +229,34 @@ class StepOptimWrapper(OptimWrapper):
         self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
         self._last: tuple[list[int], Any] = ([], None)  # the last step's `indices`, and their groups on the device
         self._taken = False  # whether the optimizer has taken a step in this process
+
+    @property
+    def schedule_free(self) -> bool:
+        """Whether the weights that are trained are not those to be used."""
+        return is_schedule_free(self.optimizer)
+
+    @contextmanager
+    def eval_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights to be used: a schedule-free optimizer's average, else those it has.
+
+        The optimizer changes copies, since eval() and then train() would not give back every bit.
+        """
+        if not self.schedule_free:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        live = [parameter.data for parameter in self.parameters]
+        groups = [dict(group) for group in optimizer.param_groups]  # which hold the mode
+        try:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.clone()
+            optimizer.eval()
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, live):
+                parameter.data = data
+            for group, before in zip(optimizer.param_groups, groups):
+                group.update(before)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""

@@ -1,5 +1,6 @@
 """A run, from a config to its trained model."""
 
+import copy
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
-from diffengine.engine.optim import DTYPES, resolve_precision, trained_parameters
+from diffengine.engine.optim import DTYPES, describe_groups, resolve_precision, trained_parameters
 from diffengine.engine.step import Step
 from diffengine.errors import UserError, disk_errors, quiet_threads, require
 from diffengine.models.base import MaskedImageModel
@@ -202,6 +203,9 @@ class Run(Runner):
             f"{self.trained_parameters:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x "
             f"{self.job.device.type}, in {self.work_dir}"
         )
+        groups = self.job.resolved["optim_wrapper"].get("param_groups") or ()
+        for text in describe_groups(groups, self.optim_wrapper.optimizer):
+            info(f"param_groups: {text}")
         if distributed.rank() == 0:
             sizes = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
             captions = chain.from_iterable(stream.dataset.all_captions())
@@ -215,7 +219,12 @@ class Run(Runner):
     def _warn_of_settings(self, side: int | None) -> None:
         """Warn of what the settings alone show; `side` is that of the images in pixels."""
         clock, model = self.clock, self.trainable
-        warmup = self.job.resolved.get("param_scheduler", {}).get("warmup_iters", 0)
+        rates = self.job.resolved.get("param_scheduler", {})
+        warmup, schedule = rates.get("warmup_iters", 0), rates.get("name", "constant")
+        if self.optim_wrapper.schedule_free and schedule != "constant":
+            name = type(self.optim_wrapper.optimizer).__name__
+            advice = "set lr_schedule='constant', and the optimizer's own warmup_steps for a warm-up"
+            self.warn(f"the lr schedule '{schedule}' with {name}: it averages the weights instead; {advice}")
         if warmup >= clock.max_iters:
             self.warn(f"the run ends inside its warm-up: {clock.max_iters} steps of {warmup}; lower warmup_iters")
         epochs = clock.max_iters * clock.batch_size // clock.num_samples
@@ -231,16 +240,17 @@ class Run(Runner):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the average instead of its weights, if the run keeps one; nothing is copied."""
+        """Inside, the model has the average instead of its weights, if the run or its optimizer keeps one."""
         trained = dict(self.trainable.named_parameters())
         live = {name: trained[name].data for name in self.average}
-        try:
-            for name, weight in self.average.items():
-                trained[name].data = weight.to(live[name].dtype)
-            yield
-        finally:
-            for name, weight in live.items():
-                trained[name].data = weight
+        with self.optim_wrapper.eval_weights():
+            try:
+                for name, weight in self.average.items():
+                    trained[name].data = weight.to(live[name].dtype)
+                yield
+            finally:
+                for name, weight in live.items():
+                    trained[name].data = weight
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: "trained" and "frozen" weights, "gradients", "optimizer" state, EMAHook's "average"."""
@@ -250,6 +260,7 @@ class Run(Runner):
         """Bytes of one checkpoint on disk, to 1 %, once the optimizer has its state."""
         state_tensors = memory.tensors_in(self.optim_wrapper.optimizer.state)
         tensors = [*self.trainable.trained_state().values(), *state_tensors, *self.average.values()]
+        tensors += self.optim_wrapper.parameters if self.optim_wrapper.schedule_free else []
         texts = sum(len(text.encode()) for text in self.trainable.assets.values())
         return memory.nbytes(tensors) + memory.ENTRY * len(tensors) + memory.CONFIG + texts
 
@@ -317,9 +328,13 @@ class Run(Runner):
     def pipeline(self) -> Any:
         """A diffusers pipeline over the trained model: with an adapter on its base, if that is what was trained.
 
+        With a schedule-free optimizer it is over a copy, which has the weights to be used.
+
         Raises:
             UserError: the model generates nothing from text.
         """
         if not isinstance(self.trainable, MaskedImageModel):
             raise UserError(f"{type(self.trainable).__name__} has no pipeline: it generates nothing from text")
-        return self.trainable.eval().build_pipeline()
+        with self.optim_wrapper.eval_weights():
+            pipeline = self.trainable.eval().build_pipeline()
+            return copy.deepcopy(pipeline) if self.optim_wrapper.schedule_free else pipeline

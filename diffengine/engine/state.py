@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,14 @@ TYPES = {
 
 def collect(run: "Run") -> dict[str, Any]:
     """The checkpoint of this moment. Its tensors are the live ones: write it before the next step."""
+    with run.optim_wrapper.eval_weights():
+        weights = run.trainable.trained_state()
     state = {
         "format": checkpoint.FORMAT,
         "name": run.name,
         "config": json.dumps(run.config, ensure_ascii=False),
         "folder": str(Path.cwd()),
-        "model": run.trainable.trained_state(),
+        "model": weights,
         "assets": dict(run.trainable.assets),
         "optimizer": run.optim_wrapper.optimizer.state_dict(),
         "param_scheduler": _schedule_state(run.param_scheduler),
@@ -52,6 +55,9 @@ def collect(run: "Run") -> dict[str, Any]:
         "counters": {"iter": run.clock.done, "epoch": run.clock.epochs_done},
         "num_samples": run.clock.num_samples,
     }
+    if run.optim_wrapper.schedule_free:  # `model` has the weights to be used, and training continues from these
+        trained = trained_parameters(run.trainable)
+        state["train_weights"] = {name: parameter.detach() for name, parameter in trained.items()}
     if found := run.train_loop.micro.state():
         state["micro_batch_size"] = found
     run.call_hook("before_save_checkpoint", checkpoint=state)
@@ -96,9 +102,13 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
     if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
         problems.append("'ema' holds no weights by name")
         average = {"weights": {}}
-    if not all(type(name) is str for name in (*average["weights"], *state["model"])):
+    live = state.get("train_weights", {})
+    if not isinstance(live, dict):
+        problems.append("'train_weights' holds no weights by name")
+        live = {}
+    if not all(type(name) is str for name in (*average["weights"], *live, *state["model"])):
         problems.append("weights are not all named by texts")
-    for name, tensor in {**average["weights"], **state["model"]}.items():
+    for name, tensor in (*average["weights"].items(), *live.items(), *state["model"].items()):
         if isinstance(tensor, Tensor) and not _is_finite(tensor):
             problems.append(f"{name} holds values that are not finite")
     return problems
@@ -110,7 +120,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
     """Put a checkpoint back into a run that is built, and that it fits (`check_fits`)."""
-    run.trainable.load_trained_state(state["model"], f"checkpoint '{path}'")
+    run.trainable.load_trained_state(_training_state(state), f"checkpoint '{path}'")
     optim, schedule, steps = run.optim_wrapper, run.param_scheduler, state["counters"]["iter"]
     _restore_optimizer(optim, state["optimizer"])
     own, rates = _schedule_state(schedule), [group["lr"] for group in optim.optimizer.param_groups]
@@ -121,6 +131,11 @@ def restore(run: "Run", state: Mapping[str, Any], path: Path) -> None:
     run.train_loop.start_at(steps)
     run.train_loop.micro.restore(state.get("micro_batch_size"))
     run.call_hook("after_load_checkpoint", checkpoint=state)
+
+
+def _training_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's weights and buffers that training continues from."""
+    return {**state["model"], **state.get("train_weights", {})}
 
 
 def _restore_optimizer(optim: StepOptimWrapper, saved: Mapping[str, Any]) -> None:
@@ -188,7 +203,7 @@ def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None
     clock, had = loop.clock, state["num_samples"]
     data = f"the data had {had} images and has {clock.num_samples}; restore it, or start another run with --work-dir"
     require(had == clock.num_samples, f"cannot resume '{path}': {data}")
-    model.check_trained_state(state["model"], f"checkpoint '{path}'")
+    model.check_trained_state(_training_state(state), f"checkpoint '{path}'")
     steps, epoch = state["counters"].get("iter"), state["counters"].get("epoch")
     _refuse(_count_problems("counters.iter", steps, clock.max_iters, ", the steps of this run"), path)
     passes = steps * clock.batch_size // clock.num_samples
@@ -199,6 +214,8 @@ def check_fits(state: Mapping[str, Any], path: Path, training: Training) -> None
     if type(asked) not in (int, type(None)) or type(found) is not int or not 1 <= found <= clock.batch_size:
         problems.append(f"micro_batch_size is {micro!r}; expected 'asked', and 'found' from 1 to {clock.batch_size}")
     problems += _optimizer_problems(state["optimizer"], optim, steps)
+    if state.get("train_weights", {}).keys() != (trained_parameters(model).keys() if optim.schedule_free else set()):
+        problems.append("'train_weights' has not the names that the optimizer trains")
     problems += differences(*_in_both(state["param_scheduler"], _schedule_state(schedule)), "param_scheduler")
     if (last := state["param_scheduler"].get("last_epoch")) != steps:
         problems.append(f"param_scheduler.last_epoch is {last}; expected {steps}, the steps taken")
@@ -255,13 +272,19 @@ def _optimizer_problems(state: Mapping[str, Any], optim: StepOptimWrapper, steps
     indices = [index for group in groups for index in group["params"]]
     if unknown := [key for key in saved if key not in indices]:
         return [f"optimizer.state has {unknown[0]!r}; expected 0 to {len(indices) - 1}, one a parameter"]
-    expected: dict[str, Any] = {}
-    for index, parameter in zip(indices, optim.parameters):
-        if index in saved:
-            like = f"{describe(parameter)} {parameter.stride()}"
-            if like not in expected:
-                expected[like] = state_after_a_step(parameter, optim.options)
-            problems += differences(saved[index], expected[like], f"optimizer.state.{index}", steps=steps)
+    numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+
+    @cache
+    def expected(number: int, shape: tuple, strides: tuple, dtype: torch.dtype, value: int) -> dict[str, Any]:
+        like = torch.empty_strided(shape, strides, dtype=dtype, device=optim.device).fill_(value)
+        return state_after_a_step(like, optim.options, groups[number])
+
+    for index, number, parameter in zip(indices, numbers, optim.parameters):
+        if saved.get(index, {}) != {}:  # empty before the first step of a schedule-free optimizer
+            like, name = (number, parameter.shape, parameter.stride(), parameter.dtype), f"optimizer.state.{index}"
+            wrong = differences(saved[index], expected(*like, 0), name, steps)
+            if wrong and differences(saved[index], expected(*like, 1), name, steps):  # Prodigy keeps less of zeros
+                problems += wrong
     return problems
 
 
@@ -286,11 +309,13 @@ def scaler_problems(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[st
     return [] if fine else [f"scaler is {dict(saved)}; expected a scale above 0, and the rest as in {dict(own)}"]
 
 
-def state_after_a_step(parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer of these options stores for a parameter like this one, once it has taken a step."""
-    copy = torch.zeros_like(parameter, requires_grad=True)
+def state_after_a_step(
+    parameter: Tensor, options: Mapping[str, Any], group: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the optimizer of these options stores for a parameter of this value, in `group`, after a step."""
+    copy = parameter.detach().clone().requires_grad_()
     copy.grad = torch.ones_like(copy)
-    optimizer = build_optimizer(options, [{"params": [copy]}])
+    optimizer = build_optimizer(options, [{**(group or {}), "params": [copy]}])
     optimizer.step()
     return optimizer.state_dict()["state"].get(0, {})
 
@@ -313,7 +338,8 @@ def differences(saved: Any, expected: Any, name: str, steps: int | None = None) 
         return [f"{name} is {describe(saved)}; expected {describe(expected)}"]
     if isinstance(saved, Tensor) and saved.stride() != expected.stride():
         return [f"{name} has the strides {saved.stride()}; expected {expected.stride()}"]
-    if (number and not math.isfinite(saved)) or (isinstance(saved, Tensor) and not _is_finite(saved)):
+    infinite = number and not math.isfinite(saved) and saved != expected
+    if infinite or (isinstance(saved, Tensor) and not _is_finite(saved)):
         return [
             f"{name} is not finite" if isinstance(saved, Tensor) else f"{name} is {saved}; expected a finite number"
         ]

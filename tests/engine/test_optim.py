@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UVit2DModel
 from mmengine.hooks import Hook
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffengine import cli
 from diffengine.engine import checkpoint
 from diffengine.engine.optim import (
     build_optim_wrapper,
@@ -204,6 +206,7 @@ OTHER_OPTIMIZERS = {
     "lion": {"type": "lion_pytorch.Lion", "lr": 1e-4},
     "8bit": {"type": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3},
     "8bit_lion": {"type": "bitsandbytes.optim.Lion8bit", "lr": 1e-4},
+    "prodigy": {"type": "prodigyopt.Prodigy", "lr": 1.0},
 }
 
 
@@ -240,6 +243,7 @@ SKIPS = {
     "momentum": {"type": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
     "adagrad": {"type": "torch.optim.Adagrad", "lr": 0.1},
     **OTHER_OPTIMIZERS,
+    "schedule_free": {"type": "schedulefree.AdamWScheduleFree", "lr": 1e-3},
 }
 
 
@@ -344,6 +348,182 @@ def test_warmup_schedule_and_clipping_count_optimizer_steps(toy: Toy, tmp_path: 
         assert {float(values["step"]) for values in state["optimizer"]["state"].values()} == {6.0}
     assert rates[0] == rates[1] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # clipped once, for the whole step
+
+
+GROUPS = [{"match": "*.mlm_layer.*", "lr": 0.02}, {"match": "transformer.*", "lr": 0.05, "betas": [0.5, 0.9]}]
+
+
+def test_the_first_entry_that_matches_wins_and_decay_stays_split(toy: Toy, tmp_path: Path) -> None:
+    """Each parameter has the options of its entry, and the decay that it has without entries."""
+    path = toy.config("grouped", param_groups=GROUPS)
+    run = runs.build(path, tmp_path, WITH_TEXT_ENCODER, "optim_wrapper.optimizer.lr=0.5")
+    names = {parameter: name for name, parameter in run.trainable.named_parameters()}
+    undecayed = {names[item] for item in parameter_groups(run.trainable)[1]["params"]}
+    seen = []
+    for group in run.optim_wrapper.optimizer.param_groups:
+        for name in [names[parameter] for parameter in group["params"]]:
+            head, text = ".mlm_layer." in name, name.startswith("text_encoder.")
+            assert group["initial_lr"] == (0.02 if head else 0.5 if text else 0.05), name
+            assert list(group["betas"]) == ([0.9, 0.999] if head or text else [0.5, 0.9]), name
+            assert group["weight_decay"] == (0.0 if name in undecayed else 0.01), name
+            seen.append(name)
+    assert sorted(seen) == sorted(names.values())
+
+
+class Two(nn.Module):
+    """Two layers of one output each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+
+    def gradient_group(self, name: str) -> str:
+        return name
+
+
+def test_the_schedule_scales_each_groups_own_rate() -> None:
+    """SGD's formula w - lr g, with the cosine of diffusers."""
+    model: Any = Two()
+    groups = [{"match": "two.*", "lr": 0.25}]
+    sgd = {"type": "torch.optim.SGD", "lr": 1.0}
+    wrapper = build_optim_wrapper(sgd, "fp32", param_groups=groups, model=model)
+    schedule = build_param_scheduler("cosine", optimizer=wrapper.optimizer, num_iters=4)
+    expected = [model.one.weight.detach().clone(), model.two.weight.detach().clone()]
+    inputs = torch.tensor([[3.0, 0.0, 4.0]])
+    for step in range(4):
+        wrapper.backward((model.one(inputs) + model.two(inputs)).sum())
+        wrapper.step()
+        schedule.step()
+        factor = 0.5 * (1 + math.cos(math.pi * step / 4))
+        expected = [weight - rate * factor * inputs for weight, rate in zip(expected, (1.0, 0.25))]
+    torch.testing.assert_close([model.one.weight.detach(), model.two.weight.detach()], expected)
+
+
+def test_groups_are_logged_and_resume(toy: Toy, tmp_path: Path) -> None:
+    """The logged rate is that of the parameters that no entry matches; amsgrad gives one group more state."""
+    groups = [{"match": "*.mlm_layer.*", "lr": 0.02, "amsgrad": True}]
+    path = toy.config("groups", max_iters=2, checkpoint_every=1, param_groups=groups, learning_rate=0.004,
+                      lr_schedule="constant_with_warmup", warmup_iters=2)  # fmt: skip
+    assert train(path, tmp_path / "one") == 0
+    assert [line["lr"] for line in runs.metrics(tmp_path / "one")] == [0, 0.002]
+    run = runs.build(path, tmp_path / "two", resume=tmp_path / "one" / "iter_1.pth")
+    run.train()
+    runs.assert_equal_checkpoints(tmp_path / "one" / "iter_2.pth", tmp_path / "two" / "iter_2.pth")
+    sizes = [parameter.numel() for parameter in run.trainable.transformer.mlm_layer.parameters()]
+    line = f"param_groups: '*.mlm_layer.*': {len(sizes)} tensors, {sum(sizes):,} parameters, lr 0.02\n"
+    assert (tmp_path / "one" / "log.txt").read_text().count(line) == 1
+    assert cli.main(["convert", str(tmp_path / "two")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        ([{"match": "tow.*"}], r"param_groups.0 got match='tow.\*', which no trained parameter matches; did you mean"),
+        ([{"match": "zzz"}], "no trained parameter matches; they have names such as one.weight"),
+        ([{"match": "*"}, {"match": "two.*"}], "param_groups.1 got match='two.*', and entries before it match all"),
+        ([{"match": "two.*", "lr": -1.0}], "Invalid learning rate: -1.0"),
+        ([{"match": "two.*", "lr": None}], "got lr=None; expected a number|'<=' not supported"),
+        ([{"match": "two.*", "fused": False}], "param_groups.0 got fused, which torch.optim.AdamW has for all"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(groups: list[dict], text: str) -> None:
+    model: Any = Two()
+    with pytest.raises(UserError, match=text.replace("two.*'", r"two.\*'")) as error:
+        build_optim_wrapper(ADAMW, "fp32", param_groups=groups, model=model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        ([{"match": "*", "learning": 1.0}], "optim_wrapper.param_groups.0: unknown key 'learning' for AdamW"),
+        ([{"match": "*", "eps": "small"}], "optim_wrapper.param_groups.0.eps got 'small' (str); expected float"),
+        ([{"lr": 1.0}], "optim_wrapper.param_groups.0 got {'lr': 1.0}; expected dict(match="),
+        ([{"match": "*", "type": "torch.optim.SGD"}], "expected dict(match="),
+        ({"match": "*"}, "optim_wrapper.param_groups got {'match': '*'} (dict); expected list[dict] or None"),
+    ],
+)
+def test_groups_are_checked_before_the_model_is_read(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture, groups: Any, text: str
+) -> None:
+    assert train(toy.config("wrong_groups", param_groups=groups, pretrained="nowhere"), tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_schedule_free_weights_follow_their_formulas() -> None:
+    """Schedule-free SGD (arXiv 2405.15682): z of plain SGD, x its mean, y between them; g is 5 at every step."""
+    model: Any = nn.Linear(1, 1, bias=False)
+    model.gradient_group = lambda name: name
+    options = {"type": "schedulefree.SGDScheduleFree", "lr": 0.1, "momentum": 0.75}
+    wrapper = build_optim_wrapper(options, "fp32", model=model)
+    z = x = model.weight.item()
+    for step in range(1, 6):
+        wrapper.backward(model(torch.tensor([[5.0]])).sum())
+        wrapper.step()
+        z -= 0.1 * 5
+        x += (z - x) / step
+        live = model.weight.detach().clone()
+        assert live.item() == pytest.approx(0.25 * z + 0.75 * x, rel=1e-5)
+        with wrapper.eval_weights():
+            assert model.weight.item() == pytest.approx(x, rel=1e-5)
+        assert torch.equal(model.weight, live)
+    assert all(group["train_mode"] for group in wrapper.optimizer.param_groups)
+
+
+HEAD = "transformer.mlm_layer.conv1.weight"
+SCHEDULE_FREE = {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "weight_decay": 0.01}}
+
+
+def test_what_looks_at_a_schedule_free_run_sees_its_average(toy: Toy, tmp_path: Path) -> None:
+    """Checkpoints, exports and previews; the run resumes bit for bit, with previews or without."""
+    settings: dict[str, Any] = {"max_iters": 3, "checkpoint_every": 1, "optim_wrapper": SCHEDULE_FREE}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(toy.config("free", **settings), one) == 0
+    path = toy.config("free_shown", **settings, prompts=["a"], preview_every=1)
+    run = runs.build(path, two, resume=one / "iter_1.pth")
+    run.train()
+    runs.assert_equal_checkpoints(one / "iter_3.pth", two / "iter_3.pth")
+    a, b = (checkpoint.read(folder / "iter_3.pth") for folder in (one, two))
+    runs.assert_equal(a["train_weights"], b["train_weights"])
+    names = {parameter: name for name, parameter in run.trainable.named_parameters()}
+    for parameter, values in run.optim_wrapper.optimizer.state.items():
+        name = names[parameter]
+        assert torch.equal(b["train_weights"][name], parameter)
+        assert torch.equal(b["model"][name], parameter.detach().lerp(values["z"], 1 - 1 / 0.9))
+    assert not torch.equal(
+        b["model"]["transformer.mlm_layer.conv1.weight"], run.trainable.transformer.mlm_layer.conv1.weight
+    )
+    exported = UVit2DModel.from_pretrained(two / "transformer").state_dict()
+    seen = run.pipeline().transformer.state_dict()
+    with run.averaged_weights():
+        runs.assert_equal(run.trainable.trained_state(), b["model"])
+    for name, weight in b["model"].items():
+        assert torch.equal(exported[name.removeprefix("transformer.")], weight)
+        assert torch.equal(seen[name.removeprefix("transformer.")], weight)
+    checkpoint.write(two / "iter_2.pth", {name: value for name, value in b.items() if name != "train_weights"})
+    with pytest.raises(UserError, match="'train_weights' has not the names that the optimizer trains"):
+        runs.build(path, two, resume=two / "iter_2.pth")
+
+
+def test_what_a_schedule_free_optimizer_makes_superfluous(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A schedule gets a warning, an average is refused."""
+    path = toy.config("free_schedule", optim_wrapper=SCHEDULE_FREE, lr_schedule="cosine",
+                      custom_hooks=[{"type": "diffengine.engine.hooks.EMAHook"}])  # fmt: skip
+    assert train(path, tmp_path) == 2
+    output = capsys.readouterr()
+    assert "warning: the lr schedule 'cosine' with AdamWScheduleFree: it averages the weights instead" in output.out
+    assert "EMAHook got the optimizer AdamWScheduleFree, which averages the weights itself" in output.err
+
+
+def test_prodigy_refuses_rates_by_group() -> None:
+    model: Any = Two()
+    with pytest.raises(UserError, match=r"Prodigy cannot train these param_groups: .*different lr values"):
+        build_optim_wrapper(dict(OTHER_OPTIMIZERS["prodigy"]), "fp32", param_groups=[{"match": "two.*", "lr": 0.5}],
+                            model=model)  # fmt: skip
 
 
 @pytest.mark.parametrize("train_", [["text_encoder"], ["transformer", "text_encoder"]])

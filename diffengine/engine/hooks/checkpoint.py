@@ -103,5 +103,9 @@ class CheckpointHook(Hook):
 
 
 def expected_size(run: Run) -> int:
-    """Bytes of one checkpoint before the first step: what is trained, an optimizer state of twice that, an average."""
-    return 3 * memory.nbytes(run.trainable.trained_state().values()) + memory.nbytes(run.average.values())
+    """Bytes of one checkpoint before the first step: what is trained, an optimizer state of twice that, an average.
+
+    With a schedule-free optimizer the weights are in it twice.
+    """
+    times = 4 if run.optim_wrapper.schedule_free else 3
+    return times * memory.nbytes(run.trainable.trained_state().values()) + memory.nbytes(run.average.values())

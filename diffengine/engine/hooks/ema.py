@@ -48,6 +48,9 @@ class EMAHook(Hook):
                 run.average[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(saved[name])
 
     def before_run(self, run: Run) -> None:
+        name = type(run.optim_wrapper.optimizer).__name__
+        refused = f"EMAHook got the optimizer {name}, which averages the weights itself; leave one of the two out"
+        require(not run.optim_wrapper.schedule_free, refused)
         if not run.average:
             trained = trained_parameters(run.trainable)
             run.average = {name: parameter.detach().float().clone() for name, parameter in trained.items()}

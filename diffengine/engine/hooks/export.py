@@ -21,7 +21,7 @@ class ExportHook(Hook):
 
     def after_train(self, run: Run) -> None:
         def export() -> list[Exported]:
-            with run.trainable.full_precision():
+            with run.optim_wrapper.eval_weights(), run.trainable.full_precision():
                 return export_components(run.trainable, run.work_dir)
 
         for folder in distributed.on_rank_0(export):
