@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from diffengine.models.frozen import frozen_in
 
 ENTRY = 300  # bytes in a checkpoint for a tensor, apart from its values: its name, shape and offset
-CONFIG = 2500  # and for the config
 
 
 def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> dict[str, int]:
