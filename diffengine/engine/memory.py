@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from diffengine.models.frozen import frozen_in
 
 ENTRY = 300  # bytes in a checkpoint for a tensor, apart from its values: its name, shape and offset
+CONFIG = (
+    3500  # and for the config; its length changes when a run is resumed with other options, and the estimate must not
+)
 
 
 def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> dict[str, int]:

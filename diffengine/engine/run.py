@@ -261,8 +261,8 @@ class Run(Runner):
         state_tensors = memory.tensors_in(self.optim_wrapper.optimizer.state)
         tensors = [*self.trainable.trained_state().values(), *state_tensors, *self.average.values()]
         tensors += self.optim_wrapper.parameters if self.optim_wrapper.schedule_free else []
-        texts = [json.dumps(self.config, ensure_ascii=False), *self.trainable.assets.values()]
-        return memory.nbytes(tensors) + memory.ENTRY * len(tensors) + sum(len(text.encode()) for text in texts)
+        texts = sum(len(text.encode()) for text in self.trainable.assets.values())
+        return memory.nbytes(tensors) + memory.ENTRY * len(tensors) + memory.CONFIG + texts
 
     def peak_memory(self) -> int:
         """The most bytes that training took so far. On a GPU, what ran inside `not_training` is left out."""
