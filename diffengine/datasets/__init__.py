@@ -4,14 +4,14 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 `__len__` and `__getitem__(index) -> {"image": RGB PIL image, "text": str}` serves as well.
 """
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
+from diffengine.datasets.base import ImageDataset, Sample, Source, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 from diffengine.datasets.missing import MissingImages
+from diffengine.datasets.sources import Sources, SubjectDataset, open_dataset, paths_of, samples_of
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
-from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
 from diffengine.datasets.transforms import (
     Crop,
@@ -38,6 +38,8 @@ __all__ = [
     "PositionSampler",
     "Resize",
     "Sample",
+    "Source",
+    "Sources",
     "Split",
     "Stream",
     "SubjectDataset",
@@ -55,6 +57,9 @@ __all__ = [
     "generator",
     "hold_out",
     "make_loader",
+    "open_dataset",
+    "paths_of",
+    "samples_of",
     "spread",
     "square_transforms",
     "steps_for_epochs",

@@ -29,6 +29,10 @@ class Transform(ABC):
         """(the size afterwards, whether the result depends on a random draw) for an image of this size (None: any)."""
         return None, True
 
+    def mirroring(self, p: float) -> "Transform":
+        """This transform for images that are mirrored with probability `p`."""
+        return self
+
 
 AnyTransform = Transform | Callable[[Sample, np.random.Generator], Sample]
 
@@ -40,6 +44,14 @@ def is_random(transforms: Sequence[AnyTransform], size: Size | None) -> bool:
         if random:
             return True
     return False
+
+
+def mirroring(transforms: Sequence[AnyTransform], p: float) -> list[AnyTransform]:
+    """The transforms for images that are mirrored with probability `p`; a UserError if none of them mirrors."""
+    found = [item.mirroring(p) if isinstance(item, Transform) else item for item in transforms]
+    message = f"a source got mirror={p}, but no image transform mirrors; put Flip among them"
+    require(any(new is not old for new, old in zip(found, transforms)), message)
+    return found
 
 
 def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Generator) -> Sample:
@@ -130,6 +142,9 @@ class Flip(Transform):
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return size, 0 < self.p < 1
+
+    def mirroring(self, p: float) -> "Flip":
+        return Flip(p)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.p:

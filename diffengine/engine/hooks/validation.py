@@ -4,7 +4,7 @@ import time
 from typing import final
 
 from diffengine import distributed
-from diffengine.datasets import ImageDataset, Sample, Stream, as_dataset, fixed_samples_of
+from diffengine.datasets import Sample, Stream, fixed_samples_of, open_dataset
 from diffengine.datasets.split import FEWEST, MOST
 from diffengine.datasets.survey import spread
 from diffengine.engine.mmengine_seam import Hook
@@ -14,7 +14,6 @@ from diffengine.errors import require
 from diffengine.evaluation.heldout import TIMES, FixedImage, fixed_images, held_out_losses, unigram_loss
 from diffengine.models.base import MaskedImageModel
 from diffengine.models.frozen import evaluating
-from diffengine.registry import build
 
 FEWEST_TIMES, MOST_TIMES = 8, 40  # evaluations of a run that chooses its interval
 LARGEST_SHARE = 0.05  # of the run's time, unless that allows fewer than the fewest
@@ -45,7 +44,11 @@ class ValidationHook(Hook):
     priority = "NORMAL"  # after the metrics' line, before the checkpoint of the same step
 
     def __init__(
-        self, share: float = 0.05, data: str | dict | None = None, every: int | None = None, patience: int | None = None
+        self,
+        share: float = 0.05,
+        data: str | list | dict | None = None,
+        every: int | None = None,
+        patience: int | None = None,
     ) -> None:
         require(0 <= share < 1, f"validation_share got {share}; expected a number from 0, below 1")
         require(every is None or every >= 0, f"validation_every got {every}; expected a number of steps or epochs")
@@ -94,8 +97,7 @@ class ValidationHook(Hook):
             held_out = stream.fixed_samples(stream.split.held_out)
         else:
             section = self.data if isinstance(self.data, dict) else {**section, "path": self.data}
-            dataset: ImageDataset = as_dataset(build(section))
-            held_out = fixed_samples_of(dataset, stream.image_transforms, stream.seed, MOST)
+            held_out = fixed_samples_of(open_dataset(section), stream.image_transforms, stream.seed, MOST)
         return held_out, stream.fixed_samples(stream.split.twin[: len(held_out) or FEWEST])
 
     def _read(self, run: Run, model: MaskedImageModel) -> None:
