@@ -8,6 +8,7 @@ change nothing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, final
 
@@ -130,6 +131,23 @@ class Stream(Dataset):
                 if size is None or is_random(self.transforms_of(index), size):
                     return self.image_variations
         return 1
+
+    @property
+    def images(self) -> int:
+        """How many images are trained."""
+        return len(self.dataset) - len(self.split.held_out)
+
+    def source_rows(self) -> list[dict[str, Any]]:
+        """A row per source: its name, path, weight and repeats; images in all, trained; samples of an epoch."""
+        kept = range(len(self.dataset)) if self.split.train is None else self.split.train
+        trained, samples = (
+            np.bincount(np.searchsorted(self._ends, indices, side="right"), minlength=len(self.sources)).tolist()
+            for indices in (np.asarray(kept), np.asarray(self.trained))
+        )
+        return [
+            {**asdict(source), "trained": trained[number], "samples": samples[number]}
+            for number, source in enumerate(self.sources)
+        ]
 
     def source_of(self, index: int) -> int:
         """The number of the source that an image is of."""

@@ -14,7 +14,7 @@ from PIL import Image
 from diffengine import __version__
 from diffengine.files import write_text
 from diffengine.report.read import RunFiles, differences, read_run
-from diffengine.signatures import children
+from diffengine.signatures import children, fits
 
 STATIC = Path(__file__).parent / "static"
 IMAGE_BYTES = 2_300_000  # of all images together, as text
@@ -74,6 +74,8 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
     facts = run.facts
     data = dict(facts.get("data") or {})
     thumbnails = [item for _, item in children(data.pop("thumbnails", None)) if isinstance(item, dict)]
+    if not fits(data.get("sources", []), list[dict]):
+        del data["sources"]
     files = [run.folder / "report" / Path(str(item.get("file"))).name for item in thumbnails]
     images = fit(files, image_bytes // 8)
     data["thumbnails"] = [
