@@ -125,10 +125,10 @@ class StepLoop(BaseLoop):
         def accumulate(exchange: bool) -> dict[str, Tensor]:
             sums: dict[str, Tensor] = {}
             run.trainable.before_step(self.iter)
-            parts = micro_batches(batch, self.micro.count)
-            for index, micro_batch in enumerate(parts):
+            chunks = micro_batches(batch, self.micro.count)
+            for index, micro_batch in enumerate(chunks):
                 seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
-                last = exchange and index == len(parts) - 1  # DDP averages gradients in this micro-batch
+                last = exchange and index == len(chunks) - 1  # DDP averages gradients in this micro-batch
                 skip_sync = isinstance(run.model, DistributedDataParallel) and not last
                 with run.model.no_sync() if skip_sync else nullcontext():
                     logs = self._forward_backward(run, micro_batch, scale)

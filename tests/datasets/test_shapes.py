@@ -86,16 +86,16 @@ def test_steps_are_of_one_shape_and_each_image_is_taken_once() -> None:
     """Over 3 epochs of 1,000 images of 12 shapes, in batches of 8; an epoch begins in the middle of a step."""
     shapes = Shapes(64, 8, 2.0).all[:12]
     stream = stream_of([shapes[index] for index in np.random.default_rng(0).integers(12, size=1001)], 8)
-    places = [stream.locate(position) for position in range(3 * 1001)]
+    located = [stream.locate(position) for position in range(3 * 1001)]
     for epoch in range(3):
-        taken = places[epoch * 1001 : (epoch + 1) * 1001]
+        taken = located[epoch * 1001 : (epoch + 1) * 1001]
         assert {at for at, _ in taken} == {epoch}
         assert sorted(index for _, index in taken) == list(range(1001))
     assert stream.shapes is not None
-    steps = [places[start : start + 8] for start in range(0, 3 * 1001 - 7, 8)]
+    steps = [located[start : start + 8] for start in range(0, 3 * 1001 - 7, 8)]
     pure = [len({stream.shapes[index] for _, index in step}) == 1 for step in steps]
     assert np.mean(pure) > 0.9
-    orders = [[index for _, index in places[start : start + 1001]] for start in (0, 1001)]
+    orders = [[index for _, index in located[start : start + 1001]] for start in (0, 1001)]
     assert orders[0] != orders[1]
     # The pure steps are spread over the epoch, not sorted by shape.
     firsts = [stream.shapes[step[0][1]] for step in steps[:60]]
