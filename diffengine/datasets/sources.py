@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 
-from diffengine.datasets.base import ImageDataset, Sample, Size, Source, as_dataset
+from diffengine.datasets.base import ImageDataset, Sample, Size, Source, UnreadableImage, as_dataset
 from diffengine.datasets.folder import is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.missing import MissingImages
@@ -201,7 +201,8 @@ class GeneratedImages(ImageDataset):
     def _images(self) -> ImageTextDataset:
         (missing,) = self.missing_images()
         lack = f"{self.path} lacks {len(missing.numbers)} of {self.count} class images"
-        require(not missing.numbers, f"{lack}; use a model that generates them, add them, or use fewer")
+        if missing.numbers:
+            raise UnreadableImage(f"{lack}; use a model that generates them, add them, or use fewer")
         return ImageTextDataset(str(missing.folder), **{**self.options, "max_samples": self.count})
 
     def missing_images(self) -> list[MissingImages]:

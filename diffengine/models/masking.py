@@ -41,6 +41,11 @@ class TokenGrid:
         factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
         return cls(factor, 2 if transformer_config["downsample"] else 1)
 
+    @property
+    def pixels(self) -> int:
+        """By which an image's sides must be divisible."""
+        return self.factor * self.multiple
+
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
             self.of_image(sample["image"])
@@ -54,7 +59,7 @@ class TokenGrid:
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """The sides (h, w) of the token grid for an image's in pixels; a UserError if they are not divisible."""
-        step = self.factor * self.multiple
+        step = self.pixels
         halved = ", halved once more inside" if self.multiple > 1 else ""
         require(
             height % step == width % step == 0 and min(height, width) >= step,
@@ -99,7 +104,7 @@ def sums_by_bucket(values: Tensor, index: Tensor, bucket: Tensor, num_tokens: in
 
 
 def sums_by_source(values: Tensor, index: Tensor, source: Tensor, num_tokens: int) -> Tensor:
-    """Sums (S,) of masked tokens' values (M,) at flat positions `index` (M,), by their image's source (B,S), one-hot."""
+    """Sums (S,) of masked tokens' values (M,) at flat positions `index` (M,), by their image's one-hot source (B,S)."""
     rows = index.div(num_tokens, rounding_mode="floor")
     return (values[:, None] * source.index_select(0, rows)).sum(dim=0)
 
