@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from diffengine import distributed
 from diffengine.cli import main
 from tests.engine import runs
 from tests.engine.runs import Toy, assert_equal_checkpoints, in_child, results, signal_at, train
@@ -134,7 +135,7 @@ def test_two_sources_to_generate(toy: Toy, tmp_path: Path, capsys: pytest.Captur
         {"path": str(tmp_path / name), "caption": f"a {name}", "generate": count, **options}
         for name, count in (("cat", 2), ("dog", 3))
     ]
-    path = config(toy, "two_classes", [str(toy.data), *classes], max_iters=1)
+    path = config(toy, "two_classes", [str(toy.data), *classes], max_iters=1, aspect="keep")
     assert train(path, tmp_path / "run") == 0
     assert {name: len(list((tmp_path / name).glob("*.png"))) for name in ("cat", "dog")} == {"cat": 2, "dog": 3}
     assert "lacks 3 class images: generating 'a dog' before training" in capsys.readouterr().out
@@ -146,3 +147,24 @@ def test_a_vq_model_logs_each_source(toy: Toy, data: list[dict[str, Any]], tmp_p
     assert train(str(path), tmp_path) == 0
     last = runs.metrics(tmp_path)[-1]
     assert min(last["loss/few"], last["loss/many"]) <= last["loss"] <= max(last["loss/few"], last["loss/many"])
+
+
+def _train_on_rank(toy: Toy, data: list[dict[str, Any]], out: Path) -> None:
+    """Rank 1 has the last two samples of each step, in the first of which there is none of the few."""
+    run = runs.build(config(toy, f"rank{distributed.rank()}", data, **TWO_STEPS), out)
+    run.train()
+    if distributed.rank() == 1:
+        stream = run.train_loop.stream
+        assert {stream.source_of(stream.locate(position)[1]) for position in (2, 3)} == {1}
+
+
+TWO_STEPS: dict[str, Any] = {"max_iters": 2, "log_every": 1, "validation_every": 2, "aspect": "keep", "seed": 3}
+
+
+def test_two_ranks_write_the_same_rows(toy: Toy, data: list[dict[str, Any]], tmp_path: Path) -> None:
+    runs.on_ranks(2, _train_on_rank, toy, data, tmp_path / "two")
+    assert train(config(toy, "alone", data, **TWO_STEPS), tmp_path / "one") == 0
+    for line, other in zip(results(tmp_path / "one"), results(tmp_path / "two"), strict=True):
+        assert line.keys() == other.keys()
+        losses = [name for name in line if "loss" in name]
+        assert [line[name] for name in losses] == pytest.approx([other[name] for name in losses], rel=1e-5)
