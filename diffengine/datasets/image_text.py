@@ -37,7 +37,7 @@ class ImageTextDataset(ImageDataset):
     """Captioned images from the Hugging Face hub or from local files.
 
     Args:
-        path: an existing file or folder, else a name on the hub. Locally one of
+        path: an existing file or folder, else a name on the hub; in a config also a list, see `Sources`. Locally one of
             - data written by `save_to_disk`,
             - a Parquet file, or a folder of them,
             - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
@@ -62,10 +62,13 @@ class ImageTextDataset(ImageDataset):
     """
 
     def __init__(
-        self, path: str, *, split: str = "train", image_column: str | None = None, caption_column: str | None = None,
+        self, path: str | list[str | dict], *, split: str = "train",
+        image_column: str | None = None, caption_column: str | None = None,
         caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
         revision: str | None = None, max_samples: int | None = None, allow_outside: bool = False,
     ) -> None:  # fmt: skip
+        if not isinstance(path, str):
+            raise UserError(f"path got {path!r:.200}; expected a text; Sources takes a list")
         require(max_samples is None or max_samples >= 1, f"max_samples got {max_samples}; expected at least 1, or None")
         by_name = captions_from_file_names or None
         sources = {"caption": caption, "caption_column": caption_column, "captions_from_file_names": by_name}
