@@ -26,6 +26,7 @@ drop_tags = 0.0  # share of a caption's tags that are left out
 keep_tags = 1  # so many first tags always stay
 tag_separator = ","
 caption_variations = None  # shuffles and drops of a caption, taken in turn; None: a new one each time, not cached
+unmasked_weight = 0.1  # in data with masks (NAME.mask.png): how much the black counts; 0: not at all, 1: as the white
 flip = 0.5  # share of samples mirrored
 random_crop = True
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
@@ -58,6 +59,7 @@ train_dataloader = dict(
     keep_tags="${keep_tags}",
     tag_separator="${tag_separator}",
     caption_variations="${caption_variations}",
+    unmasked_weight="${unmasked_weight}",
 )
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))

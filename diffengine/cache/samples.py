@@ -22,6 +22,7 @@ class CachedDataset(ImageDataset):
     def __init__(self, table: Table, variations: int) -> None:
         self._table = table
         self.variations: int = variations
+        self.has_masks = "region" in table[0]
 
     def __len__(self) -> int:
         return len(self._table) // self.variations

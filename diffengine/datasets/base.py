@@ -22,6 +22,7 @@ class ImageDataset(ABC):
     """Captioned images by index. A subclass implements `__len__` and `__getitem__`; all else has defaults."""
 
     variations: int | None = None  # of each image, if the data set holds variations that were made before
+    has_masks: bool = False  # whether samples may have a "mask"; one without it counts whole
 
     @abstractmethod
     def __len__(self) -> int:
@@ -31,7 +32,8 @@ class ImageDataset(ABC):
     def __getitem__(self, index: int) -> Sample:
         """{"image": RGB PIL image, "text": str or list of str}; of a list one caption is drawn each time.
 
-        "weight" is optional: a float above 0, default 1, by which the sample's tokens count in the loss.
+        "weight" is optional: a float above 0, default 1, by which the sample's tokens count in the loss. So is "mask",
+        of a data set that `has_masks`: a PIL image of mode L and of the image's size, in which white is learnt.
 
         Raises:
             UnreadableImage: the image is damaged.
@@ -66,7 +68,7 @@ class ImageDataset(ABC):
         return None
 
     def files(self) -> list[Path] | None:
-        """The files that hold the images' bytes, in order: a cache reads them to see what changed. None: unknown."""
+        """The files that hold images and masks, in order: a cache reads them to see what changed. None: unknown."""
         return None
 
     def missing_images(self) -> MissingImages | None:
@@ -82,6 +84,7 @@ class WrappedDataset(ImageDataset):
         self._dataset = dataset
         self._indices = range(len(dataset)) if indices is None else indices
         self.variations = variations
+        self.has_masks = getattr(dataset, "has_masks", False)
 
     def __len__(self) -> int:
         return len(self._indices)

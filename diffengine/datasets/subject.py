@@ -55,6 +55,7 @@ class SubjectDataset(ImageDataset):
         message = f"class_data got '{folder}' and data '{data}', one inside the other; expected separate folders"
         require(apart, f"{message}, since each is read with its subfolders")
         self.subject = ImageTextDataset(data, caption=self.instance_prompt)
+        self.has_masks = self.subject.has_masks
 
     @cached_property
     def class_images(self) -> ImageTextDataset:

@@ -17,7 +17,7 @@ from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
 from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, VaryTags, as_dataset, make_loader
 from diffengine.datasets.base import Size
-from diffengine.datasets.transforms import AnyTransform, Transform
+from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -28,6 +28,7 @@ from diffengine.registry import build, resolve
 from diffengine.signatures import Between
 from diffengine.text import shown, where
 
+UNMASKED_WEIGHT = 0.1
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
 Training = tuple[TrainableModel, StepLoop, StepOptimWrapper, LRScheduler, TokenCache]  # what takes the steps of a run
 
@@ -122,6 +123,7 @@ def build_dataloader(
     keep_tags: Annotated[int, Between(0, 10**6)] = 1,
     tag_separator: str = ",",
     caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
+    unmasked_weight: Annotated[float, Between(0, 1)] = UNMASKED_WEIGHT,
     *,
     model: TrainableModel,
     seed: int,
@@ -140,6 +142,8 @@ def build_dataloader(
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
         shuffle_tags, drop_tags, keep_tags, tag_separator: options of `VaryTags` for the captions that are trained.
         caption_variations: variations of a caption by the tags' order and drop; None for a new one each time.
+        unmasked_weight: u, from 0 to 1, in data with masks: a token counts u + (1 - u) times its share of white, so one
+            in the black counts u. 0: it is not learnt at all; 1: masks are ignored.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
     changes, others = ([build(item) for item in items or []] for items in (image_transforms, transforms))
@@ -147,9 +151,12 @@ def build_dataloader(
         require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
     _check_size(changes)
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
+    data = as_dataset(build(dataset))
+    for_region, weigh = _transforms_of_masks(data, model, unmasked_weight)
+    changes, others = changes + for_region, others + weigh
     sample_transform = model.sample_transform
     stream = Stream(
-        build(dataset),
+        data,
         changes,
         others + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
@@ -169,6 +176,21 @@ def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations
         message = f"{name} got {value!r}, but captions do not vary; set shuffle_tags or drop_tags, or unset {name}"
         require(value == default, message)
     return None
+
+
+def _transforms_of_masks(
+    dataset: ImageDataset, model: TrainableModel, unmasked_weight: float
+) -> tuple[list[Transform], list[Transform]]:
+    """For data with masks, the last of the image transforms, and a transform after them."""
+    if not dataset.has_masks:
+        message = f"unmasked_weight got {unmasked_weight}, but the data has no masks; add NAME.mask.png, or unset it"
+        require(unmasked_weight in (UNMASKED_WEIGHT, 1), message)
+        return [], []
+    if unmasked_weight == 1:
+        return [TokenRegion(None)], []
+    message = "the data has masks, and this model learns whole images; set unmasked_weight=1 to ignore the masks"
+    require(model.pixels_per_token is not None, message)
+    return [TokenRegion(model.pixels_per_token)], [TokenWeights(unmasked_weight)]
 
 
 def _check_size(transforms: Sequence[AnyTransform]) -> None:

@@ -28,7 +28,12 @@ class TrainableModel(nn.Module, ABC):
     Its submodules are what training changes, under the pipeline's component names. `Frozen` (frozen.py) holds frozen
     modules, so `train()`, the optimizer, checkpoints, EMA and DDP never see them. The engine builds a model by
     `cls(**options, assets=..., seed=...)`. Subclasses are final.
+
+    Attributes:
+        pixels_per_token: along a side, for data with masks; None: the model cannot learn regions of images.
     """
+
+    pixels_per_token: int | None = None
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
