@@ -29,6 +29,8 @@ caption_variations = None  # shuffles and drops of a caption, taken in turn; Non
 unmasked_weight = 0.1  # in data with masks (NAME.mask.png): how much the black counts; 0: not at all, 1: as the white
 flip = 0.5  # share of samples mirrored
 random_crop = True
+aspect = "square"  # "keep": each image in the shape nearest to its own, with at most as many tokens as the square
+max_aspect = 2.0  # the longest shape with aspect="keep": 2:1
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
 cache = "auto"  # encode each variation once, if the run sees it more than once
 cache_path = None  # its folder; None: cache/ next to the work dir
@@ -60,6 +62,8 @@ train_dataloader = dict(
     tag_separator="${tag_separator}",
     caption_variations="${caption_variations}",
     unmasked_weight="${unmasked_weight}",
+    aspect="${aspect}",
+    max_aspect="${max_aspect}",
 )
 token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))

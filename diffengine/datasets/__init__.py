@@ -7,8 +7,18 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
+from diffengine.datasets.loader import (
+    Batch,
+    PositionSampler,
+    batches_of,
+    collate,
+    make_loader,
+    micro_batches,
+    same_shape,
+    variation_batches,
+)
 from diffengine.datasets.missing import MissingImages
+from diffengine.datasets.shapes import Aspect, ByShape, Shapes
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
@@ -21,13 +31,15 @@ from diffengine.datasets.transforms import (
     ToTensor,
     Transform,
     VaryTags,
-    center_square,
+    center_crop,
     square_transforms,
 )
 
 __all__ = [
     "GOLDEN_RATIO",
+    "Aspect",
     "Batch",
+    "ByShape",
     "Crop",
     "DropCaption",
     "EmojiDataset",
@@ -38,6 +50,7 @@ __all__ = [
     "PositionSampler",
     "Resize",
     "Sample",
+    "Shapes",
     "Split",
     "Stream",
     "SubjectDataset",
@@ -49,12 +62,14 @@ __all__ = [
     "as_dataset",
     "as_list",
     "batches_of",
-    "center_square",
+    "center_crop",
     "collate",
     "fixed_samples_of",
     "generator",
     "hold_out",
     "make_loader",
+    "micro_batches",
+    "same_shape",
     "spread",
     "square_transforms",
     "steps_for_epochs",

@@ -1,27 +1,30 @@
 """What the square crop and the text length will cut off a data set, reported before training starts."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Size, UnreadableImage
+from diffengine.datasets.shapes import Shapes
 from diffengine.errors import require
 from diffengine.text import shortened
 
 GOLDEN_RATIO = 0.6180339887498949
+SHAPES_SHOWN = 4
 SHOWN = 80  # characters of what a caption loses
 
 
-def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | None:
-    """One line: how many images, what share of their area the square crop cuts off, how many are enlarged.
+def survey(dataset: ImageDataset, shapes: Shapes, limit: int = 2000) -> str | None:
+    """One line: how many images in which shapes, what share of their area is cut off, how many are enlarged.
 
     Images that cannot be read are counted, not raised. None if the data set does not know its images' sizes.
 
     Args:
         dataset: whose images' headers are read.
-        resolution: the side of the square in pixels.
+        shapes: in which they are trained.
         limit: of more images than this, an evenly spaced sample is read.
     """
     require(limit >= 1, f"survey got limit {limit}; expected at least 1")
@@ -35,12 +38,19 @@ def survey(dataset: ImageDataset, resolution: int, limit: int = 2000) -> str | N
             sizes.append(size)
     line = _sampled(indices, len(dataset), "images")
     if sizes:
-        sides = np.sort(np.array(sizes), axis=1)
-        cut = 1 - (sides[:, 0] / sides[:, 1]).mean()
-        small = (sides[:, 0] < resolution).mean()
-        line += f"; the {resolution} px square cuts off {cut:.1%} of the area and {small:.1%} are enlarged"
+        line += f"; {_crops(sizes, shapes)} and {shapes.enlarged(sizes):.1%} are enlarged"
     unreadable = len(indices) - len(sizes)
     return line + (f"; {unreadable} cannot be read" if unreadable else "")
+
+
+def _crops(sizes: Sequence[Size], shapes: Shapes) -> str:
+    square = f"the {shapes.side} px square cuts off {shapes.square.lost(sizes):.1%} of the area"
+    if len(shapes.all) == 1:
+        return square
+    counts = Counter(map(shapes.of, sizes)).most_common()
+    most = ", ".join(f"{width}x{height} {count}" for (width, height), count in counts[:SHAPES_SHOWN])
+    more = f", {len(counts) - SHAPES_SHOWN} more" if len(counts) > SHAPES_SHOWN else ""
+    return f"{len(counts)} shapes ({most}{more}) cut off {shapes.lost(sizes):.1%} of the area, where {square}"
 
 
 def survey_captions(

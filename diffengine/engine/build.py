@@ -15,9 +15,19 @@ from diffengine import distributed
 from diffengine.cache import TokenCache
 from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
-from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, VaryTags, as_dataset, make_loader
-from diffengine.datasets.base import Size
-from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform
+from diffengine.datasets import (
+    Aspect,
+    ByShape,
+    ImageDataset,
+    PositionSampler,
+    Shapes,
+    Split,
+    Stream,
+    VaryTags,
+    as_dataset,
+    make_loader,
+)
+from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform, effect_of
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -123,7 +133,9 @@ def build_dataloader(
     keep_tags: Annotated[int, Between(0, 10**6)] = 1,
     tag_separator: str = ",",
     caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
-    unmasked_weight: Annotated[float, Between(0, 1)] = UNMASKED_WEIGHT,
+    unmasked_weight: float = UNMASKED_WEIGHT,
+    aspect: Aspect = "square",
+    max_aspect: Annotated[float, Between(1, 64)] = 2.0,
     *,
     model: TrainableModel,
     seed: int,
@@ -144,27 +156,46 @@ def build_dataloader(
         caption_variations: variations of a caption by the tags' order and drop; None for a new one each time.
         unmasked_weight: u, from 0 to 1, in data with masks: a token counts u + (1 - u) times its share of white, so one
             in the black counts u. 0: it is not learnt at all; 1: masks are ignored.
+        aspect: "square" trains all images in the square that the image transforms make. "keep" trains each in the shape
+            nearest to its own, of at most as many tokens, see `Shapes`.
+        max_aspect: the largest ratio of the long to the short side with aspect="keep"; 1 is the square alone.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
-    changes, others = ([build(item) for item in items or []] for items in (image_transforms, transforms))
-    for transform in (*changes, *others):
-        require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
-    _check_size(changes)
+    changes = build_image_transforms(image_transforms, aspect, max_aspect, model.size_multiple)
+    others = _build_transforms(transforms or [])
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
     data = as_dataset(build(dataset))
-    for_region, weigh = _transforms_of_masks(data, model, unmasked_weight)
-    changes, others = changes + for_region, others + weigh
+    to_region, to_weights = _transforms_of_masks(data, model, unmasked_weight)
     sample_transform = model.sample_transform
     stream = Stream(
         data,
-        changes,
-        others + ([sample_transform] if sample_transform else []),
+        [*changes, *to_region],
+        [*others, *to_weights, *([sample_transform] if sample_transform else [])],
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
         vary_caption=vary_caption, caption_variations=caption_variations,
+        batch_size=batch_size if aspect == "keep" else None,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = PositionSampler(batch_size, rank=rank, world_size=world_size, start_step=start_iter)
     return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
+
+
+def build_image_transforms(sections: Sequence, aspect: Aspect, max_aspect: float, multiple: int) -> list[AnyTransform]:
+    """The `image_transforms` of a `train_dataloader` section; `multiple` is the model's `size_multiple`."""
+    transforms = _build_transforms(sections)
+    if aspect == "square":
+        return transforms
+    size = effect_of(transforms, None)[0] or (0, 1)
+    expected = "expected a Resize and a Crop of one size among the image transforms"
+    require(size[0] == size[1], f"aspect='keep' got image transforms that make no square; {expected}")
+    return [ByShape(transforms, Shapes(size[0], multiple, max_aspect))]
+
+
+def _build_transforms(sections: Sequence) -> list[AnyTransform]:
+    transforms = [build(item) for item in sections]
+    for transform in transforms:
+        require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
+    return transforms
 
 
 def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations: int | None) -> VaryTags | None:
@@ -191,15 +222,6 @@ def _transforms_of_masks(
     message = "the data has masks, and this model learns whole images; set unmasked_weight=1 to ignore the masks"
     require(model.pixels_per_token is not None, message)
     return [TokenRegion(model.pixels_per_token)], [TokenWeights(unmasked_weight)]
-
-
-def _check_size(transforms: Sequence[AnyTransform]) -> None:
-    """Refuse a size of images that would take all memory."""
-    size: Size | None = (1, 1)
-    for transform in transforms:
-        size = transform.effect(size)[0] if isinstance(transform, Transform) else None
-        for side in size or ():
-            configs.check_side(f"image size after {type(transform).__name__}", side)
 
 
 def build_hooks(job: Job) -> list[AnyHook]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffengine import distributed
 from diffengine.cache import CachedDataset
-from diffengine.datasets import ImageDataset, hold_out, survey, survey_captions
+from diffengine.datasets import ImageDataset, Shapes, hold_out, survey, survey_captions
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
@@ -207,13 +207,13 @@ class Run(Runner):
         for text in describe_groups(groups, self.optim_wrapper.optimizer):
             info(f"param_groups: {text}")
         if distributed.rank() == 0:
-            sizes = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
+            shapes = Shapes.made_by(stream.image_transforms)
             captions = chain.from_iterable(stream.dataset.all_captions())
-            lines = [survey(stream.dataset, sizes[-1])] if sizes else []
+            lines = [survey(stream.dataset, shapes)] if shapes else []
             for line in [*lines, survey_captions(captions, self.trainable.caption_lengths)]:
                 if line:
                     info(line)
-            self._warn_of_settings(sizes[-1] if sizes else min(stream.dataset.size(0) or [0]) or None)
+            self._warn_of_settings(shapes.side if shapes else min(stream.dataset.size(0) or [0]) or None)
         info(f"blocks run {self.compiled}")
 
     def _warn_of_settings(self, side: int | None) -> None:

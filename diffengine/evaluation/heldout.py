@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from diffengine import distributed
-from diffengine.datasets import Sample, as_list, collate, generator
+from diffengine.datasets import Sample, as_list, collate, generator, same_shape
 from diffengine.datasets.stream import VALIDATION
-from diffengine.datasets.transforms import TokenWeights
+from diffengine.datasets.transforms import TokenRegion, TokenWeights
 from diffengine.models.masking import BUCKETS, Schedule, num_masked, weighted_targets
 
+UNUSED = np.random.default_rng(0)  # of transforms that draw nothing
 TIMES = tuple((index + 0.5) / BUCKETS for index in range(BUCKETS))  # the middles of training's buckets
 
 
@@ -43,10 +44,12 @@ class MaskedPredictor(Protocol):
 
 def fixed_images(model: MaskedPredictor, samples: Sequence[tuple[Sample, int]], seed: int) -> list[FixedImage]:
     """Tokenize samples; an image's order follows from the seed and the digest of its content, which is given too."""
-    images = []
+    images, masks = [], any("mask" in sample for sample, _ in samples)
     for sample, digest in samples:
         if "token_ids" not in sample:
             sample = {**sample, **{name: value[0] for name, value in model.tokenize(sample["image"][None]).items()}}
+        if masks:  # of data whose transforms do not make regions
+            sample = TokenRegion(sample["image"].shape[-1] // sample["token_ids"].shape[-1])(sample, UNUSED)
         kept = {key: value for key, value in sample.items() if key not in ("image", "weight")}
         order_L = generator(seed, VALIDATION, digest).permutation(sample["token_ids"].numel())
         images.append(FixedImage(by_region({**kept, "text": as_list(sample["text"])[0]}), order_L))
@@ -55,7 +58,7 @@ def fixed_images(model: MaskedPredictor, samples: Sequence[tuple[Sample, int]], 
 
 def by_region(sample: Sample) -> Sample:
     """A sample with the `token_weights` of its `region`, if it has one."""
-    return TokenWeights(0.0)(sample, np.random.default_rng(0))
+    return TokenWeights(0.0)(sample, UNUSED)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ def losses(
     sums = torch.zeros(3, len(TIMES), dtype=torch.float64)
     mine = images[distributed.rank() :: distributed.world_size()]
     found: list[tuple[int, Tensor, Tensor]] = []
+    groups = same_shape([image.sample["token_ids"].shape for image in mine])
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     for number, time in enumerate(TIMES):
-        for start in range(0, len(mine), batch_size):
-            chosen = mine[start : start + batch_size]
+        for indices in batches:
+            chosen = [mine[index] for index in indices]
             batch = collate([_masked(image, time, model.mask_schedule, captions) for image in chosen])
             loss, correct = model.masked_loss(batch)
             found.append((number, loss.double(), correct.double()))

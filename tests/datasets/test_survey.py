@@ -1,6 +1,6 @@
 import pytest
 
-from diffengine.datasets import ImageDataset, UnreadableImage, survey, survey_captions
+from diffengine.datasets import ImageDataset, Shapes, UnreadableImage, survey, survey_captions
 from diffengine.errors import UserError
 
 
@@ -24,23 +24,25 @@ class Sizes(ImageDataset):
 
 def test_area_cut_off_and_share_of_enlarged_images():
     # cut off: 0, 1/2, 3/4, 0; short sides 100, 50, 25, 10
-    line = survey(Sizes([(100, 100), (100, 50), (25, 100), (10, 10)]), 50)
+    line = survey(Sizes([(100, 100), (100, 50), (25, 100), (10, 10)]), Shapes(50))
     assert line == "4 images; the 50 px square cuts off 31.2% of the area and 50.0% are enlarged"
 
 
 def test_many_images_are_sampled_evenly():
     sizes = Sizes([(10, 10)] * 1001)
-    assert survey(sizes, 8, limit=11).startswith("1001 images, 11 of them sampled; the 8 px square cuts off 0.0%")
+    assert survey(sizes, Shapes(8), limit=11).startswith(
+        "1001 images, 11 of them sampled; the 8 px square cuts off 0.0%"
+    )
     assert sizes.asked == list(range(0, 1001, 100))
 
 
 def test_unreadable_images_are_counted():
-    assert survey(Sizes([None, (4, 2)]), 1).endswith(
+    assert survey(Sizes([None, (4, 2)]), Shapes(1)).endswith(
         "cuts off 50.0% of the area and 0.0% are enlarged; 1 cannot be read"
     )
-    assert survey(Sizes([None]), 1) == "1 images; 1 cannot be read"
+    assert survey(Sizes([None]), Shapes(1)) == "1 images; 1 cannot be read"
     with pytest.raises(UserError, match="limit 0"):
-        survey(Sizes([None]), 1, limit=0)
+        survey(Sizes([None]), Shapes(1), limit=0)
 
 
 def count_words(captions):

@@ -129,6 +129,23 @@ def test_cached_regions_equal_those_of_each_step(toy: Toy, data: Path, tmp_path:
     assert table.stat().st_mtime_ns != before
 
 
+def test_regions_of_images_in_their_own_shapes(toy: Toy, data: Path, tmp_path: Path) -> None:
+    """A step of mixed shapes is that of its images one by one, online and from the cache."""
+    folder = tmp_path / "shapes"
+    shutil.copytree(data, folder)
+    for index, name in enumerate(sorted({file.name.split(".")[0] for file in folder.glob("*.*g")})):
+        for file in folder.glob(f"{name}.*g"):
+            with Image.open(file) as image:
+                image.resize([(40, 40), (40, 80), (80, 40)][index % 3]).save(file)
+    path = _config(toy, "shapes", folder, aspect="keep", image_variations=2, max_iters=9)
+    step = runs.first_step(path, tmp_path / "whole", "cache=False")
+    assert_same_step(step, runs.first_step(path, tmp_path / "one", "cache=False", "micro_batch_size=1"))
+    assert_same_step(step, runs.first_step(path, tmp_path / "cached", "cache=True"))
+    runner = runs.build(path, tmp_path / "cached again", "cache=True")
+    regions = {runner.train_loop.stream.fixed_sample(index)["region"].shape for index in range(10)}
+    assert len(regions) == 3
+
+
 def test_masks_that_are_ignored_change_nothing(toy: Toy, data: Path, tmp_path: Path) -> None:
     """So does data without masks: a sample has no other entries."""
     ignored = runs.build(_config(toy, "ignored", data, unmasked_weight=1.0), tmp_path / "a").train_loop.stream
@@ -158,10 +175,10 @@ def test_a_step_in_the_black_alone_learns_nothing(toy: Toy, tmp_path: Path) -> N
 
 
 def test_options_that_cannot_work(toy: Toy, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match="unmasked_weight got 0.3, but the data has no masks; add NAME.mask.png"):
+    with pytest.raises(UserError, match=r"unmasked_weight got 0.3, but the data has no masks; add NAME.mask.png"):
         runs.build(_config(toy, "none", toy.data, unmasked_weight=0.3), tmp_path / "none")
     assert train(_config(toy, "range", data, unmasked_weight=1.5), tmp_path / "range") == 2
-    assert "train_dataloader.unmasked_weight got 1.5 (float); expected float from 0 to 1" in capsys.readouterr().err
+    assert "unmasked_weight got 1.5; expected a number from 0 to 1" in capsys.readouterr().err
     vq = toy.vq_config("vq", 1, 1)
     Path(vq).write_text(Path(vq).read_text().replace(str(toy.data), str(data)))
     with pytest.raises(UserError, match="this model learns whole images; set unmasked_weight=1 to ignore the masks"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffengine.datasets import collate
 from diffengine.evaluation.heldout import TIMES, Losses, fixed_images, losses, unigram_loss
@@ -129,3 +130,15 @@ def test_a_masked_image_counts_by_its_white_alone(model: AmusedModel) -> None:
     counts[3] += 1.2
     ids = np.concatenate([image.sample["token_ids"].numpy().ravel()[only] for image in images]).astype(int)
     assert unigram_loss(trained, images, 64) == pytest.approx(-np.log(counts / counts.sum())[ids].mean())
+
+
+def test_a_mask_that_no_transform_has_turned_into_a_region(model: AmusedModel) -> None:
+    """Of data whose transforms are not those of a run; an image without a mask counts whole there, too."""
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[8:20, 4:28] = 255
+    (masked, one), (whole, other) = make_samples(2)
+    images = fixed_images(model, [({**masked, "mask": Image.fromarray(pixels)}, one), (whole, other)], seed=3)
+    expected = np.zeros((8, 8), np.float32)
+    expected[2:5, 1:7] = 1
+    assert np.array_equal(images[0].sample["token_weights"], expected)
+    assert np.array_equal(images[1].sample["token_weights"], np.ones((8, 8)))
