@@ -112,6 +112,9 @@ def test_a_masked_image_counts_by_its_white_alone(model: AmusedModel) -> None:
     images, plain = (fixed_images(model, given, seed=3) for given in (samples, make_samples(2)))
     with evaluating(model):
         found = losses(model, images, True, 2)
+        by_sampler = losses(model.sampler(), images, True, 2)
+        assert by_sampler.by_time == pytest.approx(found.by_time, rel=1e-5)
+        assert (by_sampler.tokens.tolist(), by_sampler.accuracy) == (found.tokens.tolist(), found.accuracy)
         only = white.flatten().numpy() > 0
         for number, time in enumerate(TIMES):
             loss = tokens = 0.0

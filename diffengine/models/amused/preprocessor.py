@@ -6,7 +6,7 @@ Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class AmusedPreprocessor:
         if "bucket" in batch:
             optional["bucket"] = to_device(torch.tensor(batch["bucket"]), device)
         if "weight" in batch or "target_weights" in batch:
-            optional["target_weights"] = to_device(_target_weights(batch), device)
+            optional["target_weights"] = to_device(target_weights(batch), device)
         return {
             **optional,
             "token_ids": token_ids,
@@ -86,7 +86,7 @@ class AmusedPreprocessor:
         return torch.cat(chunks)  # here, since autograd refuses tensors that were made in inference mode
 
 
-def _target_weights(batch: Batch) -> Tensor:
+def target_weights(batch: Mapping[str, Any]) -> Tensor:
     """Weights (M,) of masked tokens, on the host: of their sample, times their own."""
     counts = torch.tensor([len(row) for row in batch["masked"]])
     weight_M = torch.tensor(batch.get("weight", [1.0] * len(counts))).repeat_interleave(counts)
