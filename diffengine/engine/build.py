@@ -221,7 +221,9 @@ def _transforms_of_masks(
         return [TokenRegion(None)], []
     message = "the data has masks, and this model learns whole images; set unmasked_weight=1 to ignore the masks"
     require(model.pixels_per_token is not None, message)
-    return [TokenRegion(model.pixels_per_token)], [TokenWeights(unmasked_weight)]
+    weigh = TokenWeights(unmasked_weight)
+    distributed.print_once(f"masks: the black counts {unmasked_weight:g}, and the white 1 (unmasked_weight)")
+    return [TokenRegion(model.pixels_per_token)], [weigh]
 
 
 def build_hooks(job: Job) -> list[AnyHook]:

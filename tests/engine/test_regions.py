@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffengine import distributed
 from diffengine.datasets import ImageTextDataset
+from diffengine.engine.facts import faded
 from diffengine.engine.loop import count_targets, targets_by_bucket
 from diffengine.errors import UserError
 from tests.engine import runs
@@ -174,6 +175,13 @@ def test_a_step_in_the_black_alone_learns_nothing(toy: Toy, tmp_path: Path) -> N
     assert all("bad_steps" not in line for line in metrics(tmp_path / "a"))
 
 
+def test_what_is_not_learnt_is_faded_on_the_runs_page() -> None:
+    image = Image.new("RGB", (8, 4), (200, 100, 0))
+    shown = faded(image, torch.tensor([[255, 0]], dtype=torch.uint8))
+    assert [shown.getpixel((x, 2)) for x in (0, 3, 4, 7)] == [(200, 100, 0)] * 2 + [(241, 216, 191)] * 2
+    assert faded(image, None) is image
+
+
 def test_options_that_cannot_work(toy: Toy, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match=r"unmasked_weight got 0.3, but the data has no masks; add NAME.mask.png"):
         runs.build(_config(toy, "none", toy.data, unmasked_weight=0.3), tmp_path / "none")
@@ -184,6 +192,9 @@ def test_options_that_cannot_work(toy: Toy, data: Path, tmp_path: Path, capsys: 
     with pytest.raises(UserError, match="this model learns whole images; set unmasked_weight=1 to ignore the masks"):
         runs.build(vq, tmp_path / "vq")
     runs.build(vq, tmp_path / "vq", "train_dataloader.unmasked_weight=1").train()
+    assert "masks" not in capsys.readouterr().out
+    runs.build(_config(toy, "says", data), tmp_path / "says")
+    assert "masks: the black counts 0.2, and the white 1 (unmasked_weight)" in capsys.readouterr().out
 
 
 def test_weights_of_samples_and_of_tokens_multiply() -> None:
