@@ -14,10 +14,10 @@ from diffengine.datasets import (
     ImageDataset,
     ImageTextDataset,
     Stream,
-    as_dataset,
     as_list,
     fixed_samples_of,
     hold_out,
+    open_dataset,
     spread,
     square_transforms,
 )
@@ -194,9 +194,9 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
         resolved = load_config(data)[1]
         section, loss = resolved["train_dataloader"]["dataset"], _loss_data(resolved)
         if split is not None:
-            trained = {text for texts in as_dataset(build(section)).all_captions() for text in texts}
+            trained = {text for texts in open_dataset(section).all_captions() for text in texts}
             section = {**section, "split": split}
-        dataset = as_dataset(build(section))
+        dataset = open_dataset(section)
     else:
         dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
         loss = LossData(
@@ -222,7 +222,7 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
 
     @cache  # all sources have the same samples
     def read(multiple: int) -> Any:
-        dataset = as_dataset(build(loader["dataset"]))
+        dataset = open_dataset(loader["dataset"])
         shape = loader.get("aspect", "square"), loader.get("max_aspect", 2.0)
         transforms = build_image_transforms(loader["image_transforms"], *shape, multiple)
         if loader.get("unmasked_weight") == 1:

@@ -35,8 +35,17 @@ STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What names a config, changes it, and says how processes are started."""
     add = parser.add_argument
-    add("config", help="a shipped name (see list-cfg) or the path of a config file")
-    add("--data", help="images: a folder, a parquet file or a hub name (sets `data`)")
+    config = add("config", help="a shipped name (see list-cfg) or the path of a config file")
+
+    class Data(argparse.Action):
+        """Takes paths; in `--data A CONFIG` the config, too, which `run_job` takes out again."""
+
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            namespace.data = values
+            config.required = len(values) == 1
+
+    described = "images: a folder, a parquet file or a hub name, or several (sets `data`)"
+    add("--data", nargs="+", action=Data, metavar="DATA", help=described)
     add("--pretrained", help="a model folder or hub name (sets `pretrained`)")
     add("--work-dir", help="the run's folder; default work_dirs/<config name>")
     example = "set anything in the config: batch_size=4 optim_wrapper.clip_grad=None"
@@ -48,6 +57,8 @@ def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int
     """Do `work` over the config that the options name, in every process; return the exit code."""
     from diffengine import distributed
 
+    if options.config is None:
+        options.config = options.data.pop()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     with stopped_by_signals():
         try:
@@ -68,7 +79,9 @@ def _run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> in
     from diffengine.registry import import_from_here
 
     import_from_here()
-    flags = {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
+    several = options.data is not None and len(options.data) > 1
+    data = options.data if several or options.data is None else options.data[0]
+    flags = {"data": data, "pretrained": options.pretrained, "work_dir": options.work_dir}
     loaded = load_config(options.config, options.cfg_options, flags)
     if processes_asked() and "RANK" not in os.environ and options.launcher == "none":
         return launch(options.command, options.argv, make_job(options.config, *loaded, distributed.CPU).work_dir)

@@ -4,7 +4,7 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 `__len__` and `__getitem__(index) -> {"image": RGB PIL image, "text": str}` serves as well.
 """
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
+from diffengine.datasets.base import ImageDataset, Sample, Source, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.loader import (
@@ -19,9 +19,9 @@ from diffengine.datasets.loader import (
 )
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.shapes import Aspect, ByShape, Shapes
+from diffengine.datasets.sources import Sources, SubjectDataset, open_dataset, paths_of, samples_of
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
-from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
 from diffengine.datasets.transforms import (
     Crop,
@@ -51,6 +51,8 @@ __all__ = [
     "Resize",
     "Sample",
     "Shapes",
+    "Source",
+    "Sources",
     "Split",
     "Stream",
     "SubjectDataset",
@@ -69,7 +71,10 @@ __all__ = [
     "hold_out",
     "make_loader",
     "micro_batches",
+    "open_dataset",
+    "paths_of",
     "same_shape",
+    "samples_of",
     "spread",
     "square_transforms",
     "steps_for_epochs",

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from PIL.Image import Image
 
@@ -18,11 +19,32 @@ class UnreadableImage(UserError):
     """An image that cannot be decoded. The message names the file or the row."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Images of a data set that follow one another, and how training takes them.
+
+    Attributes:
+        name: in the log, in metrics and on the run's page.
+        images: how many.
+        repeats: how often an epoch takes each; "balance": so often that an epoch takes as many samples of this source
+            as of the one that has the most.
+        weight: of their loss, above 0.
+        mirror: the probability with which they are mirrored; None for that of the transform `Flip`.
+        path: where they come from.
+    """
+
+    name: str
+    images: int
+    repeats: int | Literal["balance"] = 1
+    weight: float = 1.0
+    mirror: float | None = None
+    path: str = ""
+
+
 class ImageDataset(ABC):
     """Captioned images by index. A subclass implements `__len__` and `__getitem__`; all else has defaults."""
 
     variations: int | None = None  # of each image, if the data set holds variations that were made before
-    has_masks: bool = False  # whether samples may have a "mask"; one without it counts whole
 
     @abstractmethod
     def __len__(self) -> int:
@@ -38,6 +60,11 @@ class ImageDataset(ABC):
         Raises:
             UnreadableImage: the image is damaged.
         """
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """What the images are made up of, in their order."""
+        return [Source("data", len(self))]
 
     def __getitems__(self, indices: Sequence[int]) -> Iterable[Sample]:
         """The samples of many indices, read together if that is faster."""
@@ -71,13 +98,18 @@ class ImageDataset(ABC):
         """(width, height) in pixels of each image, if the data set holds variations that were made for their shapes."""
         return None
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether samples may have a "mask"; in such data one without it counts whole."""
+        return False
+
     def files(self) -> list[Path] | None:
         """The files that hold images and masks, in order: a cache reads them to see what changed. None: unknown."""
         return None
 
-    def missing_images(self) -> MissingImages | None:
-        """Images to generate before training; None for a data set that never lacks any."""
-        return None
+    def missing_images(self) -> list[MissingImages]:
+        """Images to generate before training, by folder; none for a data set that never lacks any."""
+        return []
 
 
 @final
@@ -88,7 +120,10 @@ class WrappedDataset(ImageDataset):
         self._dataset = dataset
         self._indices = range(len(dataset)) if indices is None else indices
         self.variations = variations
-        self.has_masks = getattr(dataset, "has_masks", False)
+
+    @property
+    def has_masks(self) -> bool:
+        return getattr(self._dataset, "has_masks", False)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -40,7 +40,7 @@ class ImageTextDataset(ImageDataset):
     """Captioned images from the Hugging Face hub or from local files.
 
     Args:
-        path: an existing file or folder, else a name on the hub. Locally one of
+        path: an existing file or folder, else a name on the hub; in a config also a list, see `Sources`. Locally one of
             - data written by `save_to_disk`,
             - a Parquet file, or a folder of them,
             - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
@@ -67,11 +67,14 @@ class ImageTextDataset(ImageDataset):
     """
 
     def __init__(
-        self, path: str, *, split: str = "train", image_column: str | None = None, caption_column: str | None = None,
+        self, path: str | list[str | dict], *, split: str = "train",
+        image_column: str | None = None, caption_column: str | None = None,
         caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
         revision: str | None = None, max_samples: int | None = None, allow_outside: bool = False,
         mask_column: str | None = None,
     ) -> None:  # fmt: skip
+        if not isinstance(path, str):
+            raise UserError(f"path got {path!r:.200}; expected a text; Sources takes a list")
         require(max_samples is None or max_samples >= 1, f"max_samples got {max_samples}; expected at least 1, or None")
         by_name = captions_from_file_names or None
         sources = {"caption": caption, "caption_column": caption_column, "captions_from_file_names": by_name}
@@ -95,7 +98,6 @@ class ImageTextDataset(ImageDataset):
             if not allow_outside:
                 check_inside(_folders_of(local), _paths_in(rows))
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
-        self.has_masks = "mask" in rows.features
         self._check_captions()
 
     def __len__(self) -> int:
@@ -128,6 +130,10 @@ class ImageTextDataset(ImageDataset):
 
     def size(self, index: int) -> Size:
         return read_size(*self._source(index, self._rows[index]))
+
+    @property
+    def has_masks(self) -> bool:
+        return "mask" in self._rows.features
 
     def captions(self, index: int) -> list[str]:
         cell = self._rows.select_columns("text")[index]["text"] if self._caption is None else self._caption

@@ -13,7 +13,7 @@ from PIL import Image
 from diffengine import distributed
 from diffengine.datasets import ImageTextDataset
 from diffengine.engine.facts import faded
-from diffengine.engine.loop import count_targets, targets_by_bucket
+from diffengine.engine.loop import count_targets, targets_by
 from diffengine.errors import UserError
 from tests.engine import runs
 from tests.engine.runs import FirstStep, Toy, metrics, train
@@ -147,6 +147,21 @@ def test_regions_of_images_in_their_own_shapes(toy: Toy, data: Path, tmp_path: P
     assert len(regions) == 3
 
 
+def test_masks_in_one_of_several_sources(toy: Toy, data: Path, tmp_path: Path) -> None:
+    """The other's images count whole; a token's weight is its source's times its own."""
+    sources = [{"path": str(data), "name": "masked"}, {"path": str(toy.data), "name": "plain", "weight": 0.5}]
+    path = _config(toy, "sources", data, max_iters=9, image_variations=2)
+    options = (f"data={sources}", "max_iters=1")
+    step = runs.first_step(path, tmp_path / "whole", *options, "cache=False")
+    assert_same_step(step, runs.first_step(path, tmp_path / "one", *options, "cache=True", "micro_batch_size=1"))
+    stream = runs.build(path, tmp_path / "again", f"data={sources}").train_loop.stream
+    samples = [stream[position] for position in range(20)]
+    assert step.targets == sum(sample["weight"] * sample["num_targets"] for sample in samples[:8])
+    plain = [sample for sample in samples if sample["weight"] == 0.5]
+    assert len(plain) == 10
+    assert all(sample["num_targets"] == len(sample["masked"]) for sample in plain)
+
+
 def test_masks_that_are_ignored_change_nothing(toy: Toy, data: Path, tmp_path: Path) -> None:
     """So does data without masks: a sample has no other entries."""
     ignored = runs.build(_config(toy, "ignored", data, unmasked_weight=1.0), tmp_path / "a").train_loop.stream
@@ -200,4 +215,4 @@ def test_options_that_cannot_work(toy: Toy, data: Path, tmp_path: Path, capsys: 
 def test_weights_of_samples_and_of_tokens_multiply() -> None:
     batch = {"weight": [2.0, 0.5], "num_targets": [1.5, 3.0], "bucket": [1, 1]}
     assert count_targets(batch) == 4.5
-    assert targets_by_bucket(batch) == {1: 4.5}
+    assert targets_by(batch, "bucket") == {1: 4.5}
