@@ -11,7 +11,8 @@ originals, new and old.
 If a config learns the style of a second artist, the style score is printed too: the share of generated images that are
 nearer to this artist's original than to the first artist's, for the same concept on the same background.
 
-If a config's data has masks, so are the losses of its images' tokens, in the white and in the black.
+If a config's data has masks, so is, in the white and in the black, the loss of its images' tokens, and the share of
+images generated from their captions that are nearest to the right one of them, over these pixels only.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from diffengine import api, config
 from diffengine.datasets import EmojiDataset, ImageTextDataset, ToTensor
 from diffengine.evaluation import EvalData, Gallery, Source, evaluate
 from diffengine.evaluation.heldout import fixed_images, losses
-from diffengine.models.generation import GenerationOptions, ImageSampler
+from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
 from diffengine.models.loading import quiet_libraries
 
 Originals = dict[str, Any]  # images by caption
@@ -86,8 +87,10 @@ def score(name: str, pipelines: dict[str, str]) -> None:
             print(f"{label}: {group} style {share / len(pairs):.3f}")
     data_folder = config.resolve(config.read(name)).get("data", "")
     for source in sources if any(Path(data_folder).glob("*.mask.png")) else ():
-        white, black = region_losses(source.open(), data_folder)
-        print(f"{source.name}: loss in the white {white:.3f}, in the black {black:.3f}")
+        sampler = source.open()
+        losses_and_shares = zip(region_losses(sampler, data_folder), recognized(sampler, data_folder))
+        for where, (loss, rate) in zip(("white", "black"), losses_and_shares):
+            print(f"{source.name}: in the {where} loss {loss:.3f}, recognized {rate:.3f}")
     print(f"the images are in {found.folder}")
 
 
@@ -156,13 +159,35 @@ def write_regions(folder: Path) -> None:
             Path(f"{stem}.txt").write_text(name)
 
 
+def masked_samples(folder: str) -> list[dict[str, Any]]:
+    """One sample of each caption, of those with a mask."""
+    dataset = ImageTextDataset(folder)
+    samples = [sample for sample in map(dataset.__getitem__, range(len(dataset))) if "mask" in sample]
+    return list({sample["text"]: sample for sample in samples}.values())
+
+
+def recognized(sampler: ImageSampler, folder: str) -> list[float]:
+    """Share of generated images nearest to their caption's image, in the white of its mask and in the black."""
+    samples = masked_samples(folder)
+    right = [index for index in range(len(samples)) for _ in range(COPIES)]
+    requests = [ImageRequest(samples[index]["text"], seed) for seed, index in enumerate(right)]
+    generated = list(sampler.generate(requests, GenerationOptions(1.0)))
+    images = np.stack([np.asarray(sample["image"], float) for sample in samples])
+    found = []
+    for value in (255, 0):
+        chosen = [np.asarray(samples[index]["mask"]) == value for index in right]
+        pairs = zip(generated, chosen)
+        errors = [((images - np.asarray(image, float)) ** 2)[:, pixels].mean(axis=(1, 2)) for image, pixels in pairs]
+        found.append(float(np.mean(np.argmin(errors, axis=1) == right)))
+    return found
+
+
 def region_losses(sampler: ImageSampler, folder: str) -> list[float]:
     """The mean loss of the tokens in the white of masks, and in the black, at the shares of validation."""
-    dataset, found = ImageTextDataset(folder), []
-    masked = [sample for sample in map(dataset.__getitem__, range(len(dataset))) if "mask" in sample]
+    found = []
     for table in ([0] * 255 + [255], [255] + [0] * 255):
         rng = np.random.default_rng(0)
-        samples = [ToTensor()({**sample, "mask": sample["mask"].point(table)}, rng) for sample in masked]
+        samples = [ToTensor()({**one, "mask": one["mask"].point(table)}, rng) for one in masked_samples(folder)]
         images = fixed_images(sampler, [(sample, index) for index, sample in enumerate(samples)], seed=0)
         found.append(losses(sampler, images, captions=True, batch_size=32).mean)
     return found

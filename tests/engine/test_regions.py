@@ -150,11 +150,11 @@ def test_regions_of_images_in_their_own_shapes(toy: Toy, data: Path, tmp_path: P
 def test_masks_in_one_of_several_sources(toy: Toy, data: Path, tmp_path: Path) -> None:
     """The other's images count whole; a token's weight is its source's times its own."""
     sources = [{"path": str(data), "name": "masked"}, {"path": str(toy.data), "name": "plain", "weight": 0.5}]
-    path = _config(toy, "sources", data, max_iters=9, image_variations=2)
-    options = (f"data={sources}", "max_iters=1")
-    step = runs.first_step(path, tmp_path / "whole", *options, "cache=False")
-    assert_same_step(step, runs.first_step(path, tmp_path / "one", *options, "cache=True", "micro_batch_size=1"))
-    stream = runs.build(path, tmp_path / "again", f"data={sources}").train_loop.stream
+    settings = {"batch_size": 8, "image_variations": 2, "data": sources, "unmasked_weight": U}
+    path = toy.config("sources", max_iters=9, **settings)
+    step = runs.first_step(path, tmp_path / "whole", "cache=False")
+    assert_same_step(step, runs.first_step(path, tmp_path / "one", "cache=True", "micro_batch_size=1"))
+    stream = runs.build(path, tmp_path / "again").train_loop.stream
     samples = [stream[position] for position in range(20)]
     assert step.targets == sum(sample["weight"] * sample["num_targets"] for sample in samples[:8])
     plain = [sample for sample in samples if sample["weight"] == 0.5]
