@@ -22,6 +22,7 @@ from diffengine.datasets import (
     square_transforms,
 )
 from diffengine.datasets.split import MOST
+from diffengine.datasets.transforms import TokenRegion
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
@@ -224,6 +225,8 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
         dataset = open_dataset(loader["dataset"])
         shape = loader.get("aspect", "square"), loader.get("max_aspect", 2.0)
         transforms = build_image_transforms(loader["image_transforms"], *shape, multiple)
+        if loader.get("unmasked_weight") == 1:
+            transforms.append(TokenRegion(None))
         split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")
         stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, split=split)
         return hook.samples(stream, loader["dataset"])

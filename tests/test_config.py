@@ -431,7 +431,7 @@ PATHS = {
 }  # fmt: skip
 NUMBERS = {
     "caption_dropout", "clip_grad", "drop_tags", "flip", "learning_rate", "lora_dropout", "min_transparent",
-    "prior_loss_weight", "validation_share", "weight_decay",
+    "prior_loss_weight", "unmasked_weight", "validation_share", "weight_decay",
 }  # fmt: skip
 OPTIONAL = {
     "backgrounds", "cache_path", "caption_variations", "checkpoint_every", "class_data", "class_prompt", "clip_grad",
@@ -653,6 +653,7 @@ def test_overrides_reach_every_section():
         "keep_tags": 1,
         "tag_separator": ",",
         "caption_variations": None,
+        "unmasked_weight": 0.1,
         "aspect": "keep",
         "max_aspect": 2.0,
     }  # fmt: skip

@@ -26,6 +26,7 @@ drop_tags = 0.0  # share of a caption's tags that are left out
 keep_tags = 1  # so many first tags always stay
 tag_separator = ","
 caption_variations = None  # shuffles and drops of a caption, taken in turn; None: a new one each time, not cached
+unmasked_weight = 0.1  # in data with masks (NAME.mask.png): how much the black counts; 0: not at all, 1: as the white
 flip = 0.5  # share of samples mirrored
 random_crop = True
 aspect = "square"  # "keep": each image in the shape nearest to its own, with at most as many tokens as the square
@@ -60,6 +61,7 @@ train_dataloader = dict(
     keep_tags="${keep_tags}",
     tag_separator="${tag_separator}",
     caption_variations="${caption_variations}",
+    unmasked_weight="${unmasked_weight}",
     aspect="${aspect}",
     max_aspect="${max_aspect}",
 )

@@ -47,10 +47,12 @@ def digest_of_images(dataset: ImageDataset, notes: Path) -> str:
 
 def _pixels(dataset: ImageDataset, index: int) -> str:
     try:
-        pixels = np.asarray(dataset[index]["image"])
+        sample = dataset[index]
     except UnreadableImage:  # the stream reports it
         return "unreadable"
-    return f"{pixels.shape} {hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()}"
+    arrays = [np.asarray(sample[key]) for key in ("image", "mask") if key in sample]
+    digests = (hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest() for pixels in arrays)
+    return " ".join(f"{pixels.shape} {digest}" for pixels, digest in zip(arrays, digests))
 
 
 def _note(file: Path, known: FileNote | None) -> FileNote:

@@ -29,6 +29,10 @@ class CachedDataset(ImageDataset):
         self._sources = sources
 
     @property
+    def has_masks(self) -> bool:
+        return "region" in self._table[0]
+
+    @property
     def sources(self) -> Sequence[Source]:
         return super().sources if self._sources is None else self._sources
 

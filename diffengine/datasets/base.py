@@ -54,7 +54,8 @@ class ImageDataset(ABC):
     def __getitem__(self, index: int) -> Sample:
         """{"image": RGB PIL image, "text": str or list of str}; of a list one caption is drawn each time.
 
-        "weight" is optional: a float above 0, default 1, by which the sample's tokens count in the loss.
+        "weight" is optional: a float above 0, default 1, by which the sample's tokens count in the loss. So is "mask",
+        of a data set that `has_masks`: a PIL image of mode L and of the image's size, in which white is learnt.
 
         Raises:
             UnreadableImage: the image is damaged.
@@ -97,8 +98,13 @@ class ImageDataset(ABC):
         """(width, height) in pixels of each image, if the data set holds variations that were made for their shapes."""
         return None
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether samples may have a "mask"; in such data one without it counts whole."""
+        return False
+
     def files(self) -> list[Path] | None:
-        """The files that hold the images' bytes, in order: a cache reads them to see what changed. None: unknown."""
+        """The files that hold images and masks, in order: a cache reads them to see what changed. None: unknown."""
         return None
 
     def missing_images(self) -> list[MissingImages]:
@@ -114,6 +120,10 @@ class WrappedDataset(ImageDataset):
         self._dataset = dataset
         self._indices = range(len(dataset)) if indices is None else indices
         self.variations = variations
+
+    @property
+    def has_masks(self) -> bool:
+        return getattr(self._dataset, "has_masks", False)
 
     def __len__(self) -> int:
         return len(self._indices)

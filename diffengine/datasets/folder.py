@@ -1,4 +1,4 @@
-"""A folder of images with captions in files, as a list of (image file, caption)."""
+"""A folder of images with captions and masks in files, as a list of rows."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from diffengine.errors import UserError, require
 from diffengine.files import read_foreign
@@ -18,13 +18,29 @@ IMAGE_ENDINGS = {
     ".jpg", ".jxl", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+MASK_ENDING = ".mask.png"  # of the mask of an image: NAME.jpg has NAME.mask.png
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order
 LARGEST_METADATA, LARGEST_TEXT = 2**30, 2**20  # bytes of a metadata file and of a NAME.txt
 LONGEST_CAPTION = 2**16  # characters; no model reads so many
 
 Caption = str | list[str]
-Row = tuple[str, Caption]  # the image's path, its caption or captions
 Record = tuple[int, dict[str, Any]]  # the line number in a metadata file, its values by column
+
+
+class Row(NamedTuple):
+    """Paths of an image and its mask, and its caption or captions."""
+
+    image: str
+    caption: Caption
+    mask: str | None = None
+
+
+class Columns(NamedTuple):
+    """The columns of metadata, as asked for."""
+
+    image: str | None = None
+    caption: str | None = None
+    mask: str | None = None
 
 
 def list_files(root: Path) -> list[Path]:
@@ -42,41 +58,67 @@ def list_files(root: Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is named as an image is."""
-    return file.suffix.lower() in IMAGE_ENDINGS
+    """Whether a file is named as an image is, and not as the mask of one."""
+    return file.suffix.lower() in IMAGE_ENDINGS and not _is_mask(file)
+
+
+def _is_mask(file: Path) -> bool:
+    return file.name.lower().endswith(MASK_ENDING)
 
 
 def read_folder(
-    root: Path, files: list[Path], image_column: str | None, caption_column: str | None,
+    root: Path, files: list[Path], columns: Columns,
     caption: str | None, captions_from_file_names: bool, allow_outside: bool,
 ) -> list[Row]:  # fmt: skip
-    """The images among `files` (all files of `root`) with their captions, sorted by path.
+    """The images among `files` (all files of `root`) with their captions and masks, sorted by path.
 
     Captions come from, in this order: `caption`, one for all; the file names, if asked; metadata files, if there are
     any; else a NAME.txt per image, with a caption per line. An image with several metadata rows appears once per row.
-    Metadata may name images outside of `root` only with `allow_outside`.
+    Metadata may name images outside of `root` only with `allow_outside`. The mask of an image is NAME.mask.png next to
+    it or, if metadata has a column of masks, what that says.
     """
+    rows = _captioned(root, files, columns, caption, captions_from_file_names, allow_outside)
+    if columns.mask is None:
+        rows = [row._replace(mask=_mask_of(row.image)) for row in rows]
+    masks = {row.mask for row in rows}
+    for file in files:
+        lonely = f"{file} is no mask of an image here; expected the image next to it, as NAME.jpg for NAME{MASK_ENDING}"
+        where = f" or the path in column '{columns.mask}'" if columns.mask else ""
+        require(not _is_mask(file) or os.path.normpath(file) in masks, f"{lonely}{where}; rename or remove it")
+    return rows
+
+
+def _mask_of(image: str) -> str | None:
+    mask = os.path.splitext(image)[0] + MASK_ENDING
+    return os.path.normpath(mask) if os.path.isfile(mask) else None
+
+
+def _captioned(
+    root: Path, files: list[Path], columns: Columns,
+    caption: str | None, captions_from_file_names: bool, allow_outside: bool,
+) -> list[Row]:  # fmt: skip
+    """Rows with captions; masks only from metadata."""
     images = [file for file in files if is_image(file)]
     metadata = [file for file in files if file.name in METADATA_NAMES]
     require(bool(images), f"no images in {root}; expected files that end in {', '.join(sorted(IMAGE_ENDINGS))}")
     by_metadata = bool(metadata) and caption is None and not captions_from_file_names
-    column = caption_column or image_column
+    column = columns.caption or columns.image or columns.mask
     message = f"got column '{column}', but the captions of {root} come from no metadata.csv or .jsonl; unset the column"
     require(not column or by_metadata, message)
     for file in images:
         require(can_be_written(str(file)), f"the name of {str(file)!r} is not UTF-8; rename the file")
     if caption is not None:
-        return [(str(file), caption) for file in images]
+        return [Row(str(file), caption) for file in images]
     if captions_from_file_names:
-        return [(str(file), caption_of_name(file)) for file in images]
+        return [Row(str(file), caption_of_name(file)) for file in images]
     if by_metadata:
-        rows = _from_metadata(metadata, image_column or "file_name", caption_column)
+        rows = _from_metadata(metadata, columns)
         if not allow_outside:
-            check_inside([root], (name for name, _ in rows))
+            check_inside([root], (name for row in rows for name in (row.image, row.mask) if name))
     else:
         rows = _from_text_files(root, images)
-    captioned = {os.path.normpath(name) for name, _ in rows}
-    missing = [file for file in images if os.path.normpath(file) not in captioned]
+    known = {os.path.normpath(name) for row in rows for name in (row.image, row.mask) if name}
+    missing = [file for file in images if os.path.normpath(file) not in known]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(images)} images in {root} have no caption, the first is {missing[0]}; give each "
@@ -125,7 +167,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
     texts = {file: file.with_suffix(".txt") for file in images}
-    rows: list[Row] = [(str(file), _captions_in(text)) for file, text in texts.items() if text.is_file()]
+    rows = [Row(str(file), _captions_in(text)) for file, text in texts.items() if text.is_file()]
     if not rows:
         raise UserError(
             f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) or a NAME.txt "
@@ -140,19 +182,20 @@ def _captions_in(file: Path) -> Caption:
     return captions if len(captions) > 1 else "".join(captions)
 
 
-def _from_metadata(metadata: list[Path], image_column: str, caption_column: str | None) -> list[Row]:
+def _from_metadata(metadata: list[Path], asked: Columns) -> list[Row]:
     rows: list[Row] = []
     for file in metadata:
         both = file.name == METADATA_NAMES[0] and file.with_name(METADATA_NAMES[1]) in metadata
         require(not both, f"{file.parent} holds both {' and '.join(METADATA_NAMES)}; keep one of them")
         records = list(_csv_records(file) if file.suffix == ".csv" else _json_records(file))
         columns = list(dict.fromkeys(key for _, record in records for key in record))
-        column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
-        for name, option in ((image_column, "image_column"), (column, "caption_column")):
+        column = asked.caption or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
+        taken = Columns(asked.image or "file_name", column, asked.mask)
+        for name, option in zip(taken, ("image_column", "caption_column", "mask_column")):
             has = ", ".join(columns) or "no rows"
-            require(name in columns, f"{file} has no column '{name}'; it has {has}; set {option}")
-        rows += [_row(file, line, record, image_column, column) for line, record in records]
-    return sorted(rows, key=lambda row: Path(row[0]))
+            require(name is None or name in columns, f"{file} has no column '{name}'; it has {has}; set {option}")
+        rows += [_row(file, line, record, taken) for line, record in records]
+    return sorted(rows, key=lambda row: Path(row.image))
 
 
 def _csv_records(file: Path) -> Iterator[Record]:
@@ -180,16 +223,22 @@ def _json_records(file: Path) -> Iterator[Record]:
         yield line, record
 
 
-def _row(file: Path, line: int, record: dict[str, Any], image_column: str, caption_column: str) -> Row:
-    row, caption = f"{file}, line {line}", record.get(caption_column)
-    name: Any = record.get(image_column)
-    exists = isinstance(name, str) and os.path.isfile(file.parent / name)
-    named = f"{row} names the image {repr(name)[:200]}"
-    require(exists, f"{named}, which does not exist; expected a path relative to this file")
+def _row(file: Path, line: int, record: dict[str, Any], columns: Columns) -> Row:
+    row, caption_column = f"{file}, line {line}", columns.caption or ""
+    caption, mask = record.get(caption_column), record.get(columns.mask or "") or None  # a CSV has "" for none
+    image = _path_of(record.get(columns.image or ""), file, f"{row} names the image")
+    mask = mask and _path_of(mask, file, f"{row} names the mask")
     texts: list[Any] = caption if isinstance(caption, list) else [caption]
     valid = bool(texts) and all(isinstance(text, str) for text in texts)
     got = f"{row}: '{caption_column}' got {repr(caption)[:200]}"
     require(valid, f"{got}; expected a text, empty for none, or a list of texts")
     for problem in filter(None, map(problem_of_caption, texts)):
         raise UserError(f"{row}: '{caption_column}' {problem}; change it")
-    return os.path.normpath(file.parent / name), texts if isinstance(caption, list) else texts[0]
+    return Row(image, texts if isinstance(caption, list) else texts[0], mask)
+
+
+def _path_of(name: Any, file: Path, named: str) -> str:
+    """The path of a file that a metadata file names."""
+    exists = isinstance(name, str) and os.path.isfile(file.parent / name)
+    require(exists, f"{named} {repr(name)[:200]}, which does not exist; expected a path relative to this file")
+    return os.path.normpath(file.parent / name)

@@ -12,19 +12,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL.Image import Image
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
 from diffengine.datasets.folder import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
     Caption,
+    Columns,
+    Row,
     check_inside,
     is_image,
     list_files,
     problem_of_caption,
     read_folder,
 )
-from diffengine.datasets.images import read_image, read_size
+from diffengine.datasets.images import read_image, read_mask, read_size
 from diffengine.errors import UserError, require
 from diffengine.files import check_regular, expanded, read_json
 from diffengine.terminal import on_terminal
@@ -43,11 +46,13 @@ class ImageTextDataset(ImageDataset):
             - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
               metadata.csv or metadata.jsonl (column file_name, relative to that file, in any subfolder), or from a
               NAME.txt per image, in UTF-8: a caption per line, of which the stream draws one each time; blank lines are
-              ignored.
+              ignored. NAME.mask.png is the mask of an image, of its size: white is learnt, black is not (see
+              `unmasked_weight` of `train_dataloader`), grey in between. An image without a mask counts whole.
         split: default "train". A folder of images has only that one.
         image_column: default `image`, or else the only column of images; in metadata files `file_name`.
         caption_column: default the first of `text`, `caption`, `prompt`. It may hold lists of captions, of which the
             stream draws one each time.
+        mask_column: of masks, in metadata files their paths; empty for an image that counts whole.
         caption: one caption for all images, instead of a column.
         prefix: put before every caption, also before empty ones. Default "".
         captions_from_file_names: "red_fox.jpg" is captioned "red fox". Only for folders of images.
@@ -66,6 +71,7 @@ class ImageTextDataset(ImageDataset):
         image_column: str | None = None, caption_column: str | None = None,
         caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
         revision: str | None = None, max_samples: int | None = None, allow_outside: bool = False,
+        mask_column: str | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(path, str):
             raise UserError(f"path got {path!r:.200}; expected a text; Sources takes a list")
@@ -82,13 +88,13 @@ class ImageTextDataset(ImageDataset):
         self._caption = caption
         if folder := _find_images(local):
             require(split == "train", f"split got '{split}', but a folder of images has no splits; give a subfolder")
-            rows = _rows_of(
-                read_folder(*folder, image_column, caption_column, caption, captions_from_file_names, allow_outside)
-            )
+            columns = Columns(image_column, caption_column, mask_column)
+            rows = _rows_of(read_folder(*folder, columns, caption, captions_from_file_names, allow_outside))
         else:
             require(by_name is None, f"captions_from_file_names needs a folder of images, and {path} is none; unset it")
             rows = _load(path, local, split, revision)
-            rows = _two_columns(rows, path, image_column, caption_column, needs_captions=caption is None)
+            columns = Columns(image_column, caption_column, mask_column)
+            rows = _columns_of(rows, path, columns, needs_captions=caption is None)
             if not allow_outside:
                 check_inside(_folders_of(local), _paths_in(rows))
         self._rows = rows.select(range(min(len(rows), max_samples or len(rows))))
@@ -125,6 +131,10 @@ class ImageTextDataset(ImageDataset):
     def size(self, index: int) -> Size:
         return read_size(*self._source(index, self._rows[index]))
 
+    @property
+    def has_masks(self) -> bool:
+        return "mask" in self._rows.features
+
     def captions(self, index: int) -> list[str]:
         cell = self._rows.select_columns("text")[index]["text"] if self._caption is None else self._caption
         return as_list(self._prefixed(cell))
@@ -133,20 +143,33 @@ class ImageTextDataset(ImageDataset):
         return (as_list(self._prefixed(cell)) for cell in self._caption_cells())
 
     def files(self) -> list[Path]:
-        """Arrow files, or each image's own file."""
+        """Arrow files, or each image's own file and then its mask's."""
         return [Path(file["filename"]) for file in self._rows.cache_files] + list(map(Path, _paths_in(self._rows)))
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         caption = row["text"] if self._caption is None else self._caption
-        return {"image": read_image(*self._source(index, row)), "text": self._prefixed(caption)}
+        sample: Sample = {"image": read_image(*self._source(index, row)), "text": self._prefixed(caption)}
+        mask = self._mask(index, row, sample["image"]) if self.has_masks else None
+        return sample if mask is None else {**sample, "mask": mask}
+
+    def _mask(self, index: int, row: dict[str, Any], image: Image) -> Image | None:
+        encoded, file = _bytes_and_path(row["mask"])
+        source = file if encoded is None else encoded
+        if source is None:
+            return None
+        name = f"the mask in row {index} of {self.path}" if encoded is not None else str(file)
+        mask = read_mask(source, name)
+        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+        of = self._source(index, row)[1]
+        require(mask.size == image.size, f"{name} has {sizes[0]} px and its image {of} {sizes[1]}; give both one size")
+        return mask
 
     def _prefixed(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
 
     def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
         """The bytes or the path of a row's image, and what errors call it."""
-        cell = row["image"]
-        encoded, file = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        encoded, file = _bytes_and_path(row["image"])
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
@@ -172,6 +195,11 @@ class ImageTextDataset(ImageDataset):
                 require(problem is None, f"the caption in row {row} of {self.path} {problem}; change it")
 
 
+def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
+    """What a cell of a column of images holds."""
+    return (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
+
+
 def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
     """(folder, its files) if `local` is an image or a folder of images, else None."""
     if local is None or _is_saved(local):
@@ -194,11 +222,16 @@ def _is_saved(local: Path) -> bool:
 
 
 def _paths_in(rows: hf.Dataset) -> list[str]:
-    """The images' own files, of images that the table does not hold itself."""
-    cells = rows.data.column("image")
+    """Each image's own file and then its mask's, of those that the table does not hold itself."""
+    columns = [_paths_of(rows.data.column(name)) for name in ("image", "mask") if name in rows.features]
+    return [path for row in zip(*columns) for path in row if path is not None]
+
+
+def _paths_of(cells: Any) -> list[str | None]:
     if not pa.types.is_struct(cells.type) or cells.type.get_field_index("path") < 0:
-        return []
-    return pc.struct_field(cells, "path").filter(pc.is_null(pc.struct_field(cells, "bytes"))).drop_null().to_pylist()
+        return [None] * len(cells)
+    paths, encoded = (pc.struct_field(cells, name) for name in ("path", "bytes"))
+    return pc.if_else(pc.is_null(encoded), paths, pa.scalar(None, paths.type)).to_pylist()
 
 
 def _folders_of(local: Path | None) -> list[Path]:
@@ -208,15 +241,18 @@ def _folders_of(local: Path | None) -> list[Path]:
     return [local if local.is_dir() else local.parent]
 
 
-def _rows_of(images: Sequence[tuple[str, Caption]]) -> hf.Dataset:
+def _rows_of(images: Sequence[Row]) -> hf.Dataset:
     """Rows of a folder as an Arrow table, which workers share without copying."""
-    files, captions = (list(column) for column in zip(*images))
+    files, captions, masks = (list(column) for column in zip(*images))
     text: Any = hf.Value("string")
     if any(isinstance(caption, list) for caption in captions):
         captions = [as_list(caption) for caption in captions]
         text = hf.List(text)
     features = hf.Features(image=hf.Image(decode=False), text=text)
-    return hf.Dataset.from_dict({"image": files, "text": captions}, features=features)
+    columns = {"image": files, "text": captions}
+    if any(mask is not None for mask in masks):
+        features["mask"], columns["mask"] = hf.Image(decode=False), masks
+    return hf.Dataset.from_dict(columns, features=features)
 
 
 def _load(path: str, local: Path | None, split: str, revision: str | None) -> hf.Dataset:
@@ -283,20 +319,21 @@ def _plain_names(names: Any, file: Path) -> list[str]:
     return names
 
 
-def _two_columns(
-    rows: hf.Dataset, path: str, image_column: str | None, caption_column: str | None, *, needs_captions: bool
-) -> hf.Dataset:
-    """Only the columns `image` (undecoded) and, unless one caption serves all, `text`."""
+def _columns_of(rows: hf.Dataset, path: str, asked: Columns, *, needs_captions: bool) -> hf.Dataset:
+    """Only the columns `image` (undecoded), unless one caption serves all `text`, and with masks `mask` (undecoded)."""
     images = [name for name, feature in rows.features.items() if isinstance(feature, hf.Image)]
     only = images[0] if len(images) == 1 and "image" not in rows.features else "image"
-    chosen = {"image": _column(rows, path, "image_column", image_column or only, _holds_images)}
+    chosen = {"image": _column(rows, path, "image_column", asked.image or only, _holds_images)}
     if needs_captions:
         known = next((name for name in CAPTION_COLUMNS if name in rows.features), CAPTION_COLUMNS[0])
-        chosen["text"] = _column(rows, path, "caption_column", caption_column or known, _holds_text)
+        chosen["text"] = _column(rows, path, "caption_column", asked.caption or known, _holds_text)
+    if asked.mask is not None:
+        chosen["mask"] = _column(rows, path, "mask_column", asked.mask, _holds_images)
     # Data saved to disk may carry a format (torch, numpy): remove it.
     rows = rows.with_format(None).select_columns(list(chosen.values()))
-    if isinstance(rows.features[chosen["image"]], hf.Image):
-        rows = rows.cast_column(chosen["image"], hf.Image(decode=False))
+    for name in (chosen[key] for key in ("image", "mask") if key in chosen):
+        if isinstance(rows.features[name], hf.Image):
+            rows = rows.cast_column(name, hf.Image(decode=False))
     try:
         rows.data.validate(full=True)  # offsets that lead out of a buffer would end the process
     except pa.ArrowException as error:
@@ -307,7 +344,7 @@ def _two_columns(
 def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[[Any], bool]) -> str:
     columns = ", ".join(rows.features)
     require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set {option}")
-    got, expected = rows.features[name], "images" if option == "image_column" else "text, or lists of texts"
+    got, expected = rows.features[name], "text, or lists of texts" if option == "caption_column" else "images"
     message = f"column '{name}' of {path} holds {got}; expected {expected}; set {option} to one of {columns}"
     require(fits(got), message)
     return name

@@ -35,10 +35,21 @@ def read_image(source: bytes | str, name: str) -> Image.Image:
     outside are refused, since no scale could be guessed. `name` is what an `UnreadableImage` calls the image.
     """
     with _opened(source, name) as image:
-        image.load()
-        transpose = UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return rgb if transpose is None else rgb.transpose(transpose)
+        return _upright_rgb(image)
+
+
+def read_mask(source: bytes | str, name: str) -> Image.Image:
+    """Decode a mask to mode L, 255 where the image is learnt: read as an image, and then grey.
+
+    Refused are transparent pixels, which could mean either, and masks of 0 and 1, which would be black.
+    """
+    with _opened(source, name) as image:
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            raise ValueError("it is a mask with transparent pixels, expected black and white; save it without alpha")
+        mask = _upright_rgb(image).convert("L")
+        if mask.getextrema()[1] == 1:
+            raise ValueError("it is a mask of 0 and 1, which are both black; save white as 255")
+        return mask
 
 
 def read_size(source: bytes | str, name: str) -> Size:
@@ -50,6 +61,13 @@ def read_size(source: bytes | str, name: str) -> Size:
         width, height = image.size
         turned = _orientation(image) >= 5 and image.format != "TIFF"  # PIL reports a TIFF's size upright
         return (height, width) if turned else (width, height)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    transpose = UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _formats() -> list[str]:

@@ -122,6 +122,10 @@ class Sources(ImageDataset):
             for name, count, item in zip(self._names, counts, self.items)
         ]
 
+    @property
+    def has_masks(self) -> bool:
+        return any(dataset.has_masks for dataset in self.datasets)
+
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(map(len, self.datasets)))

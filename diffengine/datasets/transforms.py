@@ -66,6 +66,11 @@ def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Gen
     return sample
 
 
+def _change(sample: Sample, change: Callable[[Image.Image], Image.Image]) -> Sample:
+    """The image and, if there is one, its mask after the same change."""
+    return {key: change(sample[key]) for key in ("image", "mask") if key in sample}
+
+
 class Resize(Transform):
     """Resizes an image until it just covers `size`: aspect kept, bilinear, antialiased.
 
@@ -92,13 +97,15 @@ class Resize(Transform):
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
-        original_size, longest = image.size, MAX_RATIO * min(image.size)
+        return {"original_size": image.size, **sample, **_change(sample, self._resize)}
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        longest = MAX_RATIO * min(image.size)
         if max(image.size) > longest:
             left, top = (max(0, side - longest) // 2 for side in image.size)
             image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
         # When shrinking more than six times a box filter does the first step; the difference is not visible.
-        resized = image.resize(self._resized(image.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-        return {"original_size": original_size, **sample, "image": resized}
+        return image.resize(self._resized(image.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
 
 
 class Crop(Transform):
@@ -129,9 +136,9 @@ class Crop(Transform):
         require(width >= to_width and height >= to_height, f"{message}; put Resize of this size before it")
         room = (height - to_height, width - to_width)
         top, left = (int(share * (free + 1)) if self.random else free // 2 for share, free in zip(rng.random(2), room))
-        cropped = image.crop((left, top, left + to_width, top + to_height))
+        box = (left, top, left + to_width, top + to_height)
         records = {"crop_top_left": (top, left), "crop_from": image.size}
-        return {"original_size": image.size, **sample, "image": cropped, **records}
+        return {"original_size": image.size, **sample, **_change(sample, lambda image: image.crop(box)), **records}
 
 
 def _size(size: int | Size, name: str) -> Size:
@@ -172,7 +179,7 @@ class Flip(Transform):
         if rng.random() >= self.p:
             return sample
         image: Image.Image = sample["image"]
-        flipped = {**sample, "image": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+        flipped = {**sample, **_change(sample, lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))}
         if "crop_top_left" in sample:
             top, left = sample["crop_top_left"]
             flipped["crop_top_left"] = (top, sample["crop_from"][0] - image.width - left)
@@ -200,6 +207,55 @@ class ToTensor(Transform):
         records = ("original_size", "crop_top_left", "crop_from")
         others = {key: value for key, value in sample.items() if key not in records}
         return {**others, "image": pixels, "micro_conds": micro_conds}
+
+
+class TokenRegion(Transform):
+    """Turns the mask into how much of each token is learnt; the last of the image transforms, in data with masks.
+
+    Sets `region`, uint8 (h,w) from 0 to 255: the mask's mean over the token's f x f pixels. Without a mask it is 255.
+
+    Args:
+        pixels_per_token: f, along a side. None: the mask is removed, and the image counts whole.
+    """
+
+    def __init__(self, pixels_per_token: int | None) -> None:
+        self.pixels_per_token = pixels_per_token
+
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        return size, False
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        others, mask, f = dict(sample), sample.get("mask"), self.pixels_per_token
+        others.pop("mask", None)
+        if f is None or not isinstance(sample["image"], torch.Tensor):  # the model's transform refuses the latter
+            return others
+        height, width = sample["image"].shape[-2:]
+        if mask is None:
+            return {**others, "region": torch.full((height // f, width // f), 255, dtype=torch.uint8)}
+        got = f"a transform made the image {width}x{height} px and left its mask {mask.width}x{mask.height}"
+        require(mask.size == (width, height), f"{got}; change sample['mask'] alike, or set unmasked_weight=1")
+        height, width = height // f, width // f
+        sums = np.asarray(mask, dtype=np.int64)[: height * f, : width * f].reshape(height, f, width, f).sum(axis=(1, 3))
+        return {**others, "region": torch.from_numpy(((2 * sums + f * f) // (2 * f * f)).astype(np.uint8))}
+
+
+class TokenWeights(Transform):
+    """Turns a sample's `region` into `token_weights`, float32 (h,w): u + (1 - u) * region / 255.
+
+    Args:
+        unmasked: u, the weight of a token in the black; 0: it is not learnt.
+    """
+
+    def __init__(self, unmasked: float) -> None:
+        require(0 <= unmasked <= 1, f"unmasked_weight got {unmasked}; expected a number from 0 to 1")
+        self.unmasked = unmasked
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        others = {key: value for key, value in sample.items() if key != "region"}
+        if "region" not in sample:  # an image of another data set
+            return others
+        shares = sample["region"].numpy() / 255
+        return {**others, "token_weights": np.float32(self.unmasked + (1 - self.unmasked) * shares)}
 
 
 class VaryTags(Transform):

@@ -28,7 +28,7 @@ from diffengine.datasets import (
     open_dataset,
     paths_of,
 )
-from diffengine.datasets.transforms import AnyTransform, effect_of
+from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform, effect_of
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -39,6 +39,7 @@ from diffengine.registry import build, resolve
 from diffengine.signatures import Between
 from diffengine.text import shown, where
 
+UNMASKED_WEIGHT = 0.1
 DEFAULT_BACKENDS = ({"type": "diffengine.engine.backends.TensorboardBackend"},)
 Training = tuple[TrainableModel, StepLoop, StepOptimWrapper, LRScheduler, TokenCache]  # what takes the steps of a run
 
@@ -135,6 +136,7 @@ def build_dataloader(
     keep_tags: Annotated[int, Between(0, 10**6)] = 1,
     tag_separator: str = ",",
     caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
+    unmasked_weight: float = UNMASKED_WEIGHT,
     aspect: Aspect = "square",
     max_aspect: Annotated[float, Between(1, 64)] = 2.0,
     *,
@@ -156,6 +158,8 @@ def build_dataloader(
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
         shuffle_tags, drop_tags, keep_tags, tag_separator: options of `VaryTags` for the captions that are trained.
         caption_variations: variations of a caption by the tags' order and drop; None for a new one each time.
+        unmasked_weight: u, from 0 to 1, in data with masks: a token counts u + (1 - u) times its share of white, so one
+            in the black counts u. 0: it is not learnt at all; 1: masks are ignored.
         aspect: "square" trains all images in the square that the image transforms make. "keep" trains each in the shape
             nearest to its own, of at most as many tokens, see `Shapes`.
         max_aspect: the largest ratio of the long to the short side with aspect="keep"; 1 is the square alone.
@@ -164,11 +168,13 @@ def build_dataloader(
     changes = build_image_transforms(image_transforms, aspect, max_aspect, model.size_multiple)
     others = _build_transforms(transforms or [])
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
+    data = open_dataset(dataset)
+    to_region, to_weights = _transforms_of_masks(data, model, unmasked_weight)
     sample_transform = model.sample_transform
     stream = Stream(
-        open_dataset(dataset),
-        changes,
-        others + ([sample_transform] if sample_transform else []),
+        data,
+        [*changes, *to_region],
+        [*others, *to_weights, *([sample_transform] if sample_transform else [])],
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
         vary_caption=vary_caption, caption_variations=caption_variations,
         batch_size=batch_size if aspect == "keep" else None,
@@ -205,6 +211,23 @@ def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations
         message = f"{name} got {value!r}, but captions do not vary; set shuffle_tags or drop_tags, or unset {name}"
         require(value == default, message)
     return None
+
+
+def _transforms_of_masks(
+    dataset: ImageDataset, model: TrainableModel, unmasked_weight: float
+) -> tuple[list[Transform], list[Transform]]:
+    """For data with masks, the last of the image transforms, and a transform after them."""
+    if not dataset.has_masks:
+        message = f"unmasked_weight got {unmasked_weight}, but the data has no masks; add NAME.mask.png, or unset it"
+        require(unmasked_weight in (UNMASKED_WEIGHT, 1), message)
+        return [], []
+    if unmasked_weight == 1:
+        return [TokenRegion(None)], []
+    message = "the data has masks, and this model learns whole images; set unmasked_weight=1 to ignore the masks"
+    require(model.pixels_per_token is not None, message)
+    weigh = TokenWeights(unmasked_weight)
+    distributed.print_once(f"masks: the black counts {unmasked_weight:g}, and the white 1 (unmasked_weight)")
+    return [TokenRegion(model.pixels_per_token)], [weigh]
 
 
 def build_hooks(job: Job) -> list[AnyHook]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MOST_READ = 1000  # image headers and captions; of more, an evenly spaced sample
 THUMBNAILS = 24
 SIDE = 96  # of a thumbnail
+FADED = 0.75  # share of white where an image is not learnt
 BARS = 12
 PACKAGES = ("torch", "diffusers", "transformers", "mmengine", "peft")
 
@@ -110,7 +111,7 @@ def _captions(run: "Run") -> dict[str, Any]:
 
 
 def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
-    """Images after the crop, spread over the data: what the model is shown."""
+    """Images after the crop, spread over the data: what the model is shown. Tokens that are not learnt are faded."""
     found: list[dict[str, str]] = []
     for index in spread(len(stream.dataset), THUMBNAILS):
         with suppress(UnreadableImage):
@@ -118,13 +119,21 @@ def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
             if "image" not in sample:  # only their tokens are on this machine
                 return []
             text = sample["text"]
-            cropped = apply(stream.transforms_of(index), sample, generator(stream.seed, IMAGE, index))["image"]
+            cropped = apply(stream.transforms_of(index), sample, generator(stream.seed, IMAGE, index))
             file = f"report/{len(found):02}.webp"
-            image = as_image(cropped)
+            image = faded(as_image(cropped["image"]), cropped.get("region"))
             image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             save_webp(image, work_dir / file)
             found.append({"file": file, "caption": text if isinstance(text, str) else text[0]})
     return found
+
+
+def faded(image: Image.Image, region: torch.Tensor | None) -> Image.Image:
+    """An image whose tokens are nearly white where `region` (h,w), from 0 to 255, is 0."""
+    if region is None:
+        return image
+    learnt = Image.fromarray(region.numpy()).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), FADED), learnt)
 
 
 def as_image(value: Any) -> Image.Image:

@@ -3,7 +3,8 @@
 The loss of a step is the mean over *all* its targets, however they are split over ranks and micro-batches: counts are
 summed on the host, and each micro-batch back-propagates `loss_sum * world / total` (DDP averages over ranks). So the
 split changes nothing but rounding, and a step that runs out of memory is taken again in smaller micro-batches. A sample
-with a weight w_i counts that much: sum_i w_i sum_j ce_ij / sum_i w_i n_i.
+with a weight w_i counts that much: sum_i w_i sum_j ce_ij / sum_i w_i n_i. In data with masks so does a token, by m_ij:
+sum_i w_i sum_j m_ij ce_ij / sum_i w_i sum_j m_ij. A step in which all of them are 0 has gradients of 0.
 
 A step whose loss or gradients are not finite is bad. It changes no weight and no state, and counts as any other.
 """
@@ -119,7 +120,7 @@ class StepLoop(BaseLoop):
 
     def step(self, run: "Run", batch: dict[str, Any], total: float) -> Step:
         """Take one optimizer step over this rank's share of a batch that has `total` weighted targets on all ranks."""
-        optim, scale = run.optim_wrapper, distributed.world_size() / total
+        optim, scale = run.optim_wrapper, distributed.world_size() / total if total else 0.0
         buffers = [buffer.clone() for buffer in self._buffers]
 
         def accumulate(exchange: bool) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """The loss on images, at eight fixed shares of masked tokens: equal in every run, on any number of ranks, in any batch.
 
+In data with masks a token counts by its share of white alone: this is the loss of the regions that are to be learnt,
+and it does not depend on `unmasked_weight`.
+
 Legend: N images, h w token grid, L = h * w.
 """
 
@@ -16,8 +19,10 @@ from torch import Tensor
 from diffengine import distributed
 from diffengine.datasets import Sample, as_list, collate, generator, same_shape
 from diffengine.datasets.stream import VALIDATION
-from diffengine.models.masking import BUCKETS, Schedule, num_masked
+from diffengine.datasets.transforms import TokenRegion, TokenWeights
+from diffengine.models.masking import BUCKETS, Schedule, num_masked, weighted_targets
 
+UNUSED = np.random.default_rng(0)  # of transforms that draw nothing
 TIMES = tuple((index + 0.5) / BUCKETS for index in range(BUCKETS))  # the middles of training's buckets
 
 
@@ -25,7 +30,7 @@ TIMES = tuple((index + 0.5) / BUCKETS for index in range(BUCKETS))  # the middle
 class FixedImage:
     """A tokenized image with its caption, and the order in which its tokens are masked."""
 
-    sample: Sample  # without image: `token_ids` (h,w), `micro_conds` (5,), `text`
+    sample: Sample  # without image: `token_ids` (h,w), `micro_conds` (5,), `text`, perhaps `token_weights` (h,w)
     order_L: np.ndarray  # int64; the masks are its beginnings, so they are nested
 
 
@@ -41,19 +46,26 @@ class MaskedPredictor(Protocol):
 
 def fixed_images(model: MaskedPredictor, samples: Sequence[tuple[Sample, int]], seed: int) -> list[FixedImage]:
     """Tokenize samples; an image's order follows from the seed and the digest of its content, which is given too."""
-    images = []
+    images, masks = [], any("mask" in sample for sample, _ in samples)
     for sample, digest in samples:
         if "token_ids" not in sample:
             sample = {**sample, **{name: value[0] for name, value in model.tokenize(sample["image"][None]).items()}}
+        if masks:  # of data whose transforms do not make regions
+            sample = TokenRegion(sample["image"].shape[-1] // sample["token_ids"].shape[-1])(sample, UNUSED)
         kept = {key: value for key, value in sample.items() if key not in ("image", "weight")}
         order_L = generator(seed, VALIDATION, digest).permutation(sample["token_ids"].numel())
-        images.append(FixedImage({**kept, "text": as_list(sample["text"])[0]}, order_L))
+        images.append(FixedImage(by_region({**kept, "text": as_list(sample["text"])[0]}), order_L))
     return images
+
+
+def by_region(sample: Sample) -> Sample:
+    """A sample with the `token_weights` of its `region`, if it has one."""
+    return TokenWeights(0.0)(sample, UNUSED)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over masked tokens, (8,) float64 each, by t."""
+    """Weighted sums over masked tokens, (8,) float64 each, by t."""
 
     loss: Tensor
     correct: Tensor
@@ -142,13 +154,20 @@ def losses(
 def _masked(image: FixedImage, time: float, schedule: Schedule, captions: bool) -> Sample:
     count = num_masked(time, len(image.order_L), schedule)
     text = image.sample["text"] if captions else ""
-    return {**image.sample, "text": text, "masked": image.order_L[:count], "num_targets": count}
+    return weighted_targets({**image.sample, "text": text, "masked": image.order_L[:count], "num_targets": count})
 
 
-def unigram_loss(trained: Sequence[Tensor], images: Sequence[FixedImage], codes: int) -> float:
-    """Cross entropy of images' tokens under the frequencies of trained ones, each counted once more, in nats."""
+def unigram_loss(trained: Sequence[Sample], images: Sequence[FixedImage], codes: int) -> float:
+    """Cross entropy of images' tokens under the frequencies of trained ones, each code counted once more, in nats."""
     counts = torch.ones(codes, dtype=torch.float64)
-    for token_ids in trained:
-        counts += torch.bincount(token_ids.flatten().long(), minlength=codes)
-    logs = (counts / counts.sum()).log()
-    return -float(torch.cat([logs[image.sample["token_ids"].flatten().long()] for image in images]).mean())
+    for sample in trained:
+        counts += _counts(by_region(sample), codes)
+    wanted = sum((_counts(image.sample, codes) for image in images), torch.zeros(codes, dtype=torch.float64))
+    return -float((wanted * (counts / counts.sum()).log()).sum() / wanted.sum())
+
+
+def _counts(sample: Sample, codes: int) -> Tensor:
+    """How often each code is among a sample's tokens, (codes,) float64, by the tokens' weights."""
+    ids, weights = sample["token_ids"].flatten().long(), sample.get("token_weights")
+    weights_N = None if weights is None else torch.from_numpy(weights.flatten()).double()
+    return torch.bincount(ids, weights_N, minlength=codes).double()

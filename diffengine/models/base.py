@@ -31,9 +31,11 @@ class TrainableModel(nn.Module, ABC):
 
     Attributes:
         size_multiple: by which the sides of its images must be divisible, in pixels.
+        pixels_per_token: along a side, for data with masks; None: the model cannot learn regions of images.
     """
 
     size_multiple: int = 1
+    pixels_per_token: int | None = None
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:

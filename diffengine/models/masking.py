@@ -75,7 +75,8 @@ class RandomMask:
     """Draws a sample's masked positions, as the last transform of the data pipeline.
 
     Adds `masked`, int64 (n,): the first n = `num_masked(t)` of the image's L positions in random order, for
-    t ~ U(0, 1); `num_targets` = n; `num_tokens` = L; and `bucket`, the eighth of [0, 1) that t is in, from 0.
+    t ~ U(0, 1); `num_targets` = n; `num_tokens` = L; and `bucket`, the eighth of [0, 1) that t is in, from 0. With
+    `token_weights` (h,w), it adds what `weighted_targets` does.
     """
 
     grid: TokenGrid
@@ -89,7 +90,20 @@ class RandomMask:
         t = rng.random()
         n = num_masked(t, num_tokens, self.schedule)
         counts = {"num_targets": n, "num_tokens": num_tokens, "bucket": int(BUCKETS * t)}
-        return {**sample, "masked": rng.permutation(num_tokens)[:n], **counts}
+        return weighted_targets({**sample, "masked": rng.permutation(num_tokens)[:n], **counts})
+
+
+def weighted_targets(sample: dict[str, Any]) -> dict[str, Any]:
+    """A masked sample with the weights of its masked tokens instead of `token_weights` (h,w), if it has these.
+
+    Adds `target_weights`, float32 (n,), and their sum as `num_targets`. Sums of so few float32 are exact in float64, so
+    that a step's sum does not depend on how it is split.
+    """
+    if "token_weights" not in sample:
+        return sample
+    others = {key: value for key, value in sample.items() if key != "token_weights"}
+    weights_N = sample["token_weights"].flatten()[sample["masked"]]
+    return {**others, "target_weights": weights_N, "num_targets": float(weights_N.sum(dtype=np.float64))}
 
 
 def masked_index(masked: Sequence[np.ndarray], num_tokens: int) -> Tensor:

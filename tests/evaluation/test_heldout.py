@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from diffengine.datasets import collate
 from diffengine.evaluation.heldout import TIMES, Losses, fixed_images, losses, unigram_loss
 from diffengine.models.amused import AmusedModel
 from diffengine.models.frozen import evaluating
@@ -94,9 +96,52 @@ def test_masks_are_nested_and_follow_from_the_content(model: AmusedModel) -> Non
 
 def test_unigram_loss(model: AmusedModel) -> None:
     images = fixed_images(model, make_samples(2), seed=3)
-    trained = [torch.tensor([[0, 0], [1, 5]])]
+    trained = [{"token_ids": torch.tensor([[0, 0], [1, 5]])}]
     counts = np.ones(64)
     for token in (0, 0, 1, 5):
         counts[token] += 1
     tokens = np.concatenate([image.sample["token_ids"].numpy().ravel() for image in images]).astype(int)
     assert unigram_loss(trained, images, 64) == pytest.approx(-np.log(counts / counts.sum())[tokens].mean())
+
+
+def test_a_masked_image_counts_by_its_white_alone(model: AmusedModel) -> None:
+    """Losses of the tokens in the white, computed by masks that are the white's tokens among the same positions."""
+    white = torch.zeros(8, 8, dtype=torch.uint8)
+    white[2:5, 1:7] = 255
+    samples = [({**sample, "region": white}, digest) for sample, digest in make_samples(2)]
+    images, plain = (fixed_images(model, given, seed=3) for given in (samples, make_samples(2)))
+    with evaluating(model):
+        found = losses(model, images, True, 2)
+        by_sampler = losses(model.sampler(), images, True, 2)
+        assert by_sampler.by_time == pytest.approx(found.by_time, rel=1e-5)
+        assert (by_sampler.tokens.tolist(), by_sampler.accuracy) == (found.tokens.tolist(), found.accuracy)
+        only = white.flatten().numpy() > 0
+        for number, time in enumerate(TIMES):
+            loss = tokens = 0.0
+            for image in plain:
+                masked = image.order_L[: num_masked(time, 64)]
+                for token in masked[only[masked]]:
+                    weights = np.zeros((8, 8), np.float32)
+                    weights.flat[token] = 1
+                    one = {"masked": masked, "num_targets": 1, "target_weights": weights.flat[masked]}
+                    loss += float(model.masked_loss(collate([{**image.sample, **one}]))[0])
+                    tokens += 1
+            assert found.tokens[number] == tokens
+            assert float(found.loss[number]) == pytest.approx(loss, rel=1e-5)
+    trained = [{"token_ids": torch.tensor([[3, 3], [7, 7]]), "region": torch.tensor([[255, 51], [0, 0]])}]
+    counts = np.ones(64)
+    counts[3] += 1.2
+    ids = np.concatenate([image.sample["token_ids"].numpy().ravel()[only] for image in images]).astype(int)
+    assert unigram_loss(trained, images, 64) == pytest.approx(-np.log(counts / counts.sum())[ids].mean())
+
+
+def test_a_mask_that_no_transform_has_turned_into_a_region(model: AmusedModel) -> None:
+    """Of data whose transforms are not those of a run; an image without a mask counts whole there, too."""
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[8:20, 4:28] = 255
+    (masked, one), (whole, other) = make_samples(2)
+    images = fixed_images(model, [({**masked, "mask": Image.fromarray(pixels)}, one), (whole, other)], seed=3)
+    expected = np.zeros((8, 8), np.float32)
+    expected[2:5, 1:7] = 1
+    assert np.array_equal(images[0].sample["token_weights"], expected)
+    assert np.array_equal(images[1].sample["token_weights"], np.ones((8, 8)))

@@ -44,6 +44,11 @@ def test_each_masked_token_has_its_samples_weight(model: AmusedModel, batch: dic
     assert prepared["target_weights"].tolist() == [0.5] * 1 + [2.0] * 20 + [1.0] * 64
     assert prepared["target_weights"].dtype == torch.float32
     assert "target_weights" not in model.prepare(batch)
+    tokens = [np.linspace(0, 1, len(row), dtype=np.float32) for row in batch["masked"]]
+    alone = model.prepare({**batch, "target_weights": tokens})["target_weights"]
+    assert torch.equal(alone, torch.from_numpy(np.concatenate(tokens)))
+    both = model.prepare({**batch, "weight": [0.5, 2.0, 1.0], "target_weights": tokens})["target_weights"]
+    assert torch.equal(both, alone * prepared["target_weights"])
 
 
 def test_weights_of_one_change_nothing(model: AmusedModel, batch: dict[str, Any]) -> None:

@@ -113,9 +113,9 @@ class ValidationHook(Hook):
             assert model.encoder is not None
             model.encoder.to_host()
             counted = [stream.trained[number] for number in spread(len(stream), UNIGRAM_IMAGES)]
-            trained = [stream.fixed_sample(index)["token_ids"] for index in counted]
+            trained = [stream.fixed_sample(index) for index in counted]
         else:
-            trained = [image.sample["token_ids"] for image in self._twin]
+            trained = [image.sample for image in self._twin]
         if self._held_out:
             run.reference_losses["unigram entropy"] = unigram_loss(trained, self._held_out, model.num_codes)
 

@@ -80,6 +80,7 @@ class AmusedModel(MaskedImageModel):
         self.label_smoothing, self.mask_schedule = label_smoothing, mask_schedule
         self.num_codes: int = self.components.transformer_config["codebook_size"]
         grid = TokenGrid.of(self.components.vqvae_config, self.components.transformer_config)
+        self.pixels_per_token = grid.factor
         self.side: int = self.components.transformer_config["sample_size"] * grid.factor
         self.size_multiple = grid.pixels
         self.mask_id: int = self.components.scheduler.config.mask_token_id

@@ -6,7 +6,7 @@ Legend: B batch, H W pixels, f pixels per token, h = H/f, w = W/f, T text length
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class AmusedPreprocessor:
 
         Args:
             batch: `image` (B,3,H,W) in [0,1] or, from a cache, `token_ids` (B,h,w); `micro_conds` (B,5), `text` [B],
-                `masked` [B], perhaps `weight` [B], `bucket` [B] and `source`, [B] of (S,) one-hot.
+                `masked` [B], perhaps `weight` [B], `target_weights` [B] of masked tokens, `bucket` [B], and `source`
+                [B] of (S,) one-hot.
 
         Returns:
             `token_ids` (B,h,w) int64, `micro_conds`, `masked_index` (M,) int64, and `text_ids` (B,T) int64 or, from a
@@ -53,10 +54,8 @@ class AmusedPreprocessor:
             optional["bucket"] = to_device(torch.tensor(batch["bucket"]), device)
         if "source" in batch:
             optional["source"] = to_device(torch.from_numpy(np.stack(batch["source"])), device)
-        if "weight" in batch:
-            counts = torch.tensor([len(row) for row in batch["masked"]])
-            weight_M = torch.tensor(batch["weight"]).repeat_interleave(counts)
-            optional["target_weights"] = to_device(weight_M, device)
+        if "weight" in batch or "target_weights" in batch:
+            optional["target_weights"] = to_device(target_weights(batch), device)
         return {
             **optional,
             "token_ids": token_ids,
@@ -88,6 +87,15 @@ class AmusedPreprocessor:
                 # Channels-last is faster. It rounds differently, so an id may change if two codes are equally near.
                 chunks.append(vq_ids(vqvae, chunk.contiguous(memory_format=torch.channels_last)))
         return torch.cat(chunks)  # here, since autograd refuses tensors that were made in inference mode
+
+
+def target_weights(batch: Mapping[str, Any]) -> Tensor:
+    """Weights (M,) of masked tokens, on the host: of their sample, times their own."""
+    counts = torch.tensor([len(row) for row in batch["masked"]])
+    weight_M = torch.tensor(batch.get("weight", [1.0] * len(counts))).repeat_interleave(counts)
+    if "target_weights" not in batch:
+        return weight_M
+    return weight_M * torch.from_numpy(np.concatenate(batch["target_weights"]))
 
 
 def vq_ids(vqvae: VQModel, pixels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffengine.errors import require
-from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp32, to_device, vq_ids
+from diffengine.models.amused.preprocessor import caption_ids, encode_ids, in_fp32, target_weights, to_device, vq_ids
 from diffengine.models.amused.transformer import blocks_of, conditions_once, head, trunk
 from diffengine.models.cuda_graphs import CudaGraphs
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, NotFinite, Unmasking
@@ -248,7 +248,10 @@ class AmusedSampler(ImageSampler):
         index = masked_index(batch["masked"], ids[0].numel()).to(self.device)
         masked, targets = mask_tokens(ids, index, self.mask_id), ids.flatten()[index]
         logits = self._logits(masked, index, self._text(batch["text"]), 1.0, batch["micro_conds"])
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(dim=1) == targets).sum()
+        if "target_weights" not in batch:
+            return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(dim=1) == targets).sum()
+        weights, losses = target_weights(batch).to(self.device), F.cross_entropy(logits, targets, reduction="none")
+        return (weights * losses).sum(), (weights * (logits.argmax(dim=1) == targets)).sum()
 
     def _text(self, prompts: Sequence[str]) -> Text:
         """The text encoder's outputs for a batch."""
