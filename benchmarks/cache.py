@@ -26,11 +26,13 @@ def build(run: Run, root: Path) -> tuple[float, float]:
     seconds, optim = [], run.optim_wrapper
     for _ in range(2):
         started = time.perf_counter()
-        TokenCache(
+        cache = TokenCache(
             use=True, path=str(root / "cache"), stream=run.train_loop.stream, encoder=run.trainable.encoder,
-            data=run.job.resolved["train_dataloader"], work_dir=root / "run", precision=optim.precision,
+            data=run.job.resolved["train_dataloader"], work_dir=root / "run", precision=lambda: optim.precision,
             autocast=optim.autocast,
-        ).attach(1)  # fmt: skip
+        )  # fmt: skip
+        cache.attach_images(1)
+        cache.attach_captions()
         seconds.append(time.perf_counter() - started)
     return seconds[0], seconds[1]
 

@@ -540,7 +540,7 @@ def test_wrong_environment_variable(here, monkeypatch, capsys, name, value, mess
 
 
 def test_chosen_precision_is_logged(shared):
-    chosen = "(auto, " if torch.cuda.is_available() else "fp32 (auto, on a CPU) on 1 x cpu"
+    chosen = "(auto, " if torch.cuda.is_available() else "fp32 (auto, on a CPU"
     assert chosen in (shared / "run" / "log.txt").read_text(encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ class TokenCache:
             cache that was built elsewhere is used without the images.
         text_embeddings: store the frozen text encoder's outputs in fp32, not the captions' ids; "auto" up to 4 GB.
         stream, encoder, data, work_dir, precision, autocast: given by the run: its samples, the model's encoder, the
-            resolved `train_dataloader` section, the work dir, and the autocast around the text encoder.
+            resolved `train_dataloader` section, the work dir, and the precision and the autocast of the text encoder.
 
     Attributes:
         seconds: spent on encoding, by "images" and "captions"; empty if nothing was encoded.
@@ -92,7 +92,7 @@ class TokenCache:
     encoder: Encoder | None
     data: Mapping[str, Any]
     work_dir: Path
-    precision: str
+    precision: Callable[[], str]
     autocast: Callable[[], AbstractContextManager]
 
     def __post_init__(self) -> None:
@@ -128,11 +128,11 @@ class TokenCache:
                 return f"it stores tensors and numbers, but a sample has {entry}; leave that out, or set cache=False"
         return None
 
-    def attach(self, positions: int) -> bool:
-        """Let the stream and the model read from the cache, built first if need be. All ranks call it.
+    def attach_images(self, positions: int) -> bool:
+        """Let the stream read from the cache, built first if need be. All ranks call it.
 
         Returns:
-            Whether a run that takes so many samples in all has a cache.
+            Whether a run that takes so many samples in all has a cache; if so, call `attach_captions`.
 
         Raises:
             UserError: the cache is asked for and cannot be used, or cannot be built.
@@ -145,14 +145,19 @@ class TokenCache:
         distributed.on_rank_0(self._check_folder)
         with disk_errors(), _locked_on_rank_0(folder):
             images = image_table(folder) if self._without_images else self._build_images()
+        self.stream.cached_sample = CachedDataset(images, self.variations).sample
+        self._images, self._times = images, positions / len(images)
+        return True
+
+    def attach_captions(self) -> None:
+        """Let the model read from the cache; after `attach_images`, and once the precision is chosen."""
+        with disk_errors(), _locked_on_rank_0(self.folder):
             captions = self._build_captions()
         self._encoder.to_host()
-        self.stream.cached_sample = CachedDataset(images, self.variations).sample
         self._encoder.use_captions(_lookup(captions))
-        size = format_bytes(images.nbytes + captions.nbytes)
-        times = f"{positions / len(images):.3g} times"
-        distributed.print_once(f"token cache: {self._describe_images()}, each taken {times}; {size} in {folder}")
-        return True
+        size = format_bytes(self._images.nbytes + captions.nbytes)
+        each = f"{self._describe_images()}, each taken {self._times:.3g} times"
+        distributed.print_once(f"token cache: {each}; {size} in {self.folder}")
 
     def _describe_images(self) -> str:
         variations = "one variation" if self.variations == 1 else f"{self.variations} variations each"
@@ -326,7 +331,7 @@ class TokenCache:
             captions = distinct_captions(self.stream.dataset, self.stream)
             embeddings = self._stores_embeddings(len(captions))
             digest = digest_of_texts([caption] for caption in captions)
-            precision = {"precision": self.precision} if embeddings else {}
+            precision = {"precision": self.precision()} if embeddings else {}
             fingerprint = {"captions": digest, **encoder.caption_key(embeddings), **precision}
             return fingerprint, embeddings, table.change(fingerprint)
 

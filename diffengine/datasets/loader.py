@@ -203,6 +203,14 @@ def batches_of(loader: DataLoader) -> Generator[Any]:
         yield batch
 
 
+def first_batch(loader: DataLoader) -> Batch:
+    """The batch that a loader starts with, read in this process; the loader stays at its start."""
+    batch = loader.dataset.__getitems__(next(iter(loader.batch_sampler)))
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
 def variation_batches(stream: Stream, batches: Sequence[list[int]], num_workers: int = 0) -> Generator[Any]:
     """`stream.read_variations` of each batch of rows, in order."""
     return batches_of(_load(StreamReader(stream, Stream.read_variations), batches, num_workers))

@@ -267,7 +267,7 @@ def build_token_cache(job: Job, stream: Stream, model: TrainableModel, optim: St
     """The `token_cache` section."""
     return TokenCache(
         **job.resolved.get("token_cache", {}), stream=stream, encoder=model.encoder,
-        data=job.resolved["train_dataloader"], work_dir=job.work_dir, precision=optim.precision,
+        data=job.resolved["train_dataloader"], work_dir=job.work_dir, precision=lambda: optim.precision,
         autocast=optim.autocast,
     )  # fmt: skip
 

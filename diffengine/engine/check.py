@@ -1,7 +1,6 @@
 """The first steps of a run on a few of its images, in a scratch folder: what will the whole of it take?"""
 
 import io
-import os
 import shutil
 import tempfile
 from contextlib import redirect_stdout
@@ -21,6 +20,7 @@ from diffengine.engine.build import Job
 from diffengine.engine.class_images import check_can_generate
 from diffengine.engine.clock import Clock
 from diffengine.engine.hooks import CheckpointHook, EMAHook
+from diffengine.engine.memory import device_memory
 from diffengine.engine.run import Run, build_run
 from diffengine.errors import UserError
 from diffengine.files import existing_parent, expanded
@@ -96,13 +96,6 @@ def check(job: Job) -> Report:
     return report
 
 
-def available_memory() -> int:
-    """Bytes of memory that the device has in all."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _subset(stream: Stream, skip: bool, one_shape: bool) -> ImageDataset:
     """A few images, spread over the data set; those that cannot be read are left out if `skip`.
 
@@ -173,8 +166,8 @@ def _report(job: Job, run: Run, clock: Clock, stream: Stream, missing: int, seco
         images=len(stream.dataset), missing=missing, clock=clock,
         seconds=seconds[1], first_step=seconds[0], parameters=run.trained_parameters,
         images_at_once=micro.size, halved=micro.found is not None,
-        description=f"{run.optim_wrapper.precision}, {distributed.world_size()} x {job.device.type}, {run.compiled}",
-        memory=memory, peak=peak, available=available_memory(),
+        description=f"{run.precision}, {distributed.world_size()} x {job.device.type}, {run.compiled}",
+        memory=memory, peak=peak, available=device_memory(),
         checkpoint=run.checkpoint_bytes(), checkpoints=max(kept, default=0), cache=cache,
         free=shutil.disk_usage(parent).free, cache_free=None if one_disk else shutil.disk_usage(cache_parent).free,
     )  # fmt: skip

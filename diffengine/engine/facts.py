@@ -16,7 +16,6 @@ from diffengine import __version__, distributed
 from diffengine.datasets import ImageDataset, Shapes, UnreadableImage, generator, spread
 from diffengine.datasets.stream import IMAGE, Stream
 from diffengine.datasets.transforms import apply
-from diffengine.engine.optim import resolve_precision
 from diffengine.grids import save_webp
 
 if TYPE_CHECKING:
@@ -38,12 +37,10 @@ def environment(run: "Run") -> dict[str, str]:
             found[package] = version(package)
     device = run.job.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    wanted = run.job.resolved["optim_wrapper"].get("precision", "auto")
-    precision, why = resolve_precision(wanted, device)
     return {
         **found,
         "device": f"{distributed.world_size()} x {name}",
-        "precision": f"{precision} ({why})",
+        "precision": run.precision,
         "blocks": run.compiled,
         "trained parameters": f"{run.trained_parameters:,}",
     }

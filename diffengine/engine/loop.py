@@ -127,14 +127,15 @@ class StepLoop(BaseLoop):
             sums: dict[str, Tensor] = {}
             run.trainable.before_step(self.iter)
             chunks = micro_batches(batch, self.micro.count)
-            for index, micro_batch in enumerate(chunks):
-                seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
-                last = exchange and index == len(chunks) - 1  # DDP averages gradients in this micro-batch
-                skip_sync = isinstance(run.model, DistributedDataParallel) and not last
-                with run.model.no_sync() if skip_sync else nullcontext():
-                    logs = self._forward_backward(run, micro_batch, scale)
-                for name, value in logs.items():
-                    sums[name] = sums[name] + value if name in sums else value
+            with optim.cast_weights():
+                for index, micro_batch in enumerate(chunks):
+                    seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
+                    last = exchange and index == len(chunks) - 1  # DDP averages gradients in this micro-batch
+                    skip_sync = isinstance(run.model, DistributedDataParallel) and not last
+                    with run.model.no_sync() if skip_sync else nullcontext():
+                        logs = self._forward_backward(run, micro_batch, scale)
+                    for name, value in logs.items():
+                        sums[name] = sums[name] + value if name in sums else value
             return sums
 
         def undo() -> None:

@@ -1,5 +1,6 @@
 """How much memory and disk a run takes, computed from its tensors. Nothing here waits for a device."""
 
+import os
 import resource
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ CONFIG = (
 )
 
 
-def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]) -> dict[str, int]:
+def memory_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], copies: Iterable[Tensor]
+) -> dict[str, int]:
     """Bytes on the device by purpose, apart from activations; the optimizer has its state after its first step."""
     device = next(model.parameters()).device
     weights: list[Tensor] = [*model.parameters(), *model.buffers()]
@@ -25,6 +28,7 @@ def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: Mappi
     return {
         "trained": trained,
         "frozen": nbytes(weights) - trained,
+        "copies": nbytes(copies),
         "gradients": trained,
         "optimizer": nbytes(tensors_in(optimizer.state)),
         "average": nbytes(average.values()),
@@ -43,6 +47,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of all values together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def device_memory() -> int:
+    """Bytes of memory that the device has in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_bytes() -> int:

@@ -12,32 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from diffengine.engine.copies import Copies
+from diffengine.engine.memory import device_memory
 from diffengine.engine.mmengine_seam import OptimWrapper
+from diffengine.engine.precision import DTYPES, Precision, resolve_precision
 from diffengine.errors import UserError, require
 from diffengine.models.base import TrainableModel
 from diffengine.registry import build, resolve
 from diffengine.text import did_you_mean, where
 
+MEMORY_PER_COPY = 16  # bytes of the device's memory for each byte of copies
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 has none
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, str]:
-    """(the precision that a step computes in, why).
-
-    "auto" is bf16 if the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
-    if precision != "auto":
-        return precision, "as configured"
-    if device.type == "cpu":
-        return "fp32", "auto, on a CPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "auto, this GPU has bf16"
-    return "fp16", "auto, this GPU has no bf16"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,17 +133,20 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
 
 def build_optim_wrapper(
     optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None,
-    param_groups: list[dict] | None = None, *, model: TrainableModel,
+    param_groups: list[dict] | None = None, cast_once: bool | Literal["auto"] = "auto", *, model: TrainableModel,
 ) -> "StepOptimWrapper":  # fmt: skip
     """The `optim_wrapper` section.
 
     Args:
         optimizer: `dict(type=AdamW, lr=..., weight_decay=...)`, any torch-style optimizer class.
-        precision: of autocast over fp32 weights, see `resolve_precision`.
+        precision: of autocast over fp32 weights, see `resolve_precision` and, for "auto" on a CPU, `measure`.
         clip_grad: the largest norm of all gradients together; None for no limit.
         param_groups: `[dict(match="text_encoder.*", lr=1e-5), ...]`: other options of the optimizer for the trained
             parameters whose name, "component.parameter", matches a pattern of `fnmatch` (`*`, `?`, `[...]`; `*`
             matches dots, too). The first match wins. The schedule scales each group's own rate.
+        cast_once: in bf16 and fp16, keep copies of trained weights that are cast once per step instead of at each use:
+            the same bits, faster, for 2 bytes a weight. "auto": if these are at most a sixteenth of the device's
+            memory, so that weights, gradients and AdamW's state (16 bytes a weight) take at most half of it.
         model: given by the run.
     """
     require(clip_grad is None or clip_grad > 0, f"clip_grad got {clip_grad}; expected a number above 0, or None")
@@ -167,7 +156,11 @@ def build_optim_wrapper(
         _check_groups(optimizer, param_groups, split, device)
     built = build_optimizer(optimizer, split)
     groups = {parameter: model.gradient_group(name) for name, parameter in trained_parameters(model).items()}
-    return StepOptimWrapper(built, resolve_precision(precision, device)[0], clip_grad, device, optimizer, groups)
+    copies = Copies(model)
+    if cast_once == "auto":
+        cast_once = 2 * copies.weights <= device_memory() / MEMORY_PER_COPY
+    choice = resolve_precision(precision, device)
+    return StepOptimWrapper(built, choice, clip_grad, device, optimizer, groups, copies if cast_once else None)
 
 
 def build_param_scheduler(
@@ -213,18 +206,20 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> tuple[Te
 class StepOptimWrapper(OptimWrapper):
     """One optimizer step at a time: autocast, scaled backward, clipping, step. Reads nothing off the device.
 
-    (An optimizer that is not fused reads one value per step, and so does the first step; see `_take`.) `options` is the
-    config's `optimizer`, from which another of the same type can be built; `group_of` names each parameter's group.
+    (An optimizer that is not fused reads one value per step, and so does the first step; see `_take`.) `choice` is of
+    `resolve_precision`, `options` the config's `optimizer`, from which another of the same type can be built.
+    `group_of` names each parameter's group; `copies` is None if weights are cast at each use.
     """
 
     def __init__(
-        self, optimizer: Optimizer, precision: str, clip_grad: float | None, device: torch.device, options: dict,
-        group_of: Mapping[nn.Parameter, str],
+        self, optimizer: Optimizer, choice: tuple[str, str], clip_grad: float | None, device: torch.device,
+        options: dict, group_of: Mapping[nn.Parameter, str], copies: Copies | None = None,
     ) -> None:  # fmt: skip
         super().__init__(optimizer)
-        self.precision, self.max_norm, self.device, self.options = precision, clip_grad, device, options
+        self.precision, self.why = choice
+        self.max_norm, self.device, self.options, self.copies = clip_grad, device, options, copies
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.groups = list(dict.fromkeys(group_of.values()))  # whose gradients' norms are logged
         self._numbers = [self.groups.index(group_of[parameter]) for parameter in self.parameters]
         self._last: tuple[list[int], Any] = ([], None)  # the last step's `indices`, and their groups on the device
@@ -258,8 +253,14 @@ class StepOptimWrapper(OptimWrapper):
             for group, before in zip(optimizer.param_groups, groups):
                 group.update(before)
 
+    def cast_weights(self) -> AbstractContextManager:
+        """Inside, layers compute with weights as these are now, cast once; around the passes of a step or a preview."""
+        if self.precision == "fp32" or self.copies is None:
+            return nullcontext()
+        return self.copies.used(DTYPES[self.precision])
+
     def autocast(self) -> AbstractContextManager:
-        """The precision of `forward`. Casts of weights are not cached: gradient checkpointing would keep them all."""
+        """The precision of `forward`. torch caches no casts: gradient checkpointing would keep them all."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from diffengine import distributed
 from diffengine.cache import CachedDataset
-from diffengine.datasets import ImageDataset, Shapes, hold_out, survey, survey_captions
+from diffengine.datasets import (
+    ImageDataset,
+    Shapes,
+    first_batch,
+    hold_out,
+    micro_batches,
+    survey,
+    survey_captions,
+)
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
@@ -24,7 +32,8 @@ from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import compile_model
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import AnyHook, BaseVisBackend, Runner, close_logger
-from diffengine.engine.optim import DTYPES, describe_groups, resolve_precision, trained_parameters
+from diffengine.engine.optim import describe_groups, trained_parameters
+from diffengine.engine.precision import DTYPES, is_measured, measure, resolve_precision
 from diffengine.engine.step import Step
 from diffengine.errors import UserError, disk_errors, quiet_threads, require
 from diffengine.models.base import MaskedImageModel
@@ -79,7 +88,8 @@ def build_run(
     share = build.held_out_share(hooks)
     if source := saved or weights:
         assets = source["assets"]
-    training = build_training(job, start, dataset, assets, share)
+    kept = saved.get("precision", "fp32") if saved else None  # 0.1.0 kept none, and was in fp32 on a CPU
+    training = build_training(job, start, dataset, assets, share, kept)
     model, loop, *_ = training
     with distributed.all_ranks():
         if weights:
@@ -100,11 +110,12 @@ def build_run(
 
 def build_training(
     job: Job, start: int = 0, dataset: ImageDataset | None = None, assets: Mapping[str, str] | None = None,
-    held_out_share: float | None = None,
+    held_out_share: float | None = None, kept: str | None = None,
 ) -> Training:  # fmt: skip
     """Build model, loop, optimizer, schedule and cache, starting at step `start`; generate missing class images.
 
     `dataset` and `assets` are as of `build_run`. `held_out_share`: of the images, not trained; None: nobody asks.
+    `kept`: the precision of the run that is resumed.
     """
     resolved, device, seed = job.resolved, job.device, job.resolved["seed"]
     with distributed.all_ranks():
@@ -116,14 +127,16 @@ def build_training(
         assets = build.learn_assets(job, dataset)
     with distributed.all_ranks():
         model = build.build_model(resolved, assets, seed)
-        precision, _ = resolve_precision(resolved["optim_wrapper"].get("precision", "auto"), device)
-        if precision in DTYPES:
-            model.hold_frozen(DTYPES[precision])
+        wanted = resolved["optim_wrapper"].get("precision", "auto")
+        choice = resolve_precision(wanted, device, kept)
+        if choice[0] in DTYPES:
+            model.hold_frozen(DTYPES[choice[0]])
         model.to(device).train()
         data = {**resolved["train_dataloader"], "dataset": dataset}
         dataloader = build.build_dataloader(**data, model=model, seed=seed, start_iter=start, split=split)
         loop = StepLoop(**resolved["train_cfg"], dataloader=dataloader)
         optim = build.build_optim_wrapper(**resolved["optim_wrapper"], model=model)
+        optim.precision, optim.why = choice
         rates = resolved.get("param_scheduler", {})
         schedule = build.build_param_scheduler(**rates, optimizer=optim.optimizer, num_iters=loop.max_iters)
     generate_missing(dataset, model, optim)
@@ -131,7 +144,13 @@ def build_training(
         if not isinstance(dataset, CachedDataset):
             loop.stream[start * loop.batch_size]  # an error in the data shows before the run writes anything
         cache = build.build_token_cache(job, loop.stream, model, optim)
-    cache.attach(loop.max_iters * loop.batch_size)
+    cached = cache.attach_images(loop.max_iters * loop.batch_size)
+    if kept is None and is_measured(wanted, device, passes := loop.max_iters * loop.micro.count):
+        with distributed.all_ranks():
+            batch = micro_batches(first_batch(loop.dataloader), loop.micro.count)[0]
+        optim.precision, optim.why = measure(model, optim, batch, start, passes)
+    if cached:
+        cache.attach_captions()  # which are encoded in that precision
     return model, loop, optim, schedule, cache
 
 
@@ -196,14 +215,12 @@ class Run(Runner):
     def announce(self) -> None:
         """Log what will be trained and how, and how much of images and captions is cut off."""
         clock, stream, info = self.clock, self.train_loop.stream, self.logger.info
-        wanted = self.job.resolved["optim_wrapper"].get("precision", "auto")
-        precision, why = resolve_precision(wanted, self.job.device)
         images = f"{stream.images} images"
         if clock.num_samples != stream.images:
             images += f", {clock.num_samples} samples an epoch"
         info(
             f"{self.name}: {images}, {clock.max_iters} steps of {clock.batch_size}, "
-            f"{self.trained_parameters:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x "
+            f"{self.trained_parameters:,} trained parameters, {self.precision} on {distributed.world_size()} x "
             f"{self.job.device.type}, in {self.work_dir}"
         )
         for row in stream.source_rows() if len(stream.sources) > 1 else ():
@@ -245,6 +262,11 @@ class Run(Runner):
             self.warn(f"the resolution is not the model's: {side} px, and it was made for {model.side} px")
 
     @property
+    def precision(self) -> str:
+        """The precision of a step, and why."""
+        return f"{self.optim_wrapper.precision} ({self.optim_wrapper.why})"
+
+    @property
     def trained_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in trained_parameters(self.trainable).values())
@@ -264,8 +286,11 @@ class Run(Runner):
                     trained[name].data = weight
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: "trained" and "frozen" weights, "gradients", "optimizer" state, EMAHook's "average"."""
-        return memory.memory_of(self.trainable, self.optim_wrapper.optimizer, self.average)
+        """Bytes on the device, as `memory_of`: of weights, copies, gradients, the optimizer and EMAHook's average."""
+        copies = self.optim_wrapper.copies
+        return memory.memory_of(
+            self.trainable, self.optim_wrapper.optimizer, self.average, copies.tensors if copies else ()
+        )
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint on disk, to 1 %, once the optimizer has its state."""

@@ -15,6 +15,7 @@ from diffengine.config import GIVEN, PLAIN, REFERENCE, SECTIONS, Plain, plain, r
 from diffengine.engine import checkpoint
 from diffengine.engine.build import BUILDERS, Training, choose_guidance
 from diffengine.engine.optim import StepOptimWrapper, build_optimizer, trained_parameters
+from diffengine.engine.precision import DTYPES
 from diffengine.engine.step import COUNTS
 from diffengine.errors import UserError, require
 from diffengine.models import trusted_classes
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 # Options that a resumed run may change; any other change would make it another run than the one that was stopped.
 FREE = {
-    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "compile", "work_dir",
+    "max_epochs", "max_iters", "micro_batch_size", "num_workers", "skip_unreadable", "tf32", "compile", "cast_once",
+    "work_dir",
     "default_hooks", "custom_hooks", "vis_backends", "token_cache",
 }  # fmt: skip
 
@@ -54,6 +56,7 @@ def collect(run: "Run") -> dict[str, Any]:
         "scaler": run.optim_wrapper.scaler.state_dict(),
         "counters": {"iter": run.clock.done, "epoch": run.clock.epochs_done},
         "num_samples": run.clock.num_samples,
+        "precision": run.optim_wrapper.precision,
     }
     if run.optim_wrapper.schedule_free:  # `model` has the weights to be used, and training continues from these
         trained = trained_parameters(run.trainable)
@@ -98,6 +101,8 @@ def _entry_problems(state: Mapping[str, Any]) -> list[str]:
     seed = config.get("seed") if isinstance(model, dict) else None
     if not (isinstance(model, dict) and type(model.get("type")) is str and type(seed) is int and abs(seed) < 2**63):
         problems.append("'config' is not the JSON of a config with a model and a seed")
+    if (precision := state.get("precision", "fp32")) not in ("fp32", *DTYPES):
+        problems.append(f"precision is {precision!r}; expected fp32, bf16 or fp16")
     average = state.get("ema", {"weights": {}})
     if not (isinstance(average, dict) and isinstance(average.get("weights"), dict)):
         problems.append("'ema' holds no weights by name")

@@ -31,10 +31,16 @@ class Frozen(Generic[ModuleT]):
                 child.to(device)
         return self._module
 
-    def hold(self, dtype: torch.dtype) -> None:
-        """Keep its weights as `hold_in` does, once it is loaded."""
-        assert self._module is None
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keep its weights as `hold_in` does, from now on or once it is loaded; None: leave them as they are."""
         self._dtype = dtype
+        if self._module is not None and dtype is not None:
+            hold_in(self._module, dtype)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters; none while nothing is loaded."""
+        if self._module is not None:
+            yield from self._module.parameters()
 
     def _children(self) -> dict[str, nn.Module]:
         return {} if self._module is None else dict(self._module.named_children())
@@ -77,6 +83,12 @@ def frozen_in(model: nn.Module) -> Iterator["Frozen"]:
     for value in vars(model).values():
         items = value.values() if isinstance(value, dict) else [value]
         yield from (item for item in items if isinstance(item, Frozen))
+
+
+def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a model and its frozen modules hold and training does not change."""
+    own = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return own + [parameter for module in frozen_in(model) for parameter in module.parameters()]
 
 
 @contextmanager

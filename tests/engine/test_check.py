@@ -278,7 +278,7 @@ def test_the_report(toy: Toy, tmp_path: Path) -> None:
 def test_warnings(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    monkeypatch.setattr(checks, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(checks, "device_memory", lambda: 10**6)
     report = run_check(toy.config("small", **CACHED, checkpoint_every=10), tmp_path / "run")
     assert report.checkpoints == 3
     needed = format_bytes(report.cache["bytes"] + 3 * report.checkpoint)

@@ -24,7 +24,7 @@ def test_a_checkpoint_holds_only_what_training_changes(toy: Toy, reference: Path
     state = torch.load(path, weights_only=True)
     assert list(state) == [
         "format", "name", "config", "folder", "model", "assets", "optimizer", "param_scheduler", "scaler",
-        "counters", "num_samples", "metrics",
+        "counters", "num_samples", "precision", "metrics",
     ]  # fmt: skip
     runner = runs.build(toy.config("look"), toy.root / "look")
     transformer = runner.trainable.module("transformer")

@@ -20,7 +20,6 @@ from diffengine.engine.optim import (
     build_optimizer,
     build_param_scheduler,
     parameter_groups,
-    resolve_precision,
 )
 from diffengine.errors import UserError
 from tests.engine import runs
@@ -543,22 +542,6 @@ def test_the_chosen_components_are_trained(toy: Toy, tmp_path: Path, train_: lis
         ]  # fmt: skip
         assert len(same) < len(before[component]) / 4, component
     assert {path.name for path in tmp_path.iterdir() if (path / "config.json").exists()} == set(train_)
-
-
-@pytest.mark.parametrize(
-    ("precision", "expected"), [("auto", ("fp32", "auto, on a CPU")), ("bf16", ("bf16", "as configured")),
-                       ("fp32", ("fp32", "as configured"))],
-)  # fmt: skip
-def test_precision_on_a_cpu(precision: Any, expected: tuple[str, str]) -> None:
-    assert resolve_precision(precision, torch.device("cpu")) == expected
-
-
-def test_fp16_on_a_cpu_is_refused(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match="precision got 'fp16' on a CPU"):
-        resolve_precision("fp16", torch.device("cpu"))
-    assert train(toy.config("half", precision="fp16"), tmp_path) == 2
-    assert not list(tmp_path.iterdir())
-    assert resolve_precision("fp16", torch.device("cuda")) == ("fp16", "as configured")
 
 
 class ForwardHook(Hook):

@@ -106,7 +106,7 @@ class PreviewHook(Hook):
                 if image is not None
             ]
         try:
-            with run.averaged_weights(), run.optim_wrapper.autocast():
+            with run.averaged_weights(), run.optim_wrapper.cast_weights(), run.optim_wrapper.autocast():
                 images = run.trainable.preview(self.request)
         except NotFinite as error:  # CheckpointHook decides whether to go on
             run.logger.info(f"no preview at step {run.clock.done}: {error}")

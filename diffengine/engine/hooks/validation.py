@@ -131,9 +131,9 @@ class ValidationHook(Hook):
         if self._evaluated_at == run.clock.done:
             return 0.0
         self._evaluated_at, started = run.clock.done, time.perf_counter()
-        size = run.train_loop.micro.size
+        size, optim = run.train_loop.micro.size, run.optim_wrapper
 
-        with run.not_training(), run.averaged_weights(), evaluating(model), run.optim_wrapper.autocast():
+        with run.not_training(), run.averaged_weights(), evaluating(model), optim.cast_weights(), optim.autocast():
             values = held_out_losses(model, self._held_out, self._twin, size, sources=self._sources)
         if run.train_loop.stream.cached_sample is not None and model.encoder is not None:
             model.encoder.to_host()
