@@ -237,7 +237,7 @@ ERRORS = {
     "neither epochs nor steps": (options("max_iters=None"), "got max_epochs=None and max_iters=None; expected one"),
     "fp16 on a CPU": (
         options("precision=fp16"),
-        "precision got 'fp16' on a CPU.*; set precision=fp32 or bf16",
+        "precision got 'fp16' on a CPU.*; set --cfg-options precision=fp32, or bf16",
     ),
     "indivisible resolution": (options("resolution=36"), "36x36 px; .*sides divisible by 8 .*: set resolution to 32"),
     "training a frozen component": (
@@ -259,7 +259,7 @@ ERRORS = {
     "empty folder": (empty_folder, "no images in empty; expected images, Parquet files"),
     "wrong column": (
         options("train_dataloader.dataset.caption_column=title"),
-        "no column 'title'; it has file_name, text; set caption_column",
+        "no column 'title'; it has file_name, text; set --cfg-options caption_column=NAME",
     ),
     "no captions": (folder_without_captions, "no captions in bare; expected metadata.csv .* NAME.txt"),
     "text named as an image": (text_file_named_as_an_image, r"photos/\w+\.(jpg|png)'? .*skip_unreadable"),
@@ -572,7 +572,7 @@ def test_damaged_image_can_be_skipped(here, capfd):
     (photos / "astronaut.jpg").write_text("this is no image")
     with (photos / "metadata.csv").open("a") as file:
         file.write("black.png,black\n")
-    assert main(train("--cfg-options", "train_dataloader.skip_unreadable=True")) == 0
+    assert main(train("--cfg-options", "skip_unreadable=True")) == 0
     assert (here / "new" / "iter_1.pth").exists()
 
 

@@ -29,8 +29,6 @@ caption_variations = None  # shuffles and drops of a caption, taken in turn; Non
 flip = 0.5  # share of samples mirrored
 random_crop = True
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
-cache = "auto"  # encode each variation once, if the run sees it more than once
-cache_path = None  # its folder; None: cache/ next to the work dir
 num_workers = 4
 
 model = dict(
@@ -59,7 +57,6 @@ train_dataloader = dict(
     tag_separator="${tag_separator}",
     caption_variations="${caption_variations}",
 )
-token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))
 param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
 train_cfg = dict(

@@ -27,8 +27,6 @@ keep_checkpoints = 2
 learning_rate = 2e-3
 caption_dropout = 0.05
 dropout = 0.1  # in the transformer: without it, unseen combinations fail
-cache = "auto"  # encode each image once
-cache_path = None
 log_every = 25
 
 model = dict(
@@ -63,7 +61,6 @@ model = dict(
 )
 # The run appends the model's transform, RandomMask (models/masking.py), which draws the mask of each sample.
 train_dataloader = dict(transforms=[dict(type=DropCaption, p="${caption_dropout}")])
-token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
 param_scheduler = dict(name="cosine", warmup_iters=100)
 train_cfg = dict(max_iters="${max_iters}")

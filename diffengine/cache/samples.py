@@ -55,7 +55,10 @@ def columns_of(samples: Sequence[Sample | None], template: Sample) -> dict[str, 
     }
     for sample in filled:
         uneven = ", ".join(sorted((sample.keys() ^ template.keys()) - {"weight"}))
-        require(not uneven, f"only some samples have {uneven}; a cache needs it of all: add it, or set cache=False")
+        require(
+            not uneven,
+            f"only some samples have {uneven}; a cache needs it of all: add it, or set --cfg-options cache=False",
+        )
     for key in (key for key in template if key not in ("image", "text", "weight")):
         columns[key] = np.stack([np.asarray(sample[key]) for sample in filled])
     columns["text"] = [[] if sample is None else as_list(sample["text"]) for sample in samples]

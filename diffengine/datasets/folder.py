@@ -98,7 +98,10 @@ def check_inside(folders: Sequence[Path], names: Iterable[str]) -> None:
     tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
     for name in names:
         outside = f"the data names the image '{name}' outside of its folder '{folders[0]}'"
-        require(os.path.abspath(name).startswith(tops), f"{outside}; move it inside, or set allow_outside=True")
+        require(
+            os.path.abspath(name).startswith(tops),
+            f"{outside}; move it inside, or set --cfg-options allow_outside=True",
+        )
 
 
 def problem_of_caption(text: str) -> str | None:
@@ -129,7 +132,7 @@ def _from_text_files(root: Path, images: list[Path]) -> list[Row]:
     if not rows:
         raise UserError(
             f"no captions in {root}; expected metadata.csv or metadata.jsonl (columns file_name, text) or a NAME.txt "
-            "per image, or set caption= or captions_from_file_names=True"
+            "per image, or set --cfg-options captions_from_file_names=True"
         )
     return rows
 
@@ -150,7 +153,7 @@ def _from_metadata(metadata: list[Path], image_column: str, caption_column: str 
         column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
         for name, option in ((image_column, "image_column"), (column, "caption_column")):
             has = ", ".join(columns) or "no rows"
-            require(name in columns, f"{file} has no column '{name}'; it has {has}; set {option}")
+            require(name in columns, f"{file} has no column '{name}'; it has {has}; set --cfg-options {option}=NAME")
         rows += [_row(file, line, record, image_column, column) for line, record in records]
     return sorted(rows, key=lambda row: Path(row[0]))
 

@@ -147,7 +147,9 @@ class ImageTextDataset(ImageDataset):
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
-            raise UnreadableImage(f"row {index} of {self.path} has no image; remove it, or set skip_unreadable=True")
+            raise UnreadableImage(
+                f"row {index} of {self.path} has no image; remove it, or set --cfg-options skip_unreadable=True"
+            )
         return file, file
 
     def _caption_cells(self) -> list[Caption]:
@@ -248,7 +250,9 @@ def _load_local(local: Path, split: str) -> hf.Dataset:
         _check_saved(local)
         saved = hf.load_from_disk(str(local))
         splits = saved if isinstance(saved, hf.DatasetDict) else {str(saved.split or "train"): saved}
-        require(split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
+        require(
+            split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set --cfg-options split=NAME"
+        )
         return splits[split]
     is_table = local.is_dir() or local.suffix == ".parquet"
     require(is_table, f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
@@ -303,9 +307,11 @@ def _two_columns(
 
 def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[[Any], bool]) -> str:
     columns = ", ".join(rows.features)
-    require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set {option}")
+    require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set --cfg-options {option}=NAME")
     got, expected = rows.features[name], "images" if option == "image_column" else "text, or lists of texts"
-    message = f"column '{name}' of {path} holds {got}; expected {expected}; set {option} to one of {columns}"
+    message = (
+        f"column '{name}' of {path} holds {got}; expected {expected}; it has {columns}; set --cfg-options {option}=NAME"
+    )
     require(fits(got), message)
     return name
 

@@ -68,7 +68,7 @@ def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     except DECODE_ERRORS as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in no format that PIL knows" if unknown else one_line(error)
-        advice = "fix it, remove it, or set skip_unreadable=True"
+        advice = "fix it, remove it, or set --cfg-options skip_unreadable=True"
         raise UnreadableImage(f"{name} cannot be read as an image: {reason}; {advice}") from error
 
 

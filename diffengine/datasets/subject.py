@@ -28,6 +28,7 @@ class SubjectDataset(ImageDataset):
             `num_class_images`, the run generates the missing ones with the base model before training and records in
             `drawn.json` what generated them: they serve no other prompt and no other base.
         num_class_images: how many to use, the first by path, default 100.
+        image_column, allow_outside: as of ImageTextDataset, for `data`.
         class_drawing: generation options, as of previews: `dict(guidance_scale=4.0)`.
         prior_loss_weight: above 0, default 1.
 
@@ -43,6 +44,8 @@ class SubjectDataset(ImageDataset):
     num_class_images: int = 100
     class_drawing: dict | None = None
     prior_loss_weight: float = 1.0
+    image_column: str | None = None
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
         data, folder, weight, count = self.data, self.class_data, self.prior_loss_weight, self.num_class_images
@@ -54,7 +57,9 @@ class SubjectDataset(ImageDataset):
         apart = folder is None or not (is_inside(data, folder) or is_inside(folder, data))
         message = f"class_data got '{folder}' and data '{data}', one inside the other; expected separate folders"
         require(apart, f"{message}, since each is read with its subfolders")
-        self.subject = ImageTextDataset(data, caption=self.instance_prompt)
+        self.subject = ImageTextDataset(
+            data, caption=self.instance_prompt, image_column=self.image_column, allow_outside=self.allow_outside
+        )
 
     @cached_property
     def class_images(self) -> ImageTextDataset:

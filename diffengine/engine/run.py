@@ -55,7 +55,7 @@ def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run"
 def build_cache(job: Job) -> None:
     """Build a job's token cache, unless it is up to date; a UserError if the config has none."""
     section = job.resolved.get("token_cache", {})
-    require(section.get("use") is not False, "this config trains without a token cache: set cache=True or cache=auto")
+    require(section.get("use") is not False, "this config trains without a token cache: set --cfg-options cache=auto")
     build_training(replace(job, resolved={**job.resolved, "token_cache": {**section, "use": True}}))
 
 

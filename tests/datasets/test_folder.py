@@ -88,9 +88,13 @@ def test_metadata_columns_can_be_chosen(tmp_path):
     (tmp_path / "metadata.csv").write_text("image,text,title\na.png,long,short\n")
     dataset = ImageTextDataset(str(tmp_path), image_column="image", caption_column="title")
     assert all_captions(dataset) == ["short"]
-    assert_error("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
+    assert_error(
+        "has no column 'file_name'; it has image, text, title; set --cfg-options image_column=NAME", str(tmp_path)
+    )
     options = {"image_column": "image", "caption_column": "txt"}
-    assert_error("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
+    assert_error(
+        "no column 'txt'; it has image, text, title; set --cfg-options caption_column=NAME", str(tmp_path), **options
+    )
 
 
 def test_one_caption_for_all_or_the_file_names(tmp_path):
@@ -257,7 +261,9 @@ def test_metadata_that_names_images_outside_of_the_folder(tmp_path, name, monkey
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path / "data")
     for root in (str(tmp_path / "data"), "."):
-        assert_error("names the image '.*secret.png' outside of its folder .*, or set allow_outside=True", root)
+        assert_error(
+            "names the image '.*secret.png' outside of its folder .*, or set --cfg-options allow_outside=True", root
+        )
     assert sorted(shades(ImageTextDataset(".", allow_outside=True))) == [0, 9]
 
 
