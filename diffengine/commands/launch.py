@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import Interrupted, UserError, disk_errors, require
 from diffengine.terminal import say
-from diffengine.text import how_it_ended, one_line
+from diffengine.text import how_it_ended, one_line, printable
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
@@ -107,7 +107,8 @@ def describe(command: str, error: BaseException) -> tuple[int, str]:
     name = f"diffengine {command}"
     match error:
         case UserError():
-            return 2, f"{name}: error: {one_line(error)}"
+            first, *more = error.lines
+            return 2, "\n".join([f"{name}: error: {one_line(first)}", *map(printable, more)])
         case Interrupted():
             return exit_code(error.signum), f"{name}: {error}" + RESUME * (command == "train")
         case KeyboardInterrupt():

@@ -18,6 +18,7 @@ from diffengine.datasets.folder import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
     Caption,
+    Problems,
     check_inside,
     is_image,
     list_files,
@@ -158,17 +159,19 @@ class ImageTextDataset(ImageDataset):
         return self._rows.select_columns("text")[:]["text"]
 
     def _check_captions(self) -> None:
-        cells: list[Any] = self._caption_cells()
+        cells, problems = self._caption_cells(), Problems()
         missing = [row for row, cell in enumerate(cells) if cell is None or cell == [] or None in as_list(cell)]
         if missing:
-            raise UserError(
+            problems.add(
+                "missing captions",
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
-                'give each image a text ("" for none)'
+                'give each image a text ("" for none)',
             )
         for row, cell in enumerate(cells):
-            for text in as_list(cell):
-                problem = problem_of_caption(text)
-                require(problem is None, f"the caption in row {row} of {self.path} {problem}; change it")
+            for text in as_list(cell or []):
+                if text is not None and (problem := problem_of_caption(text)):
+                    problems.add("captions", f"the caption in row {row} of {self.path} {problem}; change it")
+        problems.raise_all(self.path)
 
 
 def _find_images(local: Path | None) -> tuple[Path, list[Path]] | None:
