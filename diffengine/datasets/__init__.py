@@ -4,10 +4,12 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 `__len__` and `__getitem__(index) -> {"image": RGB PIL image, "text": str}` serves as well.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
@@ -24,6 +26,9 @@ from diffengine.datasets.transforms import (
     center_square,
     square_transforms,
 )
+
+if TYPE_CHECKING:  # it needs torch, without which images are looked at before a run
+    from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
 
 __all__ = [
     "GOLDEN_RATIO",
@@ -62,3 +67,10 @@ __all__ = [
     "survey_captions",
     "variation_batches",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A name of loader.py, imported on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'diffengine.datasets' has no attribute '{name}'")
+    return getattr(importlib.import_module("diffengine.datasets.loader"), name)

@@ -105,7 +105,7 @@ class ImageTextDataset(ImageDataset):
 
     def content(self, index: int) -> bytes:
         """The length of its file and the first 64 KiB: all bytes of a large data set take minutes to read."""
-        source, name = self._source(index, self._rows[index])
+        source, name = self.source(index)
         try:
             if isinstance(source, bytes):
                 return len(source).to_bytes(8, "little") + source[:BEGINNING]
@@ -115,13 +115,16 @@ class ImageTextDataset(ImageDataset):
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
 
+    def source(self, index: int) -> tuple[bytes | str, str]:
+        return self._source(index, self._rows[index])
+
     def name(self, index: int) -> str:
         with suppress(UnreadableImage):
-            return self._source(index, self._rows[index])[1]
+            return self.source(index)[1]
         return super().name(index)
 
     def size(self, index: int) -> Size:
-        return read_size(*self._source(index, self._rows[index]))
+        return read_size(*self.source(index))
 
     def captions(self, index: int) -> list[str]:
         cell = self._rows.select_columns("text")[index]["text"] if self._caption is None else self._caption

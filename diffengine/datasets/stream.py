@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any, final
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, check_sample
 from diffengine.datasets.split import Split, digest_of
@@ -52,7 +51,7 @@ def generator(seed: int, domain: int, *counter: int) -> np.random.Generator:
 
 
 @final
-class Stream(Dataset):
+class Stream:
     """The samples of a data set by running position, without end: `stream[position]`.
 
     Args:

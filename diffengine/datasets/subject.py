@@ -9,7 +9,7 @@ from diffengine.datasets.base import ImageDataset, Sample, Size
 from diffengine.datasets.folder import is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.missing import MissingImages
-from diffengine.errors import require
+from diffengine.errors import UserError, require
 from diffengine.files import expanded, is_inside
 
 
@@ -103,6 +103,14 @@ class SubjectDataset(ImageDataset):
         yield from self.subject.all_captions()
         if self.class_prompt is not None:
             yield from [[self.class_prompt]] * self.num_class_images
+
+    def source(self, index: int) -> tuple[bytes | str, str] | None:
+        """None for a class image that is still to be generated."""
+        try:
+            dataset, inner = self._locate(index)
+        except UserError:
+            return None
+        return dataset.source(inner)
 
     def name(self, index: int) -> str:
         dataset, inner = self._locate(index)
