@@ -431,7 +431,26 @@ def load(name: str, options: Iterable[str], settings: Mapping | None, builders: 
         options: `key=value`, as of `override`.
         settings: values by name; None changes nothing. A section merges.
     """
-    options, config = list(options), extend(PLAIN, read(name))
+    config, problems = _written(name, list(options), settings, builders)
+    used = _used(config) | PLAIN.keys() | SECTIONS
+    config = {key: value for key, value in config.items() if key in used}
+    resolved, unresolved = _resolved(config)
+    _raise(problems + (unresolved or validate(resolved, builders)))
+    return config, resolved
+
+
+def unchecked(name: str, options: Iterable[str], settings: Mapping | None) -> Plain:
+    """A config as `load` resolves it, unchecked: a first look at it imports no class.
+
+    Raises:
+        UserError: it cannot be read; or an option is one of a section that diffengine builds, which only `load` finds.
+    """
+    return substitute(_written(name, list(options), settings, MappingProxyType({}))[0])
+
+
+def _written(name: str, options: list[str], settings: Mapping | None, builders: Builders) -> tuple[Plain, list[str]]:
+    """The config with settings and options applied, and the problems of those that act nowhere."""
+    config = extend(PLAIN, read(name))
     problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
     given = plain({key: value for key, value in (settings or {}).items() if value is not None}, f"config '{name}'")
     takes = ", ".join(key for key in config if key not in SECTIONS)
@@ -440,12 +459,7 @@ def load(name: str, options: Iterable[str], settings: Mapping | None, builders: 
     merged = extend(config, given)
     config = override({key: merged[key] for key in dict.fromkeys([*config, *merged])}, options, builders)
     changed = [*given, *(option.partition("=")[0].strip() for option in options)]
-    problems += _unused(config, [key for key in changed if key in config])
-    used = _used(config) | PLAIN.keys() | SECTIONS
-    config = {key: value for key, value in config.items() if key in used}
-    resolved, unresolved = _resolved(config)
-    _raise(problems + (unresolved or validate(resolved, builders)))
-    return config, resolved
+    return config, problems + _unused(config, [key for key in changed if key in config])
 
 
 def to_text(config: Plain, comment: str = "") -> str:

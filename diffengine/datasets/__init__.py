@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
+from diffengine.datasets.inspect import GOLDEN_RATIO, Findings, inspect, is_encoded, spread
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
-from diffengine.datasets.survey import GOLDEN_RATIO, spread, survey, survey_captions
 from diffengine.datasets.transforms import (
     Crop,
     DropCaption,
@@ -36,6 +36,7 @@ __all__ = [
     "Crop",
     "DropCaption",
     "EmojiDataset",
+    "Findings",
     "Flip",
     "ImageDataset",
     "ImageTextDataset",
@@ -59,12 +60,12 @@ __all__ = [
     "fixed_samples_of",
     "generator",
     "hold_out",
+    "inspect",
+    "is_encoded",
     "make_loader",
     "spread",
     "square_transforms",
     "steps_for_epochs",
-    "survey",
-    "survey_captions",
     "variation_batches",
 ]  # fmt: skip
 

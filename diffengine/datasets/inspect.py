@@ -8,21 +8,23 @@ import os
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from PIL import Image
 
-from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage
+from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_dataset
 from diffengine.datasets.folder import Problems, UnusableData
 from diffengine.datasets.images import ends_early, read_image, read_size, read_small
 from diffengine.datasets.shapes import Shapes
 from diffengine.errors import UserError
+from diffengine.files import expanded
+from diffengine.registry import build
 from diffengine.terminal import Progress, say
 from diffengine.text import shortened
 
@@ -30,13 +32,18 @@ GOLDEN_RATIO = 0.6180339887498949
 SHORT = 1.0  # seconds after which it is shown how far decoding is
 SECONDS = 5.0  # that a start of a run takes to decode images
 MOST = 20_000  # images whose headers are read at a start; of more, an evenly spaced sample
+MOST_SUSPECT = 1000  # images that look cut off, which are decoded whatever time it takes
 MOST_COUNTED = 1000  # captions whose tokens are counted, for the same reason
+MOST_WORDS = 60  # of a caption, of which the tokens are not counted, without a warning
 SMALL = 64  # pixels of a side, to compare images
 FLAT = 2.0  # standard deviation of grey levels below which an image has nothing to compare
 NEAR_BITS, NEAR_LEVELS = 6, 8.0  # of 64 bits and of 256 levels, by which near duplicates may differ
 MOST_COMPARED = 20_000
 NAMED = 5  # images in a message
 SHOWN = 80  # characters of what a caption loses
+
+# Data sets of ours that may be built twice: they only list files.
+LOCAL_TYPES = ("diffengine.datasets.ImageTextDataset", "diffengine.datasets.SubjectDataset")
 
 Lengths = Callable[[Sequence[str]], tuple[list[int], int]]
 
@@ -72,6 +79,7 @@ class Findings:
     Attributes:
         images: those that were looked at, each file once.
         count: of all images.
+        looked: how many were looked at.
         captions: of each image in the data set.
         shapes: in which images are trained; None if that is not known.
         lengths: the number of tokens of each of these captions, and the most that the model reads of one (0: none).
@@ -80,6 +88,7 @@ class Findings:
 
     images: list[ImageFacts]
     count: int
+    looked: int
     captions: list[list[str]]
     names: Callable[[int], str]
     shapes: Shapes | None = None
@@ -148,15 +157,16 @@ class Findings:
     @cached_property
     def counted(self) -> list[str]:
         """The captions whose tokens are counted."""
-        texts = list(dict.fromkeys(text for each in self.captions for text in each))
+        texts = [text for each in self.captions for text in each]
         return [texts[index] for index in evenly(len(texts), MOST_COUNTED)]
 
     @property
     def summary(self) -> str:
         """One line: how many images of which sizes, and what the crop costs."""
-        line, decoded = f"{self.count:,} images", sum(image.decoded or bool(image.problem) for image in self.images)
-        if decoded < len(self.images):
-            line += f", {decoded:,} of them decoded"
+        decoded = sum(image.decoded or bool(image.problem) for image in self.images)
+        notes = [f"{self.looked:,} looked at"] if self.looked < self.count else []
+        notes += [f"{decoded:,} decoded"] if 0 < decoded < len(self.images) else []
+        line = f"{self.count:,} images" + (f" ({', '.join(notes)})" if notes else "")
         if not self.sized:
             return line
         sizes = [image.size for image in self.sized if image.size]
@@ -182,7 +192,7 @@ class Findings:
         if self.duplicates:
             extra = sum(len(group) - 1 for group in self.duplicates)
             pairs = (" = ".join(self.short(image.name) for image in group) for group in self.duplicates)
-            found.append(f"{extra} images are there twice: {listed(pairs)}")
+            found.append(f"{extra:,} {'image is a copy' if extra == 1 else 'images are copies'}: {listed(pairs)}")
         if self.repeated:
             text, count = next(iter(self.repeated.items()))
             found.append(
@@ -192,14 +202,20 @@ class Findings:
 
     def cut_captions(self) -> list[str]:
         """A line on captions that the model does not read to their end, and what the longest loses."""
-        if not self.cut or self.lengths is None:
+        if self.lengths is None:
+            counts = [len(text.split()) for texts in self.captions for text in texts]
+            long = sum(count > MOST_WORDS for count in counts)
+            are = "caption has" if long == 1 else "captions have"
+            read = "a text encoder of 77 tokens, such as CLIP's, reads about 55"
+            return [f"{long:,} {are} more than {MOST_WORDS} words, the longest {max(counts):,}; {read}"] if long else []
+        if not self.cut:
             return []
         text, tokens = self.cut[0]
         most, lost = self.lengths([""])[1], lost_words(text, self.lengths)
         loss = f"loses its last {len(lost)} word{'' if len(lost) == 1 else 's'}: '{shortened(' '.join(lost), SHOWN)}'"
-        sampled = f" of {len(self.counted)} counted" if len(self.counted) < len(self.captions) else ""
+        sampled = f" of {len(self.counted):,}" if len(self.counted) < sum(map(len, self.captions)) else ""
         are = "caption is" if len(self.cut) == 1 else "captions are"
-        return [f"{len(self.cut)}{sampled} {are} longer than {most} tokens; the longest has {tokens} and {loss}"]
+        return [f"{len(self.cut):,}{sampled} {are} longer than {most} tokens; the longest has {tokens} and {loss}"]
 
     def short(self, name: str) -> str:
         """A file's name without the folder that all images are in."""
@@ -237,28 +253,59 @@ def inspect(
         images = [image for image, _ in pairs if first[image.name] is image]
         suspect = {image.index for image, ends_early in pairs if ends_early}
         order = sorted(range(len(images)), key=lambda at: (images[at].index not in suspect, at * GOLDEN_RATIO % 1))
-        for at, image in _timed(pool, order, lambda at: _decoded(dataset, images[at], side, each), seconds):
+        least = min(len(suspect), MOST_SUSPECT) if seconds else 0
+        for at, image in _timed(pool, order, lambda at: _decoded(dataset, images[at], side, each), seconds, least):
             images[at] = image
-    return Findings(images, len(dataset), list(dataset.all_captions()), dataset.name, shapes, lengths)
+    return Findings(images, len(dataset), len(indices), list(dataset.all_captions()), dataset.name, shapes, lengths)
 
 
-def look(build: Callable[[], ImageDataset], name: str, shapes: Shapes | None, skip_unreadable: bool) -> ImageDataset:
-    """Build a data set that is to be trained, and say what it is and what may hurt.
+def look(
+    dataset: Callable[[], ImageDataset], name: str, shapes: Shapes | None, *, skip_unreadable: bool
+) -> ImageDataset:
+    """Build a data set that is to be trained, and say what it is and what may hurt, if it `is_encoded`.
 
     Raises:
         UnusableData: all that is wrong with it.
     """
     try:
-        dataset = build()
+        built = dataset()
     except UnusableData as error:
         problems, findings = error.found, inspect(ImageFiles(error.images))
     else:
-        problems, findings = Problems(), inspect(dataset, shapes)
+        if not is_encoded(built):
+            return built
+        problems, findings = Problems(), inspect(built, shapes)
     for image in findings.unreadable if not skip_unreadable else ():
         problems.add("images that cannot be read", image.problem or "")
     problems.raise_all(name)
     say(f"{name}: {findings.summary}", *(f"warning: {line}" for line in findings.warnings()))
-    return dataset
+    return built
+
+
+def is_encoded(dataset: ImageDataset) -> bool:
+    """Whether a data set has images as files or bytes: looking at one that makes its images would make them all."""
+    try:
+        return len(dataset) > 0 and dataset.source(0) is not None
+    except UnreadableImage:
+        return True
+
+
+def look_at_section(loader: Mapping[str, Any]) -> ImageDataset:
+    """`look` at the data of a config's `train_dataloader` section."""
+    section = loader["dataset"]
+    name = section.get("path") or section.get("data") or section["type"].rpartition(".")[2]
+    shapes = Shapes.made_by([build(item) for item in loader.get("image_transforms", ())])
+    skip = bool(loader.get("skip_unreadable"))
+    return look(lambda: as_dataset(build(section)), str(name), shapes, skip_unreadable=skip)
+
+
+def is_local(loader: Any) -> bool:
+    """Whether a `train_dataloader` section reads files of this machine by classes of ours, which need no torch."""
+    section = loader.get("dataset") if isinstance(loader, Mapping) else None
+    if not isinstance(section, Mapping) or section.get("type") not in LOCAL_TYPES:
+        return False
+    paths = [section[key] for key in ("path", "data") if isinstance(section.get(key), str)]
+    return bool(paths) and all(expanded(path).exists() for path in paths)
 
 
 @final
@@ -282,13 +329,17 @@ class ImageFiles(ImageDataset):
 
 
 def _timed(
-    pool: ThreadPoolExecutor, items: Sequence[int], work: Callable[[int], ImageFacts], seconds: float | None
+    pool: ThreadPoolExecutor,
+    items: Sequence[int],
+    work: Callable[[int], ImageFacts],
+    seconds: float | None,
+    least: int,
 ) -> Iterator[tuple[int, ImageFacts]]:
-    """(item, result) of each in turn, until the time is over; if it takes long, how far it is is shown."""
+    """(item, result) of each in turn until the time is over, but at least so many; shows a slow one's progress."""
     began, size, unreported = time.monotonic(), 4 * (os.cpu_count() or 1), 0
     with Progress(len(items), "looked at", "images") as progress:
         for start in range(0, len(items), size):
-            if seconds is not None and time.monotonic() - began > seconds:
+            if seconds is not None and start >= least and time.monotonic() - began >= seconds:
                 return
             chosen = items[start : start + size]
             yield from zip(chosen, pool.map(work, chosen))
@@ -300,8 +351,9 @@ def _timed(
 
 def _header(dataset: ImageDataset, index: int) -> tuple[ImageFacts, bool]:
     """What an image's header says, and whether its file looks cut off."""
-    image = ImageFacts(index, dataset.name(index))
+    image = ImageFacts(index, f"image {index}")
     try:
+        image = ImageFacts(index, dataset.name(index))
         source = dataset.source(index)
         if source is None:
             return replace(image, size=dataset.size(index)), False
@@ -324,7 +376,12 @@ def _decoded(
         small = read_small(*source, side) if source else dataset[image.index]["image"].copy()
     except UnreadableImage as error:
         return replace(image, problem=str(error))
-    except (UserError, LookupError):  # as of `_header`; or only its tokens are on this machine
+    except (
+        UserError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # as of `_header`; or no sample, which the stream reports
         return image
     small.thumbnail((side, side))
     each(image.index, small)

@@ -1,9 +1,10 @@
 """The shapes in which images of any size are trained: one square, or the token grid nearest to an image's own."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from diffengine.datasets.base import Size
 from diffengine.errors import require
@@ -16,8 +17,8 @@ Aspect = Literal["square", "keep"]
 class Shapes:
     """Sizes in pixels, all of about as many tokens as a square's.
 
-    With n multiples along the square's side, they are all grids of a x b multiples that have at most n * n tokens and at
-    most 2 n fewer. The one nearest to an image's ratio loses less than one multiple of a side (tested to n = 64).
+    With n multiples along the square's side, they are all grids of a x b multiples that have at most n * n tokens and
+    at most 2 n fewer. The one nearest to an image's ratio loses less than one multiple of a side (tested to n = 64).
 
     Args:
         side: of the square, in pixels.
@@ -52,3 +53,9 @@ class Shapes:
         """The shape of an image of this size: the one with the nearest ratio, and of these the largest."""
         ratio = math.log(size[0] / size[1])
         return min(self.all, key=lambda shape: abs(ratio - math.log(shape[0] / shape[1])))
+
+    @classmethod
+    def made_by(cls, transforms: Sequence[Any]) -> "Shapes | None":
+        """What a stream's image transforms make; None if that is not known."""
+        sizes = [size for size in (getattr(item, "size", None) for item in transforms) if size]
+        return cls(sizes[-1]) if sizes else None

@@ -14,8 +14,8 @@ from typing import Any, final
 import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, check_sample
+from diffengine.datasets.inspect import spread
 from diffengine.datasets.split import Split, digest_of
-from diffengine.datasets.survey import spread
 from diffengine.datasets.transforms import AnyTransform, apply, is_random
 from diffengine.errors import UserError, require
 

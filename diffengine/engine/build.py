@@ -17,6 +17,7 @@ from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
 from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, VaryTags, as_dataset, make_loader
 from diffengine.datasets.base import Size
+from diffengine.datasets.inspect import look_at_section
 from diffengine.datasets.transforms import AnyTransform, Transform
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
@@ -42,6 +43,7 @@ class Job:
     work_dir: Path  # where a run of it goes
     device: torch.device  # this process's
     init_from: Path | None = None  # a checkpoint whose weights the run starts from
+    looked: bool = False  # whether the data was looked at before
 
 
 def load_config(name: str, options: Iterable[str] = (), settings: Mapping | None = None) -> tuple[Plain, Plain]:
@@ -57,14 +59,15 @@ def make_job(name: str, config: Plain, resolved: Plain, device: torch.device) ->
 
 
 def build_dataset(job: Job) -> ImageDataset:
-    """Build the data set; if its images are not on this machine, use the cache at `cache_path`."""
+    """Build the data set, and look at it; if its images are not on this machine, use the cache at `cache_path`."""
     options, section = job.resolved["train_dataloader"]["dataset"], job.resolved.get("token_cache", {})
     paths = [expanded(options[name]) for name in LOCATION_OPTIONS if isinstance(options.get(name), str)]
     _check_outside(paths, job.work_dir, "work dir", "--work-dir")
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
     try:
-        return as_dataset(build(options))
+        look = not job.looked and distributed.rank() == 0
+        return look_at_section(job.resolved["train_dataloader"]) if look else as_dataset(build(options))
     except UserError as error:
         cached = None if any(path.exists() for path in paths) else cached_dataset(section)
         if cached is None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from diffengine import distributed
 from diffengine.cache import CachedDataset
-from diffengine.datasets import ImageDataset, hold_out, survey, survey_captions
+from diffengine.datasets import ImageDataset, hold_out, inspect, is_encoded
+from diffengine.datasets.shapes import Shapes
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing
@@ -31,6 +31,7 @@ from diffengine.models.base import MaskedImageModel
 from diffengine.report.read import damage, read_lines
 from diffengine.terminal import LiveLine
 
+MOST_READ = 2000  # image headers
 MANY_EPOCHS, FEW_IMAGES = 200, 8  # fewer images, such as one of a style, are meant to be memorized
 
 
@@ -207,13 +208,12 @@ class Run(Runner):
         for text in describe_groups(groups, self.optim_wrapper.optimizer):
             info(f"param_groups: {text}")
         if distributed.rank() == 0:
-            sizes = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
-            captions = chain.from_iterable(stream.dataset.all_captions())
-            lines = [survey(stream.dataset, sizes[-1])] if sizes else []
-            for line in [*lines, survey_captions(captions, self.trainable.caption_lengths)]:
-                if line:
-                    info(line)
-            self._warn_of_settings(sizes[-1] if sizes else min(stream.dataset.size(0) or [0]) or None)
+            shapes = Shapes.made_by(stream.image_transforms)
+            findings = inspect(stream.dataset, shapes, self.trainable.caption_lengths, seconds=0, most=MOST_READ)
+            info(findings.summary, extra={"printed": not is_encoded(stream.dataset)})  # else `look` printed it
+            for line in findings.cut_captions():
+                self.warn(line)
+            self._warn_of_settings(shapes.side if shapes else min(stream.dataset.size(0) or [0]) or None)
         info(f"blocks run {self.compiled}")
 
     def _warn_of_settings(self, side: int | None) -> None:
