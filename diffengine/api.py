@@ -25,7 +25,7 @@ from diffengine.datasets.split import MOST
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
-from diffengine.engine.build import Job, load_config, make_job
+from diffengine.engine.build import Job, build_image_transforms, load_config, make_job
 from diffengine.engine.check import Report
 from diffengine.engine.hooks import ValidationHook
 from diffengine.engine.run import Run
@@ -198,7 +198,9 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
         dataset = as_dataset(build(section))
     else:
         dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
-        loss = LossData(lambda side: (fixed_samples_of(dataset, square_transforms(side), 0, min(MOST, max_images)), []))
+        loss = LossData(
+            lambda side, _: (fixed_samples_of(dataset, square_transforms(side), 0, min(MOST, max_images)), [])
+        )
     require(max_images >= 1, f"--max-images got {max_images}; expected at least 1")
     samples = [dataset[index] for index in spread(len(dataset), max_images)]
     captions = [as_list(sample["text"])[0] for sample in samples]
@@ -218,14 +220,15 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
     loader, seed = resolved["train_dataloader"], resolved["seed"]
 
     @cache  # all sources have the same samples
-    def read() -> Any:
+    def read(multiple: int) -> Any:
         dataset = as_dataset(build(loader["dataset"]))
-        transforms = [build(transform) for transform in loader["image_transforms"]]
+        shape = loader.get("aspect", "square"), loader.get("max_aspect", 2.0)
+        transforms = build_image_transforms(loader["image_transforms"], *shape, multiple)
         split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")
         stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, split=split)
         return hook.samples(stream, loader["dataset"])
 
-    return LossData(lambda side: read(), seed)
+    return LossData(lambda _, multiple: read(multiple), seed)
 
 
 def _source(source: str | Path, base: str | None, dtype: str, compile: bool) -> Source:

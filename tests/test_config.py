@@ -716,5 +716,7 @@ def test_overrides_reach_every_section():
         "keep_tags": 1,
         "tag_separator": ",",
         "caption_variations": None,
+        "aspect": "keep",
+        "max_aspect": 2.0,
     }  # fmt: skip
     assert resolved["default_hooks"]["preview"]["resolution"] == 256

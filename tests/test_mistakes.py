@@ -239,7 +239,13 @@ ERRORS = {
         options("precision=fp16"),
         "precision got 'fp16' on a CPU.*; set --cfg-options precision=fp32, or bf16",
     ),
-    "indivisible resolution": (options("resolution=36"), "36x36 px; .*sides divisible by 8 .*: set resolution to 32"),
+    "indivisible resolution": (options("resolution=36"), "got 36; .*sides divisible by 8: set resolution to 32"),
+    "indivisible square": (
+        options("resolution=36", "aspect=square"),
+        "36x36 px; .*sides divisible by 8 .*: set resolution to 32",
+    ),
+    "no square to shape": (options("train_dataloader.image_transforms=[]"), "aspect='keep' got .* no square; expected"),
+    "aspect below 1": (options("max_aspect=0.5"), "max_aspect got 0.5 .*; expected float from 1 to 64"),
     "training a frozen component": (
         options("model.train=['vqvae']"),
         r"model: train got \['vqvae'\]; expected one or both",
@@ -425,8 +431,11 @@ def huge(path):
 # Values that would take all memory or time, and files that never end.
 ERRORS |= {
     "output in a loop of links": (output_in_a_loop, "cannot write to .loop.: "),
-    "images that are no tensors": (options("train_dataloader.image_transforms=[]"), "put ToTensor last among them"),
-    "huge images": (options("resolution=100000"), "image size after Resize got 100,000; expected 16,384 pixels"),
+    "images that are no tensors": (
+        options("train_dataloader.image_transforms=[]", "aspect=square"),
+        "put ToTensor last among them",
+    ),
+    "huge images": (options("resolution=100000"), "Resize size got 100,000; expected 16,384 pixels"),
     "endless run": (options("max_iters=1000000000000000000"), "max_iters got 10+; expected 1,000,000,000 at most"),
     "huge batch": (options("batch_size=1000000000000"), "batch_size got 10+ .*; expected int from 1 to 1,000,000"),
     "huge rank": (

@@ -28,6 +28,8 @@ tag_separator = ","
 caption_variations = None  # shuffles and drops of a caption, taken in turn; None: a new one each time, not cached
 flip = 0.5  # share of samples mirrored
 random_crop = True
+aspect = "square"  # "keep": each image in the shape nearest to its own, with at most as many tokens as the square
+max_aspect = 2.0  # the longest shape with aspect="keep": 2:1
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
 num_workers = 4
 
@@ -56,6 +58,8 @@ train_dataloader = dict(
     keep_tags="${keep_tags}",
     tag_separator="${tag_separator}",
     caption_variations="${caption_variations}",
+    aspect="${aspect}",
+    max_aspect="${max_aspect}",
 )
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))
 param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")

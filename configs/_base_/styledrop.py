@@ -8,3 +8,4 @@ max_iters = 2000
 preview_every = 250
 checkpoint_every = 500
 num_workers = 1  # one image per step
+aspect = "square"

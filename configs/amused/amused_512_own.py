@@ -3,8 +3,8 @@
     diffengine train amused_512_own --data FOLDER
 
 FOLDER holds images with a metadata.csv (file_name,text), or one NAME.txt per image. For one caption for all
-images: --cfg-options caption="a photo of sks dog". Images are not mirrored, since lettering and faces should
-not be.
+images: --cfg-options caption="a photo of sks dog". Each image keeps its shape, up to 2:1. Images are not mirrored,
+since lettering and faces should not be.
 """
 
 extends = "amused"
@@ -23,5 +23,6 @@ learning_rate = 8e-5  # the published 512 fine-tuning recipe
 precision = "auto"
 caption_dropout = 0.1
 flip = 0.0
+aspect = "keep"
 
 train_dataloader = dict(dataset=dict(caption="${caption}", prefix="${prefix}"))

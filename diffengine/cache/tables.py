@@ -98,9 +98,13 @@ class Table:
         cells["text"] = cells["text"].as_py()
         return cells
 
+    def column(self, name: str, step: int = 1) -> Iterator[Any]:
+        """The cells of a column in every `step`-th row."""
+        return (self._view(row // CHUNK)[name][row % CHUNK] for row in range(0, len(self), step))
+
     def texts(self, step: int = 1) -> Iterator[list[str]]:
         """The column `text` of every `step`-th row."""
-        return (self._view(row // CHUNK)["text"][row % CHUNK].as_py() for row in range(0, len(self), step))
+        return (cell.as_py() for cell in self.column("text", step))
 
     def change(self, fingerprint: Mapping[str, Any]) -> str | None:
         """Why the table has to be built again to have this fingerprint and be intact; None if it need not be."""

@@ -1,11 +1,12 @@
 """The token cache of a run: whether it pays, built by all ranks, checked at each start, attached to the stream."""
 
 import errno
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, astuple, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -17,9 +18,9 @@ import torch
 from diffengine import distributed
 from diffengine.cache.checked import NONE_YET, digest_of
 from diffengine.cache.fingerprint import difference, digest_of_images, digest_of_texts
-from diffengine.cache.samples import CachedDataset, columns_of
+from diffengine.cache.samples import DIMENSIONS, SHAPE, CachedDataset, columns_of
 from diffengine.cache.tables import Rows, Table, TableBuilder, delete_table
-from diffengine.datasets import ImageDataset, Sample, Stream, collate, variation_batches
+from diffengine.datasets import ByShape, ImageDataset, Sample, Stream, same_shape, variation_batches
 from diffengine.errors import UserError, disk_errors, require
 from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
@@ -173,6 +174,8 @@ class TokenCache:
     def _key(self) -> dict[str, Any]:
         """The fingerprint of the table of images, apart from the images and captions themselves."""
         dataset = {name: value for name, value in self.data["dataset"].items() if name not in LOCATION_OPTIONS}
+        shapes = [astuple(item.shapes) for item in self.stream.image_transforms if isinstance(item, ByShape)]
+        by_shape = {"shapes": shapes[0]} if shapes else {}
         return distributed.on_rank_0(
             lambda: {  # the names are those of version 0.1.0: the default folder's name depends on them
                 "data set": dataset,
@@ -181,6 +184,7 @@ class TokenCache:
                 "forms": self.variations,
                 "seed": self.stream.seed if self.variations > 1 else None,
                 **self._encoder.image_key(),
+                **by_shape,
             }
         )
 
@@ -230,7 +234,7 @@ class TokenCache:
             return table
         missing = distributed.on_rank_0(lambda: _missing(builder, reason, self._describe_images(), "image variations"))
         with distributed.all_ranks():
-            template = self._first_readable()
+            template = self._largest_readable()
         distributed.on_rank_0(lambda: _check_space(builder, missing, template))
 
         def write(chunks: list[Rows]) -> None:
@@ -245,23 +249,38 @@ class TokenCache:
                         samples += batch
                         if distributed.rank() == 0:
                             progress.advance(len(batch))
-                    builder.write((first, end), columns_of(samples, template))
+                    builder.write((first, end), self._columns(range(first, end), samples, template))
 
         return self._build(builder, missing, write, "images")
 
     def _encode(self, samples: list[Sample | None]) -> list[Sample | None]:
         """The samples with the encoder's outputs instead of their images."""
-        images = [{"image": sample["image"]} for sample in samples if sample is not None]
-        if not images:
-            return samples
-        columns = self._encoder.encode_images(collate(images)["image"])
-        rows = ({name: column[index] for name, column in columns.items()} for index in range(len(images)))
-        others = [sample and {key: value for key, value in sample.items() if key != "image"} for sample in samples]
-        return [None if sample is None else {**sample, **next(rows)} for sample in others]
+        encoded: list[Sample | None] = [None] * len(samples)
+        readable = [(number, sample) for number, sample in enumerate(samples) if sample is not None]
+        for group in same_shape([sample["image"].shape for _, sample in readable]):
+            columns = self._encoder.encode_images(torch.stack([readable[index][1]["image"] for index in group]))
+            for row, (number, sample) in enumerate(readable[index] for index in group):
+                others = {key: value for key, value in sample.items() if key != "image"}
+                encoded[number] = {**others, **{name: column[row] for name, column in columns.items()}}
+        return encoded
 
-    def _first_readable(self) -> Sample:
-        """An encoded sample: it shows what a row holds."""
-        for index in range(len(self.stream.dataset)):
+    def _columns(
+        self, rows: Sequence[int], samples: Sequence[Sample | None], largest: Sample
+    ) -> dict[str, np.ndarray | list[list[str]]]:
+        """Encoded samples as the table's columns; `largest` shows what a row holds, and how much at most."""
+        shapes = self.stream.shapes
+        if shapes is None:
+            return columns_of(samples, largest)
+        arrays = {name: np.asarray(value) for name, value in largest.items() if isinstance(value, torch.Tensor)}
+        flat = {name: value.size for name, value in arrays.items() if value.ndim > 1}
+        own = np.array([shapes[row // self.variations] for row in rows], dtype=np.int32)
+        return {**columns_of(samples, largest, flat), SHAPE: own}
+
+    def _largest_readable(self) -> Sample:
+        """An encoded sample of the largest shape: it shows what a row holds."""
+        shapes = self.stream.shapes
+        areas = [0] * len(self.stream.dataset) if shapes is None else list(map(math.prod, shapes))
+        for index in sorted(range(len(areas)), key=lambda index: -areas[index]):
             (sample,) = self._encode(self.stream.read_variations([index * self.variations]))
             if sample is not None:
                 return sample
@@ -277,7 +296,10 @@ class TokenCache:
         for row, raw, sample in zip(rows, chain(*batches), chain(*encoded)):
             if raw is None or sample is None:
                 continue
-            stored, columns = table[row], columns_of([sample], sample)
+            stored = table[row]
+            flat = {name: len(value) for name, value in stored.items() if name + DIMENSIONS in stored}
+            columns = columns_of([sample], sample, flat)
+            stored.pop(SHAPE, None)
             if columns.keys() != stored.keys():
                 return f"samples have other entries than before: {', '.join(sorted(columns.keys() ^ stored.keys()))}"
             for name, value in columns.items():

@@ -12,6 +12,7 @@ from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.inspect import GOLDEN_RATIO, Findings, inspect, is_encoded, spread
 from diffengine.datasets.missing import MissingImages
+from diffengine.datasets.shapes import Aspect, ByShape, Shapes
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
 from diffengine.datasets.subject import SubjectDataset
@@ -23,16 +24,27 @@ from diffengine.datasets.transforms import (
     ToTensor,
     Transform,
     VaryTags,
-    center_square,
+    center_crop,
     square_transforms,
 )
 
 if TYPE_CHECKING:  # it needs torch, without which images are looked at before a run
-    from diffengine.datasets.loader import Batch, PositionSampler, batches_of, collate, make_loader, variation_batches
+    from diffengine.datasets.loader import (
+        Batch,
+        PositionSampler,
+        batches_of,
+        collate,
+        make_loader,
+        micro_batches,
+        same_shape,
+        variation_batches,
+    )
 
 __all__ = [
     "GOLDEN_RATIO",
+    "Aspect",
     "Batch",
+    "ByShape",
     "Crop",
     "DropCaption",
     "EmojiDataset",
@@ -44,6 +56,7 @@ __all__ = [
     "PositionSampler",
     "Resize",
     "Sample",
+    "Shapes",
     "Split",
     "Stream",
     "SubjectDataset",
@@ -55,7 +68,7 @@ __all__ = [
     "as_dataset",
     "as_list",
     "batches_of",
-    "center_square",
+    "center_crop",
     "collate",
     "fixed_samples_of",
     "generator",
@@ -63,6 +76,8 @@ __all__ = [
     "inspect",
     "is_encoded",
     "make_loader",
+    "micro_batches",
+    "same_shape",
     "spread",
     "square_transforms",
     "steps_for_epochs",

@@ -73,6 +73,10 @@ class ImageDataset(ABC):
         """(width, height) of an image in pixels, without decoding it; None if that is not known."""
         return None
 
+    def shapes(self) -> list[Size] | None:
+        """(width, height) in pixels of each image, if the data set holds variations that were made for their shapes."""
+        return None
+
     def files(self) -> list[Path] | None:
         """The files that hold the images' bytes, in order: a cache reads them to see what changed. None: unknown."""
         return None
@@ -108,14 +112,15 @@ def as_dataset(dataset: Any) -> ImageDataset:
     return WrappedDataset(dataset)
 
 
-def check_sample(sample: Any) -> None:
-    """A UserError unless a data set's sample is what `ImageDataset.__getitem__` says."""
+def check_sample(sample: Any) -> Sample:
+    """The sample that a data set gave; a UserError unless it is what `ImageDataset.__getitem__` says."""
     image, text = (sample.get(key) if isinstance(sample, dict) else None for key in ("image", "text"))
     texts = text if isinstance(text, list | tuple) else [text]
     if not (isinstance(image, Image) and len(texts) > 0 and all(isinstance(one, str) for one in texts)):
         got = {key: type(value).__name__ for key, value in sample.items()} if isinstance(sample, dict) else sample
         expected = "{'image': an RGB PIL image, 'text': str or list of str}"
         raise UserError(f"the data set gave {got!r:.200}; expected {expected}")
+    return sample
 
 
 def as_list(text: str | list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from diffengine.datasets.shapes import Shapes
 from diffengine.errors import UserError
 from diffengine.files import expanded
 from diffengine.registry import build
+from diffengine.signatures import problems_of
 from diffengine.terminal import Progress, say
 from diffengine.text import shortened
 
@@ -40,6 +41,8 @@ FLAT = 2.0  # standard deviation of grey levels below which an image has nothing
 NEAR_BITS, NEAR_LEVELS = 6, 8.0  # of 64 bits and of 256 levels, by which near duplicates may differ
 MOST_COMPARED = 20_000
 NAMED = 5  # images in a message
+SHAPES_SHOWN = 4
+MULTIPLES = 16  # of a square's side
 SHOWN = 80  # characters of what a caption loses
 
 # Data sets of ours that may be built twice: they only list files.
@@ -111,6 +114,12 @@ class Findings:
         return [image for scale, image in sorted(small, key=lambda pair: -pair[0]) if scale > 1]
 
     @cached_property
+    def shape_counts(self) -> dict[Size, int]:
+        """How many images are trained in which shape, the most frequent first."""
+        sizes = [image.size for image in self.sized if image.size]
+        return dict(Counter(map(self.shapes.of, sizes)).most_common()) if self.shapes else {}
+
+    @cached_property
     def duplicates(self) -> list[list[ImageFacts]]:
         """Groups of equal files."""
         groups: dict[bytes, list[ImageFacts]] = defaultdict(list)
@@ -174,8 +183,12 @@ class Findings:
         line += f" of {_times(low)}" if low == high else f" from {_times(low)} to {_times(high)}"
         if self.shapes is None:
             return line
-        lost = np.mean([1 - kept_of(size, self.shapes.of(size)) for size in sizes])
-        return f"{line}; the {self.shapes.side} px square cuts off {lost:.1%} of the area"
+        square = f"the {self.shapes.side} px square cuts off {self.shapes.square.lost(sizes):.1%} of the area"
+        if len(self.shapes.all) == 1:
+            return f"{line}; {square}"
+        counts = self.shape_counts
+        most = listed((f"{_times(shape)} {count:,}" for shape, count in counts.items()), SHAPES_SHOWN)
+        return f"{line}; {len(counts)} shapes ({most}) cut off {self.shapes.lost(sizes):.1%} of it, where {square}"
 
     def warnings(self) -> list[str]:
         """What hurts but does not stop a run, the worst first."""
@@ -294,18 +307,30 @@ def look_at_section(loader: Mapping[str, Any]) -> ImageDataset:
     """`look` at the data of a config's `train_dataloader` section."""
     section = loader["dataset"]
     name = section.get("path") or section.get("data") or section["type"].rpartition(".")[2]
-    shapes = Shapes.made_by([build(item) for item in loader.get("image_transforms", ())])
+    shapes = shapes_of(loader)
     skip = bool(loader.get("skip_unreadable"))
     return look(lambda: as_dataset(build(section)), str(name), shapes, skip_unreadable=skip)
 
 
+def shapes_of(loader: Mapping[str, Any]) -> Shapes | None:
+    """The shapes that a `train_dataloader` section makes of images, for a model of 16 x 16 multiples as aMUSEd."""
+    square = Shapes.made_by([build(item) for item in loader.get("image_transforms") or ()])
+    if square is None or loader.get("aspect", "square") == "square" or square.side % MULTIPLES:
+        return square
+    return Shapes(square.side, square.side // MULTIPLES, loader.get("max_aspect", 2.0))
+
+
 def is_local(loader: Any) -> bool:
-    """Whether a `train_dataloader` section reads files of this machine by classes of ours, which need no torch."""
+    """Whether a `train_dataloader` section, which nobody checked, reads files of this machine by classes of ours."""
     section = loader.get("dataset") if isinstance(loader, Mapping) else None
     if not isinstance(section, Mapping) or section.get("type") not in LOCAL_TYPES:
         return False
     paths = [section[key] for key in ("path", "data") if isinstance(section.get(key), str)]
-    return bool(paths) and all(expanded(path).exists() for path in paths)
+    try:
+        shapes_of(loader)
+        return bool(paths) and all(expanded(path).exists() for path in paths) and not problems_of(section, "dataset")
+    except (UserError, TypeError, AttributeError):
+        return False
 
 
 @final
@@ -445,12 +470,6 @@ def listed(names: Iterable[str], most: int = NAMED) -> str:
 def scale_of(size: Size, shape: Size) -> float:
     """By how much an image is enlarged, or reduced if below 1, to cover its shape."""
     return max(shape[0] / size[0], shape[1] / size[1])
-
-
-def kept_of(size: Size, shape: Size) -> float:
-    """The share of an image's area that is left when it is cropped to its shape."""
-    width, height = shape[0] / size[0], shape[1] / size[1]
-    return min(width, height) / max(width, height)
 
 
 def _are(things: Sequence[object], what: str) -> str:

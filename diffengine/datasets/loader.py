@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import count
+from itertools import chain, count, pairwise
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, final
@@ -70,27 +70,68 @@ class PositionSampler(Sampler[list[int]]):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack tensors; everything else becomes a list that stays on the host: texts, ints, ragged numpy arrays.
 
+    So do tensors of different shapes, which `micro_batches` stacks.
+
     `num_targets`, the tokens of each sample that the loss counts, is 1 each unless a transform set it. `weight`, by
     which each of them counts in the loss, is present if any sample has one; the others' is 1.
 
     Raises:
-        UserError: tensors of different shapes, or a weight that is not a finite number above 0.
+        UserError: a weight is not a finite number above 0.
     """
     batch: Batch = {"num_targets": [1] * len(samples)}
     if any("weight" in sample for sample in samples):
         samples = [{**sample, "weight": float(sample.get("weight", 1.0))} for sample in samples]
     for key, value in samples[0].items():
         values = [sample[key] for sample in samples]
-        if not isinstance(value, torch.Tensor):
-            batch[key] = values
-            continue
-        shapes = sorted({tuple(tensor.shape) for tensor in values})
-        message = f"samples of one batch have {key} of shapes {', '.join(map(str, shapes))}; expected one shape"
-        require(len(shapes) == 1, f"{message}; put Resize and Crop of one size among the image transforms")
-        batch[key] = torch.stack(values)
+        alike = isinstance(value, torch.Tensor) and len({tensor.shape for tensor in values}) == 1
+        batch[key] = torch.stack(values) if alike else values
     for weight in batch.get("weight", []):  # so no step has a total weight of 0
         require(0 < weight < math.inf, f"a sample got weight {weight}; expected a finite number above 0")
     return batch
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A collated batch in `count` micro-batches of nearly equal size, whose tensors are views of it.
+
+    If its samples have several shapes there are more: each is of one shape, and none is larger.
+    """
+    rows = len(batch["num_targets"])
+    if not any(_is_ragged(value) for value in batch.values()):
+        return [batch] if count == 1 else [_rows(batch, slice(*cut)) for cut in _cuts(rows, count)]
+    found = []
+    for group in same_shape([_shapes(batch, row) for row in range(rows)]):
+        pieces = math.ceil(len(group) * count / rows)
+        found += [_rows(batch, group[start:end]) for start, end in _cuts(len(group), pieces)]
+    return found
+
+
+def same_shape(shapes: Sequence[Any]) -> list[list[int]]:
+    """The indices of equal shapes, in the order of their first appearance."""
+    groups: dict[Any, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return list(groups.values())
+
+
+def _is_ragged(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], torch.Tensor)
+
+
+def _shapes(batch: Batch, row: int) -> tuple[torch.Size, ...]:
+    return tuple(value[row].shape for value in batch.values() if _is_ragged(value))
+
+
+def _cuts(rows: int, count: int) -> Iterator[tuple[int, int]]:
+    return pairwise(rows * index // count for index in range(count + 1))
+
+
+def _rows(batch: Batch, rows: slice | list[int]) -> Batch:
+    """Some rows of a batch; tensors of one shape are stacked."""
+    if isinstance(rows, slice):
+        return {key: value[rows] for key, value in batch.items()}
+    chosen = {key: value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
+              for key, value in batch.items()}  # fmt: skip
+    return {key: torch.stack(value) if _is_ragged(value) else value for key, value in chosen.items()}
 
 
 @final
@@ -114,7 +155,7 @@ class StreamReader(Dataset):
 def _share(batch: Any) -> None:
     """Put a worker's tensors into shared memory; if torch does it later, in a thread, an error there hangs the run."""
     for sample in [batch] if isinstance(batch, dict) else batch:
-        for value in (sample or {}).values():
+        for value in chain.from_iterable(value if _is_ragged(value) else [value] for value in (sample or {}).values()):
             try:
                 if isinstance(value, torch.Tensor):
                     value.share_memory_()

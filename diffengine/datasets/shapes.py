@@ -1,12 +1,15 @@
 """The shapes in which images of any size are trained: one square, or the token grid nearest to an image's own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Literal, final
 
-from diffengine.datasets.base import Size
+import numpy as np
+
+from diffengine.datasets.base import Sample, Size
+from diffengine.datasets.transforms import AnyTransform, Resize, Transform, apply, effect_of
 from diffengine.errors import require
 
 Aspect = Literal["square", "keep"]
@@ -17,8 +20,8 @@ Aspect = Literal["square", "keep"]
 class Shapes:
     """Sizes in pixels, all of about as many tokens as a square's.
 
-    With n multiples along the square's side, they are all grids of a x b multiples that have at most n * n tokens and
-    at most 2 n fewer. The one nearest to an image's ratio loses less than one multiple of a side (tested to n = 64).
+    With n multiples along the square's side, they are all grids of a x b multiples for which a * b is at most n * n and
+    at most 2 n less. In the one nearest to its own ratio, an image loses at most one multiple of one side.
 
     Args:
         side: of the square, in pixels.
@@ -49,13 +52,87 @@ class Shapes:
         most = sorted(fitting, key=lambda grid: (-math.prod(grid), max(grid), grid))
         return [(a * self.multiple, b * self.multiple) for a, b in most]
 
+    @property
+    def square(self) -> "Shapes":
+        """The square alone."""
+        return Shapes(self.side)
+
     def of(self, size: Size) -> Size:
         """The shape of an image of this size: the one with the nearest ratio, and of these the largest."""
         ratio = math.log(size[0] / size[1])
         return min(self.all, key=lambda shape: abs(ratio - math.log(shape[0] / shape[1])))
 
+    def lost(self, sizes: Iterable[Size]) -> float:
+        """The mean share of the area that images of these sizes lose when they are cropped to their shapes."""
+        return float(np.mean([1 - min(covered := _scales(size, self.of(size))) / max(covered) for size in sizes]))
+
+    def enlarged(self, sizes: Iterable[Size]) -> float:
+        """The share of images of these sizes that are smaller than their shapes."""
+        return float(np.mean([max(_scales(size, self.of(size))) > 1 for size in sizes]))
+
     @classmethod
-    def made_by(cls, transforms: Sequence[Any]) -> "Shapes | None":
+    def made_by(cls, transforms: Sequence[AnyTransform]) -> "Shapes | None":
         """What a stream's image transforms make; None if that is not known."""
-        sizes = [size for size in (getattr(item, "size", None) for item in transforms) if size]
-        return cls(sizes[-1]) if sizes else None
+        if transforms and isinstance(transforms[0], ByShape):
+            return transforms[0].shapes
+        size = effect_of(transforms, None)[0]
+        return cls(size[0]) if size is not None and size[0] == size[1] else None
+
+
+def _scales(size: Size, shape: Size) -> tuple[float, float]:
+    return shape[0] / size[0], shape[1] / size[1]
+
+
+@final
+class ByShape(Transform):
+    """Image transforms that make a square, each time made for the shape that is nearest to the image's.
+
+    Args:
+        transforms: they end in a square of `shapes.side` pixels.
+    """
+
+    def __init__(self, transforms: Sequence[AnyTransform], shapes: Shapes) -> None:
+        sizes = {item.size for item in transforms if isinstance(item, Resize)}
+        square = (shapes.side, shapes.side)
+        got = f"aspect='keep' got Resize to {' and '.join(map(str, sizes)) or 'nothing'}, and images of {square}"
+        require(sizes == {square}, f"{got}; expected a Resize and a Crop of one size among the image transforms")
+        self.shapes = shapes
+        self._made = {shape: [_made_for(shape, item) for item in transforms] for shape in shapes.all}
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return apply(self._made[self.shapes.of(sample["image"].size)], sample, rng)
+
+    def effect(self, size: Size | None) -> tuple[Size | None, bool]:
+        return (None, True) if size is None else effect_of(self._made[self.shapes.of(size)], size)
+
+
+def _made_for(shape: Size, transform: AnyTransform) -> AnyTransform:
+    return transform.for_shape(shape) if isinstance(transform, Transform) else transform
+
+
+def in_runs(order: np.ndarray, shapes: np.ndarray, head: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """An order in which as many steps as possible are of one shape: of each, runs that fill whole steps.
+
+    Args:
+        order: (N,) what is ordered, in random order.
+        shapes: (N,) the shape of each, as a number.
+        head: of the N, how many belong to the step that the previous epoch began.
+        size: of a step.
+
+    Returns:
+        (N,) the head, then runs of one shape and of what is left over, in random order, then the begun last step. What
+        is left over of the shapes is in the same order as their first appearance.
+    """
+    head = min(head, len(order))
+    tail = (len(order) - head) % size
+    runs, rest = [], order[:0]
+    for shape in dict.fromkeys(shapes.tolist()):
+        members = order[shapes == shape]
+        whole = len(members) // size * size
+        runs += np.split(members[:whole], range(size, whole, size)) if whole else []
+        rest = np.concatenate([rest, members[whole:]])
+    while len(rest) < head + tail:
+        rest = np.concatenate([rest, runs.pop()])
+    end = len(rest) - tail
+    runs += [rest[start : start + size] for start in range(head, end, size)]
+    return np.concatenate([rest[:head], *(runs[index] for index in rng.permutation(len(runs))), rest[end:]])

@@ -7,16 +7,18 @@ change nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, final
 
 import numpy as np
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset, check_sample
+from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_dataset, check_sample
 from diffengine.datasets.inspect import spread
+from diffengine.datasets.shapes import in_runs
 from diffengine.datasets.split import Split, digest_of
-from diffengine.datasets.transforms import AnyTransform, apply, is_random
+from diffengine.datasets.transforms import AnyTransform, apply, effect_of
 from diffengine.errors import UserError, require
 
 ORDERS_KEPT = 3  # epochs whose order stays in memory: a batch may touch two
@@ -64,11 +66,14 @@ class Stream:
         caption_variations: with V, vary_caption draws from (seed, caption, epoch modulo V): each caption has at most V
             variations. None for a new variation each time.
         split: which images are trained; None for all.
+        batch_size: with it, an epoch keeps images of one shape in runs that fill steps of so many, as far as it can;
+            the sizes of all images are read. None: images are in random order.
         skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
             in `skipped` (int, else 0). By default such an image is an error.
 
     Attributes:
         caption_variations: of each caption: as given, or one without vary_caption; None for no limit.
+        shapes: (width, height) of each image after the image transforms; None if an epoch is in random order.
         cached_sample: (index, epoch) -> the sample after the image transforms, from a cache; None to read the data set.
 
     Raises:
@@ -78,7 +83,7 @@ class Stream:
     def __init__(
         self, dataset: Any, image_transforms: Sequence[AnyTransform], transforms: Sequence[AnyTransform], *,
         seed: int = 0, image_variations: int | None = None, skip_unreadable: bool = False, split: Split | None = None,
-        vary_caption: AnyTransform | None = None, caption_variations: int | None = None,
+        vary_caption: AnyTransform | None = None, caption_variations: int | None = None, batch_size: int | None = None,
     ) -> None:  # fmt: skip
         self.dataset = as_dataset(dataset)
         self.split = split or Split(None, [], [], {})
@@ -94,6 +99,8 @@ class Stream:
         self.caption_variations = caption_variations if vary_caption else 1
         self.skip_unreadable = skip_unreadable
         self.cached_sample: Callable[[int, int], Sample] | None = None
+        self.batch_size = batch_size
+        self.shapes = None if batch_size is None else self._read_shapes()
         self._orders: dict[int, np.ndarray] = {}
         self._of_images = Generators(seed, IMAGE)
         self._of_samples = Generators(seed, SAMPLE)
@@ -111,12 +118,12 @@ class Stream:
         """
         if self.dataset.variations is not None:
             return self.dataset.variations
-        if not is_random(self.image_transforms, None):
+        if not effect_of(self.image_transforms, None)[1]:
             return 1
         for index in range(len(self.dataset)):
             with suppress(UnreadableImage):
                 size = self.dataset.size(index)
-                if size is None or is_random(self.image_transforms, size):
+                if size is None or effect_of(self.image_transforms, size)[1]:
                     return self.image_variations
         return 1
 
@@ -126,8 +133,32 @@ class Stream:
         if epoch not in self._orders:
             if len(self._orders) == ORDERS_KEPT:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = generator(self.seed, ORDER, epoch).permutation(len(self))
+            self._orders[epoch] = self._order(epoch)
         return epoch, self.trained[int(self._orders[epoch][rank])]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        rng = generator(self.seed, ORDER, epoch)
+        order = rng.permutation(len(self))
+        if self.batch_size is None or self.shapes is None or len(set(self.shapes)) == 1:
+            return order
+        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(self.shapes))}
+        shapes = np.array([numbers[self.shapes[self.trained[rank]]] for rank in order])
+        return in_runs(order, shapes, -epoch * len(self) % self.batch_size, self.batch_size, rng)
+
+    def _read_shapes(self) -> list[Size]:
+        """Of all images; one that cannot be read has that of a square."""
+        if (shapes := self.dataset.shapes()) is not None:
+            return shapes
+
+        def shape_of(index: int) -> Size:
+            try:
+                size = self.dataset.size(index) or check_sample(self.dataset[index])["image"].size
+            except UnreadableImage:
+                size = (1, 1)
+            return effect_of(self.image_transforms, size)[0] or size
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(shape_of, range(len(self.dataset))))
 
     def __getitem__(self, position: int) -> Sample:
         return self.__getitems__([position])[0]
@@ -194,8 +225,7 @@ class Stream:
         return self._transformed(raw, self._of_images.at(*counter))
 
     def _transformed(self, raw: Sample, rng: np.random.Generator) -> Sample:
-        check_sample(raw)
-        return apply(self.image_transforms, raw, rng)
+        return apply(self.image_transforms, check_sample(raw), rng)
 
     def _finish(self, position: int, sample: Sample, skipped: int) -> Sample:
         rng = self._of_samples.at(position)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from diffengine.config import check_side
 from diffengine.datasets.base import Sample, Size
 from diffengine.errors import require
 
@@ -28,17 +29,21 @@ class Transform(ABC):
         """(the size afterwards, whether the result depends on a random draw) for an image of this size (None: any)."""
         return None, True
 
+    def for_shape(self, shape: Size) -> "Transform":
+        """The transform that makes images of this (width, height); itself if it changes no size."""
+        return self
+
 
 AnyTransform = Transform | Callable[[Sample, np.random.Generator], Sample]
 
 
-def is_random(transforms: Sequence[AnyTransform], size: Size | None) -> bool:
-    """Whether the result for an image of this size (None: of any size) depends on a random draw."""
+def effect_of(transforms: Sequence[AnyTransform], size: Size | None) -> tuple[Size | None, bool]:
+    """`Transform.effect` of all transforms in turn."""
+    any_random = False
     for transform in transforms:
         size, random = transform.effect(size) if isinstance(transform, Transform) else (None, True)
-        if random:
-            return True
-    return False
+        any_random |= random
+    return size, any_random
 
 
 def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Generator) -> Sample:
@@ -49,23 +54,28 @@ def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Gen
 
 
 class Resize(Transform):
-    """Resizes the short side to `size` pixels: aspect kept, bilinear, antialiased.
+    """Resizes an image until it just covers `size`: aspect kept, bilinear, antialiased.
 
     Sets `original_size`, (width, height) before, unless a transform has set it. Only the middle is kept of an
     image whose long side is more than `MAX_RATIO` times the short one: a line would become gigabytes.
+
+    Args:
+        size: (width, height) in pixels; a number is a square's side.
     """
 
-    def __init__(self, size: int) -> None:
-        require(size >= 1, f"Resize got size={size}; expected at least 1 pixel")
-        self.size = size
+    def __init__(self, size: int | Size) -> None:
+        self.size = _size(size, "Resize")
+
+    def for_shape(self, shape: Size) -> "Resize":
+        return Resize(shape)
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return size and self._resized(size), False
 
     def _resized(self, size: Size) -> Size:
-        short = min(size)
-        width, height = (max(self.size, round(min(side, MAX_RATIO * short) * (self.size / short))) for side in size)
-        return width, height
+        width, height = (min(side, MAX_RATIO * min(size)) for side in size)
+        scale = max(self.size[0] / width, self.size[1] / height)
+        return max(self.size[0], round(width * scale)), max(self.size[1], round(height * scale))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
@@ -79,31 +89,43 @@ class Resize(Transform):
 
 
 class Crop(Transform):
-    """Crops a square of `size` pixels at a random position, or from the centre with random=False.
+    """Crops an image to `size` at a random position, or from the centre with random=False.
 
     Sets `crop_top_left`, (top, left) in pixels of the incoming image, `crop_from`, the incoming (width, height), and
-    `original_size` unless a transform has set it. The image must be at least as large as the square.
+    `original_size` unless a transform has set it. The image must be at least as large.
+
+    Args:
+        size: (width, height) in pixels; a number is a square's side.
+        random: default True.
     """
 
-    def __init__(self, size: int, random: bool = True) -> None:
-        require(size >= 1, f"Crop got size={size}; expected at least 1 pixel")
-        self.size = size
+    def __init__(self, size: int | Size, random: bool = True) -> None:
+        self.size = _size(size, "Crop")
         self.random = random
 
+    def for_shape(self, shape: Size) -> "Crop":
+        return Crop(shape, self.random)
+
     def effect(self, size: Size | None) -> tuple[Size, bool]:
-        square = (self.size, self.size)
-        return square, self.random and size != square
+        return self.size, self.random and size != self.size
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image: Image.Image = sample["image"]
-        width, height = image.size
-        message = f"Crop got an image of {width}x{height}; expected at least {self.size}x{self.size}"
-        require(min(image.size) >= self.size, f"{message}; put Resize({self.size}) before it")
-        room = (height - self.size, width - self.size)
+        (width, height), (to_width, to_height) = image.size, self.size
+        message = f"Crop got an image of {width}x{height}; expected at least {to_width}x{to_height}"
+        require(width >= to_width and height >= to_height, f"{message}; put Resize of this size before it")
+        room = (height - to_height, width - to_width)
         top, left = (int(share * (free + 1)) if self.random else free // 2 for share, free in zip(rng.random(2), room))
-        square = image.crop((left, top, left + self.size, top + self.size))
+        cropped = image.crop((left, top, left + to_width, top + to_height))
         records = {"crop_top_left": (top, left), "crop_from": image.size}
-        return {"original_size": image.size, **sample, "image": square, **records}
+        return {"original_size": image.size, **sample, "image": cropped, **records}
+
+
+def _size(size: int | Size, name: str) -> Size:
+    width, height = (size, size) if isinstance(size, int) else size
+    require(min(width, height) >= 1, f"{name} got size={size}; expected at least 1 pixel")
+    check_side(f"{name} size", max(width, height))
+    return width, height
 
 
 def square_transforms(side: int) -> list[AnyTransform]:
@@ -111,10 +133,10 @@ def square_transforms(side: int) -> list[AnyTransform]:
     return [Resize(side), Crop(side, random=False), ToTensor()]
 
 
-def center_square(image: Image.Image, side: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int | Size) -> Image.Image:
     """The centre of an image, as Resize and Crop make it without chance."""
     rng = np.random.default_rng(0)
-    return Crop(side, random=False)(Resize(side)({"image": image}, rng), rng)["image"]
+    return Crop(size, random=False)(Resize(size)({"image": image}, rng), rng)["image"]
 
 
 class Flip(Transform):

@@ -15,10 +15,20 @@ from diffengine import distributed
 from diffengine.cache import TokenCache
 from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
 from diffengine.config import Plain
-from diffengine.datasets import ImageDataset, PositionSampler, Split, Stream, VaryTags, as_dataset, make_loader
-from diffengine.datasets.base import Size
+from diffengine.datasets import (
+    Aspect,
+    ByShape,
+    ImageDataset,
+    PositionSampler,
+    Shapes,
+    Split,
+    Stream,
+    VaryTags,
+    as_dataset,
+    make_loader,
+)
 from diffengine.datasets.inspect import look_at_section
-from diffengine.datasets.transforms import AnyTransform, Transform
+from diffengine.datasets.transforms import AnyTransform, effect_of
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
 from diffengine.engine.optim import StepOptimWrapper, build_optim_wrapper, build_param_scheduler
@@ -125,6 +135,8 @@ def build_dataloader(
     keep_tags: Annotated[int, Between(0, 10**6)] = 1,
     tag_separator: str = ",",
     caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
+    aspect: Aspect = "square",
+    max_aspect: Annotated[float, Between(1, 64)] = 2.0,
     *,
     model: TrainableModel,
     seed: int,
@@ -143,12 +155,13 @@ def build_dataloader(
         skip_unreadable: replace and count images that cannot be read, instead of stopping.
         shuffle_tags, drop_tags, keep_tags, tag_separator: options of `VaryTags` for the captions that are trained.
         caption_variations: variations of a caption by the tags' order and drop; None for a new one each time.
+        aspect: "square" trains all images in the square that the image transforms make. "keep" trains each in the shape
+            nearest to its own, of at most as many tokens, see `Shapes`.
+        max_aspect: the largest ratio of the long to the short side with aspect="keep"; 1 is the square alone.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
-    changes, others = ([build(item) for item in items or []] for items in (image_transforms, transforms))
-    for transform in (*changes, *others):
-        require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
-    _check_size(changes)
+    changes = build_image_transforms(image_transforms, aspect, max_aspect, model.size_multiple)
+    others = _build_transforms(transforms or [])
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
     sample_transform = model.sample_transform
     stream = Stream(
@@ -157,10 +170,29 @@ def build_dataloader(
         others + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,
         vary_caption=vary_caption, caption_variations=caption_variations,
+        batch_size=batch_size if aspect == "keep" else None,
     )  # fmt: skip
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = PositionSampler(batch_size, rank=rank, world_size=world_size, start_step=start_iter)
     return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
+
+
+def build_image_transforms(sections: Sequence, aspect: Aspect, max_aspect: float, multiple: int) -> list[AnyTransform]:
+    """The `image_transforms` of a `train_dataloader` section; `multiple` is the model's `size_multiple`."""
+    transforms = _build_transforms(sections)
+    if aspect == "square":
+        return transforms
+    size = effect_of(transforms, None)[0] or (0, 1)
+    expected = "expected a Resize and a Crop of one size among the image transforms"
+    require(size[0] == size[1], f"aspect='keep' got image transforms that make no square; {expected}")
+    return [ByShape(transforms, Shapes(size[0], multiple, max_aspect))]
+
+
+def _build_transforms(sections: Sequence) -> list[AnyTransform]:
+    transforms = [build(item) for item in sections]
+    for transform in transforms:
+        require(callable(transform), f"a transform got {shown(transform)}; expected what can be called")
+    return transforms
 
 
 def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations: int | None) -> VaryTags | None:
@@ -172,15 +204,6 @@ def _vary_tags(shuffle: bool, drop: float, keep: int, separator: str, variations
         message = f"{name} got {value!r}, but captions do not vary; set shuffle_tags or drop_tags, or unset {name}"
         require(value == default, message)
     return None
-
-
-def _check_size(transforms: Sequence[AnyTransform]) -> None:
-    """Refuse a size of images that would take all memory."""
-    size: Size | None = (1, 1)
-    for transform in transforms:
-        size = transform.effect(size)[0] if isinstance(transform, Transform) else None
-        for side in size or ():
-            configs.check_side(f"image size after {type(transform).__name__}", side)
 
 
 def build_hooks(job: Job) -> list[AnyHook]:

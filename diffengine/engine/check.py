@@ -79,7 +79,7 @@ def check(job: Job) -> Report:
         transforms = [registry.build(transform) for transform in data["image_transforms"]]
         variations, skip = data.get("image_variations"), data.get("skip_unreadable", False)
         stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, skip_unreadable=skip)
-        subset = _subset(stream, skip or to_generate > 0)
+        subset = _subset(stream, skip or to_generate > 0, one_shape=data.get("aspect") == "keep")
     assets = build.learn_assets(job, dataset)
     with tempfile.TemporaryDirectory(prefix="diffengine-check-") as folder:
         dry_job = _dry_job(job, clock, stream, Path(distributed.on_rank_0(lambda: folder)))
@@ -88,6 +88,7 @@ def check(job: Job) -> Report:
             if missing:
                 check_can_generate(missing, run.trainable)
             seconds = _take_steps(run, data.get("num_workers", 0))
+        stream.image_transforms = run.train_loop.stream.image_transforms  # with aspect="keep" the model completes them
         report = _report(job, run, clock, stream, to_generate, seconds)
         with distributed.all_ranks():
             pass  # rank 0 deletes the folder when all have measured
@@ -101,8 +102,11 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _subset(stream: Stream, skip: bool) -> ImageDataset:
-    """A few images, spread over the data set; those that cannot be read are left out if `skip`."""
+def _subset(stream: Stream, skip: bool, one_shape: bool) -> ImageDataset:
+    """A few images, spread over the data set; those that cannot be read are left out if `skip`.
+
+    With `one_shape` it is one image, several times, since most steps of the run are of one shape.
+    """
     dataset, size = stream.dataset, len(stream.dataset)
     if isinstance(dataset, CachedDataset):
         return dataset
@@ -111,7 +115,7 @@ def _subset(stream: Stream, skip: bool) -> ImageDataset:
     for index in dict.fromkeys([*(number * size // count for number in range(count)), *range(size)]):
         try:
             dataset[index]
-            indices.append(index)
+            indices += [index] * (count if one_shape else 1)
         except UserError:
             if not skip:
                 raise

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffengine import __version__, distributed
-from diffengine.datasets import ImageDataset, UnreadableImage, generator, spread
+from diffengine.datasets import ImageDataset, Shapes, UnreadableImage, generator, spread
 from diffengine.datasets.stream import IMAGE, Stream
 from diffengine.datasets.transforms import apply
 from diffengine.engine.optim import resolve_precision
@@ -52,21 +52,20 @@ def data_at_a_glance(run: "Run") -> dict[str, Any]:
     """Counts, sizes, captions and thumbnails of the data; the thumbnails are written to `report/` in the work dir."""
     stream, clock = run.train_loop.stream, run.clock
     dataset = stream.dataset
-    crops = [size for size in (getattr(item, "size", None) for item in stream.image_transforms) if size]
     seen = clock.max_iters * clock.batch_size
     return {
         "images": len(dataset),
         "held_out": len(dataset) - clock.num_samples,
         "samples": seen,
         "epochs_per_image": seen / clock.num_samples,
-        **_sizes(dataset, crops[-1] if crops else None),
+        **_sizes(dataset, Shapes.made_by(stream.image_transforms)),
         **_captions(run),
         "thumbnails": _thumbnails(stream, run.work_dir),
     }
 
 
-def _sizes(dataset: ImageDataset, crop: int | None) -> dict[str, Any]:
-    """How large the images are, what the square crop of `crop` pixels loses, and which cannot be read."""
+def _sizes(dataset: ImageDataset, shapes: Shapes | None) -> dict[str, Any]:
+    """How large the images are, in which shapes they are trained, what is cut off, and which cannot be read."""
     sizes, unreadable = [], []
     for index in _indices(len(dataset)):
         try:
@@ -86,11 +85,14 @@ def _sizes(dataset: ImageDataset, crop: int | None) -> dict[str, Any]:
         found["sizes"] = {"of": "width × height", "bars": bars}
     else:
         found["sizes"] = {"of": "short side in pixels", "bars": _histogram([min(size) for size in sizes])}
-    if crop is not None:
-        sides = np.sort(np.array(sizes), axis=1)
-        found["crop"] = crop
-        found["crop_lost"] = float(1 - (sides[:, 0] / sides[:, 1]).mean())
-        found["enlarged"] = float((sides[:, 0] < crop).mean())
+    if shapes is not None:
+        found["crop"] = shapes.side
+        found["crop_lost"] = shapes.square.lost(sizes)
+        found["enlarged"] = shapes.enlarged(sizes)
+        if len(shapes.all) > 1:
+            shaped = Counter(map(shapes.of, sizes)).most_common()
+            bars = [[f"{width}×{height}", count] for (width, height), count in shaped]
+            found["shapes"] = {"bars": bars, "lost": shapes.lost(sizes)}
     return found
 
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from diffengine import distributed
-from diffengine.datasets import Stream, batches_of
+from diffengine.datasets import Stream, batches_of, micro_batches
 from diffengine.engine.clock import Clock
 from diffengine.engine.compiling import Compile
 from diffengine.engine.micro import MicroBatches, too_large
@@ -125,9 +125,10 @@ class StepLoop(BaseLoop):
         def accumulate(exchange: bool) -> dict[str, Tensor]:
             sums: dict[str, Tensor] = {}
             run.trainable.before_step(self.iter)
-            for index, micro_batch in enumerate(split(batch, self.micro.count)):
+            chunks = micro_batches(batch, self.micro.count)
+            for index, micro_batch in enumerate(chunks):
                 seed_generators(micro_seed(run.seed, self.iter, index, run.rank), optim.device)
-                last = exchange and index == self.micro.count - 1  # DDP averages gradients in this micro-batch
+                last = exchange and index == len(chunks) - 1  # DDP averages gradients in this micro-batch
                 skip_sync = isinstance(run.model, DistributedDataParallel) and not last
                 with run.model.no_sync() if skip_sync else nullcontext():
                     logs = self._forward_backward(run, micro_batch, scale)
@@ -142,6 +143,7 @@ class StepLoop(BaseLoop):
                     buffer.copy_(before)
 
         sums = self.micro.fit(accumulate, undo, run.logger.info, self.clock.done + 1)
+        run.trainable.after_passes()
         learning_rate, started = optim.optimizer.param_groups[0]["lr"], self._now()
         try:
             norms = optim.step()  # clip, step, clear the gradients
@@ -206,15 +208,6 @@ def targets_by_bucket(batch: dict[str, Any]) -> dict[int, float]:
     for bucket, weight, count in zip(batch.get("bucket", ()), weights, batch["num_targets"]):
         found[bucket] += weight * count
     return found
-
-
-def split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The batch in `count` micro-batches of nearly equal size; their tensors are views of it."""
-    if count == 1:
-        return [batch]
-    rows = len(batch["num_targets"])
-    cuts = [rows * index // count for index in range(count + 1)]
-    return [{key: value[start:end] for key, value in batch.items()} for start, end in itertools.pairwise(cuts)]
 
 
 def micro_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from diffengine import distributed
 from diffengine.cache import CachedDataset
-from diffengine.datasets import ImageDataset, hold_out, inspect, is_encoded
-from diffengine.datasets.shapes import Shapes
+from diffengine.datasets import ImageDataset, Shapes, hold_out, inspect, is_encoded
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
 from diffengine.engine.class_images import generate_missing

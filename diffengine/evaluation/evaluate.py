@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffengine.datasets import Sample, center_square, spread
+from diffengine.datasets import Sample, center_crop, spread
 from diffengine.errors import UserError
 from diffengine.evaluation.heldout import TIMES, fixed_images, held_out_losses
 from diffengine.evaluation.retrieval import Gallery, rate
@@ -37,11 +37,11 @@ class LossData:
 
     Attributes:
         samples: held-out and trained samples after the image transforms, each with the digest of its content; for a
-            model of images of so many pixels a side.
+            model of images of so many pixels a side, divisible by so many.
         seed: of the masks; with a run's own seed the numbers are those of the run.
     """
 
-    samples: Callable[[int], tuple[Samples, Samples]]
+    samples: Callable[[int, int], tuple[Samples, Samples]]
     seed: int = 0
 
 
@@ -156,7 +156,7 @@ def _gallery(data: EvalData, side: int) -> Gallery | None:
     if data.images is None:
         return None
     images = [*data.images, *data.others.values()]
-    return Gallery([*data.captions, *data.others], [center_square(image, side) for image in images])
+    return Gallery([*data.captions, *data.others], [center_crop(image, side) for image in images])
 
 
 def _reconstruct(sampler: ImageSampler, images: Sequence[Image.Image], missing: Sequence[int]) -> Iterator[Image.Image]:
@@ -223,7 +223,7 @@ def _noted(file: Path) -> Row | None:
 
 def _losses(folder: Path, source: Source, sampler: ImageSampler, data: LossData) -> Row:
     """The losses of a source; kept in a file until its weights, the images or the seed change."""
-    held_out, trained = data.samples(sampler.side)
+    held_out, trained = data.samples(sampler.side, sampler.size_multiple)
     asked = {"weights": source.fingerprint, "seed": data.seed}
     asked |= {"held_out": [digest for _, digest in held_out], "trained": [digest for _, digest in trained]}
     file = folder / f"{_slug(source.name)}-losses.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffengine import distributed
-from diffengine.datasets import Sample, as_list, collate, generator
+from diffengine.datasets import Sample, as_list, collate, generator, same_shape
 from diffengine.datasets.stream import VALIDATION
 from diffengine.models.masking import BUCKETS, Schedule, num_masked
 
@@ -102,9 +102,11 @@ def losses(
     sums = torch.zeros(3, len(TIMES), dtype=torch.float64)
     mine = images[distributed.rank() :: distributed.world_size()]
     found: list[tuple[int, Tensor, Tensor]] = []
+    groups = same_shape([image.sample["token_ids"].shape for image in mine])
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     for number, time in enumerate(TIMES):
-        for start in range(0, len(mine), batch_size):
-            chosen = mine[start : start + batch_size]
+        for indices in batches:
+            chosen = [mine[index] for index in indices]
             batch = collate([_masked(image, time, model.mask_schedule, captions) for image in chosen])
             loss, correct = model.masked_loss(batch)
             found.append((number, loss.double(), correct.double()))

@@ -28,7 +28,12 @@ class TrainableModel(nn.Module, ABC):
     Its submodules are what training changes, under the pipeline's component names. `Frozen` (frozen.py) holds frozen
     modules, so `train()`, the optimizer, checkpoints, EMA and DDP never see them. The engine builds a model by
     `cls(**options, assets=..., seed=...)`. Subclasses are final.
+
+    Attributes:
+        size_multiple: by which the sides of its images must be divisible, in pixels.
     """
+
+    size_multiple: int = 1
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
@@ -87,6 +92,9 @@ class TrainableModel(nn.Module, ABC):
 
     def before_step(self, step: int) -> None:
         """Called on every rank before optimizer step number `step` (from 0)."""
+
+    def after_passes(self) -> None:
+        """Called on every rank after the last backward pass of an optimizer step, before weights change."""
 
     def extra_metrics(self) -> dict[str, float]:
         """Values to log that are not sums over targets; reads from the device, at log lines only."""
@@ -261,14 +269,14 @@ class PreviewRequest:
         prompts: captions to generate from.
         images: the data's RGB images with these captions; empty if the prompts are free text.
         seed: image i takes its noise from a generator seeded with `seed + i`.
-        resolution: side in pixels; None for the model's own.
+        sizes: (width, height) in pixels for each prompt; empty for the model's own.
         options: generation options of the model, by name.
     """
 
     prompts: list[str]
     images: list[Image.Image] = field(default_factory=list)
     seed: int = 0
-    resolution: int | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

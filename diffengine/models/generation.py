@@ -34,6 +34,7 @@ class ImageRequest:
         mask: white where `image` is generated again, black where it is kept; of any size and mode.
         strength: in (0, 1], the share of the steps that are taken: 1 keeps nothing of `image`, except where `mask`
             does. None: 0.5, or 1 with a mask.
+        size: (width, height) in pixels; None for that of `image`, else the model's own.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class ImageRequest:
     image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class ImageSampler(ABC):
 
     guidance_scale: float  # what suits the model
     side: int  # of the model's own images, in pixels
+    size_multiple: int  # by which the sides of any must be divisible
     num_codes: int  # that a token can have
     mask_schedule: Schedule  # the share of tokens that are masked by t, in training
 
@@ -133,7 +136,7 @@ class ImageSampler(ABC):
 
         Args:
             options: None for the defaults.
-            size: (width, height) in pixels; None for the size of a request's image, else the model's own.
+            size: (width, height) in pixels of all images; None for each request's own.
             batch_size: images generated at once; None for one that suits the device. Images do not depend on it.
             on_step: called after each step, with the number of images that took it.
 

@@ -41,6 +41,11 @@ class TokenGrid:
         factor = 2 ** (len(vqvae_config["block_out_channels"]) - 1)
         return cls(factor, 2 if transformer_config["downsample"] else 1)
 
+    @property
+    def pixels(self) -> int:
+        """By which an image's sides must be divisible."""
+        return self.factor * self.multiple
+
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "image" in sample:
             self.of_image(sample["image"])
@@ -54,7 +59,7 @@ class TokenGrid:
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """The sides (h, w) of the token grid for an image's in pixels; a UserError if they are not divisible."""
-        step = self.factor * self.multiple
+        step = self.pixels
         halved = ", halved once more inside" if self.multiple > 1 else ""
         require(
             height % step == width % step == 0 and min(height, width) >= step,

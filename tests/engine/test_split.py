@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from diffengine import distributed
-from diffengine.datasets import ImageDataset
-from diffengine.engine.loop import split
+from diffengine.datasets import ImageDataset, micro_batches
 from diffengine.engine.micro import MicroBatches
 from diffengine.errors import Interrupted, PeerError, UserError
 from tests.engine import runs
@@ -63,7 +62,7 @@ def _train_on_rank(toy: Toy, out: Path, reference: Path) -> None:
     path = toy.config(f"more{rank}", **REFERENCE)
     runs.build(path, out / "more", resume=reference / "iter_8.pth").train()
     share = {"num_targets": [1] * (2 + rank)}
-    sizes = [len(chunk["num_targets"]) for chunk in split(share, MicroBatches(5, 2).count)]
+    sizes = [len(chunk["num_targets"]) for chunk in micro_batches(share, MicroBatches(5, 2).count)]
     results = {"step": vars(step), "uneven": vars(uneven), "outcomes": outcomes, "sizes": sizes}
     results["vq"] = vq.trainable.trained_state()
     torch.save(results, out / f"rank{rank}.pt")

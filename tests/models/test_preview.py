@@ -56,7 +56,7 @@ def test_preview_changes_no_state(toy: Path) -> None:
 def test_modes_are_restored_after_an_error(toy: Path) -> None:
     model = AmusedModel(str(toy)).train()
     with pytest.raises(UserError, match="sides divisible by 8"):
-        model.preview(PreviewRequest(["a"], resolution=36, options=OPTIONS))
+        model.preview(PreviewRequest(["a"], sizes=[(36, 36)], options=OPTIONS))
     assert model.transformer.training
 
 
@@ -97,7 +97,7 @@ def test_decoder_stays_fp32_in_autocast(model: AmusedModel) -> None:
 
 
 def test_another_resolution(model: AmusedModel) -> None:
-    (shown,) = model.preview(PreviewRequest(["a"], resolution=64, options=OPTIONS))
+    (shown,) = model.preview(PreviewRequest(["a"], sizes=[(64, 64)], options=OPTIONS))
     assert shown.image.size == (64, 64)
 
 

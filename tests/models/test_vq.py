@@ -32,6 +32,7 @@ def train(model: VQTokenizerModel, given: list[dict[str, Tensor]], start: int = 
         loss, _ = model(model.prepare(batch))
         optimizer.zero_grad()
         loss.backward()
+        model.after_passes()
         optimizer.step()
     return optimizer
 
@@ -52,6 +53,7 @@ def test_loss_and_metrics_match_the_formula(toy: Path) -> None:
     pixels = batches(1)[0]["image"]
     loss, logs = model({"image": pixels})
     loss.backward()
+    model.after_passes()
     vqvae = VQModel.from_pretrained(toy / "vqvae")
     latents = vqvae.encode(pixels).latents
     codes = vqvae.quantize.embedding.weight
@@ -109,12 +111,14 @@ def test_only_unused_codes_are_reseeded(toy: Path) -> None:
     for step, batch in enumerate(batches(3)):
         model.before_step(step)
         model(batch)
+        model.after_passes()
     used, before = model.usage > 0, weight.detach().clone()
     assert 0 < int(used.sum()) < 64
     batch = batches(4)[3]
     latents = model.vqvae.encode(batch["image"]).latents.detach().movedim(1, -1).flatten(0, 2)
     model.before_step(3)
     model(batch)
+    model.after_passes()
     assert torch.equal(weight[used], before[used])
     choice = np.random.default_rng((5, 3)).integers(len(latents), size=64)
     assert torch.allclose(weight[~used], latents[torch.from_numpy(choice)][~used], atol=1e-6)
@@ -129,6 +133,7 @@ def test_reseeding_depends_on_seed_and_step_and_runs_once_per_step(toy: Path) ->
         for step, batch in enumerate(given):
             model.before_step(step)
             model(batch)
+            model.after_passes()
         before = model.vqvae.quantize.embedding.weight.detach().clone()
         model(given[0])  # a second micro-batch
         assert torch.equal(model.vqvae.quantize.embedding.weight, before)
@@ -149,6 +154,7 @@ def test_reseeding_stops(toy: Path) -> None:
         before = weight.detach().clone()
         model.before_step(step)
         model(batch)
+        model.after_passes()
         moved.append(not torch.equal(weight, before))
     assert moved == [False, True, False, False]  # no use is counted before step 0
 

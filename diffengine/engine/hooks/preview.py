@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import final
 
@@ -9,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from diffengine import distributed
-from diffengine.datasets import GOLDEN_RATIO, ImageDataset, UnreadableImage, center_square
+from diffengine.datasets import GOLDEN_RATIO, ImageDataset, UnreadableImage, center_crop
+from diffengine.datasets.base import Size
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.engine.step import Step
@@ -53,7 +55,8 @@ class PreviewHook(Hook):
         require(some, f"preview prompts got {prompts}; expected captions, or how many to take from the data")
         require(every is None or every >= 1, f"preview `every` got {every}; expected at least 1, or None")
         self.prompts, self.every = prompts, every
-        self.request = PreviewRequest([], [], seed, resolution, options or {})
+        self.resolution = resolution
+        self.request = PreviewRequest([], [], seed, [], options or {})
         self._shown_at: int | None = None
 
     def before_train(self, run: Run) -> None:
@@ -91,12 +94,15 @@ class PreviewHook(Hook):
         stream, path = run.train_loop.stream, _path(run, run.clock.done)
         if not isinstance(self.prompts, int):
             self.request.prompts = list(self.prompts)
+            self.request.sizes = self._squares()
         elif not self.request.prompts:
             samples = distinct(stream.dataset, self.prompts, stream.skip_unreadable)
-            self.request.prompts = [caption for caption, _ in samples]
+            self.request.prompts = list(samples)
+            shapes = stream.shapes and [stream.shapes[index] for index, _ in samples.values()]
+            self.request.sizes = shapes or self._squares()
             self.request.images = [
-                center_square(image, self.request.resolution or min(image.size))
-                for _, image in samples
+                center_crop(image, size or min(image.size))
+                for (_, image), size in zip(samples.values(), self.request.sizes or repeat(None))
                 if image is not None
             ]
         try:
@@ -109,6 +115,10 @@ class PreviewHook(Hook):
         grid = save_grid([(item.label, item.image) for item in images], path)
         run.visualizer.add_image("preview", np.asarray(grid), step=run.clock.done)
         run.logger.info(f"preview {path}")
+
+    def _squares(self) -> list[Size]:
+        """The size of each prompt's image; empty for the model's own."""
+        return [(self.resolution, self.resolution)] * len(self.request.prompts) if self.resolution else []
 
     def _save_singly(self, run: Run, images: Sequence[LabelledImage]) -> None:
         """Write each image to its own file, and what they are to `prompts.json`."""
@@ -123,8 +133,10 @@ class PreviewHook(Hook):
         if from_data and complete and isinstance(model, MaskedImageModel) and not (folder / "round_trip").exists():
             with restored(frozen_in(model)), evaluating(model):
                 sampler = model.sampler()
-                side = self.request.resolution or sampler.side
-                originals = [image.resize((side, side), Image.Resampling.LANCZOS) for image in self.request.images]
+                sizes = self.request.sizes or repeat((sampler.side, sampler.side))
+                originals = [
+                    image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(self.request.images, sizes)
+                ]
                 round_trips = list(sampler.reconstruct(originals))
             for name, group in (("original", originals), ("round_trip", round_trips)):
                 for number, image in enumerate(group):
@@ -135,12 +147,14 @@ def _path(run: Run, step: int) -> Path:
     return run.work_dir / "previews" / f"{step:06}.png"
 
 
-def distinct(dataset: ImageDataset, count: int, skip_unreadable: bool = False) -> list[tuple[str, Image.Image | None]]:
-    """Up to `count` distinct captions, spread over the data, each with its image (None if it is not on this machine).
+def distinct(
+    dataset: ImageDataset, count: int, skip_unreadable: bool = False
+) -> dict[str, tuple[int, Image.Image | None]]:
+    """Up to `count` distinct captions, spread over the data: each one's index and image (None: not on this machine).
 
     Spread by the golden ratio: equal steps would coincide with groups in the data.
     """
-    found: dict[str, Image.Image | None] = {}
+    found: dict[str, tuple[int, Image.Image | None]] = {}
     size = len(dataset)
     spread = [int(size * (index * GOLDEN_RATIO % 1)) for index in range(count)] if size >= count else []
     for index in dict.fromkeys([*spread, *range(min(size, 4 * count))]):
@@ -153,5 +167,5 @@ def distinct(dataset: ImageDataset, count: int, skip_unreadable: bool = False) -
                 raise
             continue
         caption = sample["text"] if isinstance(sample["text"], str) else sample["text"][0]
-        found.setdefault(caption, sample.get("image"))
-    return list(found.items())
+        found.setdefault(caption, (index, sample.get("image")))
+    return found

@@ -6,6 +6,7 @@ Legend: B batch, h w token grid, T text length, D text width, V codebook size, M
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -80,6 +81,7 @@ class AmusedModel(MaskedImageModel):
         self.num_codes: int = self.components.transformer_config["codebook_size"]
         grid = TokenGrid.of(self.components.vqvae_config, self.components.transformer_config)
         self.side: int = self.components.transformer_config["sample_size"] * grid.factor
+        self.size_multiple = grid.pixels
         self.mask_id: int = self.components.scheduler.config.mask_token_id
         self._frozen: dict[str, Frozen] = {"vqvae": Frozen(self._load_vqvae)}
         for name in TRAINABLE:
@@ -271,13 +273,16 @@ class AmusedModel(MaskedImageModel):
             known = name in PREVIEW_OPTIONS
             require(known, f"preview option '{name}' is unknown; expected one of {', '.join(PREVIEW_OPTIONS)}")
         options = GenerationOptions(**{name: value for name, value in request.options.items() if name != "strip"})
-        size = None if request.resolution is None else (request.resolution, request.resolution)
-        requests = [ImageRequest(prompt, request.seed + index) for index, prompt in enumerate(request.prompts)]
+        sizes = request.sizes or repeat(None)
+        requests = [
+            ImageRequest(prompt, request.seed + index, size=size)
+            for index, (prompt, size) in enumerate(zip(request.prompts, sizes))
+        ]
         with restored(self._frozen.values()), evaluating(self):
             sampler = self.sampler()
-            generated = sampler.generate(requests, options, size)
+            generated = sampler.generate(requests, options)
             images = [LabelledImage(prompt, image) for prompt, image in zip(request.prompts, generated)]
             if requests and request.options.get("strip"):
-                steps = sampler.generate_steps(requests[0], options, size)
+                steps = sampler.generate_steps(requests[0], options)
                 images += [LabelledImage(f"step {index + 1}", image) for index, image in enumerate(steps)]
         return images

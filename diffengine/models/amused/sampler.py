@@ -63,6 +63,7 @@ class AmusedSampler(ImageSampler):
         self.masking_schedule: Unmasking = scheduler.config.masking_schedule
         self.grid = TokenGrid.of(vqvae.config, transformer.config)
         self.side = transformer.config.sample_size * self.grid.factor
+        self.size_multiple = self.grid.pixels
         self.guidance_scale = usual_guidance(self.side) if guidance_scale is None else guidance_scale
         self._images = VaeImageProcessor(vae_scale_factor=self.grid.factor, do_normalize=False)
         self._masks = VaeImageProcessor(
@@ -145,9 +146,10 @@ class AmusedSampler(ImageSampler):
 
     def _size(self, request: ImageRequest, size: Size | None) -> Size:
         """The size of the image to generate; that of a request's image is rounded down to the grid."""
+        size = size or request.size
         if size is not None or request.image is None:
             return size or (self.side, self.side)
-        step = self.grid.factor * self.grid.multiple
+        step = self.grid.pixels
         width, height = (max(step, side // step * step) for side in request.image.size)
         return width, height
 

@@ -60,6 +60,8 @@ class VQTokenizerModel(TrainableModel):
         self.usage = nn.Buffer(torch.zeros(self.codes))  # times chosen, on all ranks, in this window
         self.usage_before = nn.Buffer(torch.zeros(self.codes))  # and in the window before
         self._step, self._window_begins = 0, False
+        self._chosen_V = torch.zeros(self.codes)  # times chosen in this step, on this rank
+        self.size_multiple = self.sample_transform.factor
 
     @property
     def sample_transform(self) -> TokenGrid:
@@ -94,17 +96,20 @@ class VQTokenizerModel(TrainableModel):
             codes = self.vqvae.quantize.get_codebook_entry(ids_N, latents.movedim(1, -1).shape)
             moves_codes_B = (codes - latents.detach()).square().mean(dim=(1, 2, 3))
             moves_latents_B = (codes.detach() - latents).square().mean(dim=(1, 2, 3))
-        # Counted on all ranks, so that a checkpoint of rank 0 has the use of all.
-        counts_V = torch.zeros_like(self.usage).index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.float))
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts_V)
-        self.usage += counts_V
+        self._chosen_V.index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.float))
         distance_B = self.codebook_weight * moves_codes_B + self.commitment_weight * moves_latents_B
         return _decode(self.vqvae, quantized), distance_B
 
     def before_step(self, step: int) -> None:
         self._step = step
+        self._chosen_V = torch.zeros_like(self.usage)
         self._window_begins = (step - self.quantize_after) % self.reseed_every == 0
+
+    def after_passes(self) -> None:
+        """Counted on all ranks, so that a checkpoint of rank 0 has the use of all."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._chosen_V)
+        self.usage += self._chosen_V
 
     @torch.no_grad()
     def _begin_window(self, latents_ND: Tensor) -> None:

@@ -783,7 +783,8 @@ function dataFacts(run) {
     ["images", steps(data.images)],
     data.held_out ? ["of these held out", steps(data.held_out)] : null,
     ["times each image is seen", number(data.epochs_per_image, 3)],
-    data.crop ? ["lost by the crop", `${share(data.crop_lost)} of the area, by a square of ${data.crop} px`] : null,
+    data.shapes ? ["lost by the crop", `${share(data.shapes.lost)} of the area, in ${data.shapes.bars.length} shapes`] : null,
+    data.crop ? [data.shapes ? "lost in a square" : "lost by the crop", `${share(data.crop_lost)} of the area, by a square of ${data.crop} px`] : null,
     data.crop ? ["smaller than the crop", `${share(data.enlarged)} of the images, which are enlarged`] : null,
     lengths ? ["longest caption", `${lengths.longest} tokens; the model reads ${lengths.read}`] : null,
     lengths && lengths.cut ? ["captions cut off", `${lengths.cut} of ${lengths.counted} counted`] : null,
@@ -804,6 +805,7 @@ function dataCard(run, at) {
   const files = (data.unreadable_files || []).map((file) => el("li", { text: file }));
   const histograms = [
     data.sizes ? bars(`Sizes (${data.sizes.of})`, data.sizes.bars) : null,
+    data.shapes ? bars("Shapes that are trained (width × height)", data.shapes.bars) : null,
     lengths ? bars("Tokens per caption", lengths.bars) : null,
   ].filter(Boolean);
   const thumbs = data.thumbnails.map((item) =>
