@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
+from diffengine.datasets.findings import GOLDEN_RATIO, Findings, spread
 from diffengine.datasets.image_text import ImageTextDataset
-from diffengine.datasets.inspect import GOLDEN_RATIO, Findings, inspect, is_encoded, spread
+from diffengine.datasets.inspect import inspect, is_encoded
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.shapes import Aspect, ByShape, Shapes
 from diffengine.datasets.split import Split, hold_out

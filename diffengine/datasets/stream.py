@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_dataset, check_sample
-from diffengine.datasets.inspect import spread
+from diffengine.datasets.findings import spread
 from diffengine.datasets.shapes import in_runs
 from diffengine.datasets.split import Split, digest_of
 from diffengine.datasets.transforms import AnyTransform, apply, effect_of

@@ -49,11 +49,17 @@ def build_page(runs: Sequence[RunFiles], status: str | None = None) -> str:
     if status:
         data["runs"][0]["status"] = status
     names = " and ".join(run.name for run in runs)
+    return fill(names, "curves", _static("page.js"), data, _static("uPlot.min.css"), _static("uPlot.iife.min.js"))
+
+
+def fill(name: str, first: str, script: str, data: Any, styles: str = "", libraries: str = "") -> str:
+    """The page's template with a title, the id of its first section, and what builds it from `data`."""
     texts = {
-        "title": escape(f"{names} · diffengine"),
-        "styles": _static("uPlot.min.css") + _static("page.css"),
-        "uplot": _static("uPlot.iife.min.js"),
-        "script": _static("page.js"),
+        "title": escape(f"{name} · diffengine"),
+        "first": first,
+        "styles": styles + _static("page.css"),
+        "libraries": libraries,
+        "script": _static("elements.js") + script,
         "data": embed(data),
     }
     page = _static("page.html")

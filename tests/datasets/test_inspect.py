@@ -10,7 +10,8 @@ from PIL import Image
 
 from diffengine.cli import main
 from diffengine.datasets import ImageDataset, ImageTextDataset, UnreadableImage, inspect
-from diffengine.datasets.inspect import Findings, look, look_alikes
+from diffengine.datasets.findings import Findings, look_alikes
+from diffengine.datasets.inspect import look
 from diffengine.datasets.shapes import Shapes
 from diffengine.errors import UserError
 from tests.support.photos import photos, write_newcomer_folder, write_photo_folder

@@ -5,7 +5,7 @@ from typing import final
 
 from diffengine import distributed
 from diffengine.datasets import ImageDataset, Sample, Stream, as_dataset, fixed_samples_of
-from diffengine.datasets.inspect import spread
+from diffengine.datasets.findings import spread
 from diffengine.datasets.split import FEWEST, MOST
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
