@@ -1,31 +1,41 @@
 """What the commands do, from Python: errors are raised as UserError, not printed."""
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from diffengine import config, distributed
 from diffengine.datasets import (
+    Findings,
     ImageDataset,
     ImageTextDataset,
     Stream,
+    UnreadableImage,
     as_dataset,
     as_list,
+    center_crop,
     fixed_samples_of,
     hold_out,
+    inspect,
     spread,
     square_transforms,
 )
+from diffengine.datasets.findings import Lengths
+from diffengine.datasets.inspect import shapes_of
 from diffengine.datasets.split import MOST
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
-from diffengine.engine.build import Job, build_image_transforms, load_config, make_job
+from diffengine.engine.build import Job, build_image_transforms, build_model, load_config, make_job, model_assets
 from diffengine.engine.check import Report
 from diffengine.engine.hooks import ValidationHook
 from diffengine.engine.run import Run
@@ -35,12 +45,13 @@ from diffengine.evaluation import EvalData, Evaluation, LossData, Source
 from diffengine.evaluation import evaluate as run_evaluation
 from diffengine.evaluation.scores import CLIP, available
 from diffengine.export import DTYPES, Exported, export
-from diffengine.models.base import MaskedImageModel
+from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, Order
 from diffengine.models.loading import quiet_libraries
 from diffengine.models.pipelines import open_pipeline
 from diffengine.registry import build, resolve
 
+ROUND_TRIPS = 8
 MOST_IMAGES = 1000  # of a caption
 
 
@@ -72,6 +83,59 @@ def train(name: str, *, resume: str | None = None, overwrite: bool = False, **se
 def check(name: str, **settings: Any) -> Report:
     """Take a config's first steps and report what time, memory and disk all of it takes; arguments as of `train`."""
     return checks.check(_job(name, settings))
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """An image, and what the model's tokens keep of it.
+
+    Attributes:
+        name: of the image.
+        psnr: peak signal-to-noise ratio between the two in dB.
+    """
+
+    name: str
+    image: Image.Image
+    again: Image.Image
+    psnr: float
+
+
+def inspect_data(source: str | Path, *, config: str | None = None, **settings: Any) -> Findings:
+    """Look at images and captions before training, as `diffengine data` does.
+
+    Args:
+        source: anything that a config's `data` may be.
+        config: how images are read and cropped, and how captions are counted; None: as `amused_512_own` reads them,
+            and without a model.
+        settings: the config's settings by name.
+
+    Raises:
+        UnusableData: captions or metadata are wrong. Images that cannot be read are in `unreadable`.
+    """
+    resolved = load_config(config or "amused_512_own", settings={**settings, "data": source})[1]
+    loader = resolved["train_dataloader"]
+    dataset = as_dataset(build(loader["dataset"]))
+    lengths = _data_model(resolved, dataset).caption_lengths if config else None
+    return inspect(dataset, shapes_of(loader), lengths, seconds=None, most=None)
+
+
+def inspect_with_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> tuple[Lengths, list[RoundTrip]]:
+    """How a config's model counts tokens, and the round trips of eight images, spread over the data."""
+    model = _data_model(resolved, dataset)
+    shapes, trips = shapes_of(resolved["train_dataloader"]), []
+    for index in spread(len(dataset), ROUND_TRIPS) if isinstance(model, MaskedImageModel) and shapes else ():
+        with suppress(UnreadableImage):
+            image = dataset[index]["image"]
+            image = center_crop(image, shapes.of(image.size))
+            (again,) = model.sampler().reconstruct([image])
+            error = float(np.square(np.asarray(image, np.float64) - np.asarray(again, np.float64)).mean())
+            trips.append(RoundTrip(dataset.name(index), image, again, 10 * math.log10(255**2 / max(error, 1e-9))))
+    return model.caption_lengths, trips
+
+
+def _data_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> TrainableModel:
+    quiet_libraries()
+    return build_model(resolved, model_assets(resolved, dataset), resolved["seed"]).eval()
 
 
 def build_cache(name: str, **settings: Any) -> None:

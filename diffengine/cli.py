@@ -16,7 +16,7 @@ from diffengine.errors import PeerError, UserError, disk_errors, require
 from diffengine.terminal import say
 from diffengine.text import can_be_written, one_line, printable, shown
 
-COMMANDS = ("train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
+COMMANDS = ("data", "train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
 LONGEST = 100_000  # characters of an argument
 
 

@@ -65,22 +65,24 @@ def inspect(
     return Findings(images, len(dataset), len(indices), list(dataset.all_captions()), dataset.name, shapes, lengths)
 
 
-def look(
-    dataset: Callable[[], ImageDataset], name: str, shapes: Shapes | None, *, skip_unreadable: bool
-) -> ImageDataset:
-    """Build a data set that is to be trained, and say what it is and what may hurt, if it `is_encoded`.
+def opened(dataset: Callable[[], ImageDataset]) -> tuple[ImageDataset, Problems]:
+    """Build a data set; if that fails, its image files without captions, and what is wrong."""
+    try:
+        return dataset(), Problems()
+    except UnusableData as error:
+        return ImageFiles(error.images), error.found
+
+
+def look(dataset: Callable[[], ImageDataset], name: str, shapes: Shapes | None, skip_unreadable: bool) -> ImageDataset:
+    """Build a data set that is to be trained and, if it `is_encoded`, say what it is and what may hurt.
 
     Raises:
         UnusableData: all that is wrong with it.
     """
-    try:
-        built = dataset()
-    except UnusableData as error:
-        problems, findings = error.found, inspect(ImageFiles(error.images))
-    else:
-        if not is_encoded(built):
-            return built
-        problems, findings = Problems(), inspect(built, shapes)
+    built, problems = opened(dataset)
+    if not is_encoded(built):
+        return built
+    findings = inspect(built, shapes)
     for image in findings.unreadable if not skip_unreadable else ():
         problems.add("images that cannot be read", image.problem or "")
     problems.raise_all(name)
@@ -100,9 +102,13 @@ def look_at_section(loader: Mapping[str, Any]) -> ImageDataset:
     """`look` at the data of a config's `train_dataloader` section."""
     section = loader["dataset"]
     name = section.get("path") or section.get("data") or section["type"].rpartition(".")[2]
-    shapes = shapes_of(loader)
     skip = bool(loader.get("skip_unreadable"))
-    return look(lambda: as_dataset(build(section)), str(name), shapes, skip_unreadable=skip)
+    return look(lambda: as_dataset(build(section)), str(name), shapes_of(loader), skip)
+
+
+def opened_section(loader: Mapping[str, Any]) -> tuple[ImageDataset, Problems]:
+    """The data of a config's `train_dataloader` section, as of `opened`."""
+    return opened(lambda: as_dataset(build(loader["dataset"])))
 
 
 def shapes_of(loader: Mapping[str, Any]) -> Shapes | None:

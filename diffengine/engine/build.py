@@ -95,11 +95,16 @@ def _check_outside(data: Sequence[Path], path: Path, what: str, option: str) -> 
 
 def learn_assets(job: Job, dataset: ImageDataset) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then sent to all."""
-    cls = resolve(job.resolved["model"]["type"])
+    return distributed.on_rank_0(lambda: model_assets(job.resolved, dataset))
+
+
+def model_assets(resolved: Mapping[str, Any], dataset: ImageDataset) -> dict[str, str]:
+    """What the model of a config learns from the captions before it is built."""
+    cls = resolve(resolved["model"]["type"])
     known = isinstance(cls, type) and issubclass(cls, TrainableModel)
     require(known, f"model got {shown(cls)}; expected a subclass of diffengine.models.base.TrainableModel")
-    options = {key: value for key, value in job.resolved["model"].items() if key != "type"}
-    return distributed.on_rank_0(lambda: cls.learn_assets(options, lambda: chain.from_iterable(dataset.all_captions())))
+    options = {key: value for key, value in resolved["model"].items() if key != "type"}
+    return cls.learn_assets(options, lambda: chain.from_iterable(dataset.all_captions()))
 
 
 def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: int) -> TrainableModel:

@@ -112,7 +112,7 @@ def test_look_reports_captions_and_images_at_once(tmp_path: Path, capsys: pytest
     (tmp_path / "data" / "cat.txt").unlink()
     (tmp_path / "data" / "coffee.jpg").write_text("no image")
     with pytest.raises(UserError) as caught:
-        look(lambda: ImageTextDataset(str(tmp_path / "data")), "data", Shapes(32), skip_unreadable=False)
+        look(lambda: ImageTextDataset(str(tmp_path / "data")), "data", Shapes(32), False)
     assert caught.value.lines == [
         "data has 2 problems:",
         f"  1 of 3 images in {tmp_path / 'data'} have no caption: cat.png; give each a NAME.txt, or remove it",
@@ -120,7 +120,7 @@ def test_look_reports_captions_and_images_at_once(tmp_path: Path, capsys: pytest
         "fix it, remove it, or set --cfg-options skip_unreadable=True",
     ]
     (tmp_path / "data" / "cat.txt").write_text("a cat")
-    look(lambda: ImageTextDataset(str(tmp_path / "data")), "data", Shapes(32), skip_unreadable=True)
+    look(lambda: ImageTextDataset(str(tmp_path / "data")), "data", Shapes(32), True)
     assert capsys.readouterr().out.splitlines() == [
         "data: 3 images of 48x48; the 32 px square cuts off 0.0% of the area",
         "warning: 1 image is not readable: coffee.jpg",
