@@ -18,6 +18,7 @@ from diffengine.datasets import (
     Findings,
     ImageDataset,
     ImageTextDataset,
+    Shapes,
     Stream,
     UnreadableImage,
     as_dataset,
@@ -29,7 +30,6 @@ from diffengine.datasets import (
     spread,
     square_transforms,
 )
-from diffengine.datasets.findings import Lengths
 from diffengine.datasets.inspect import shapes_of
 from diffengine.datasets.split import MOST
 from diffengine.engine import check as checks
@@ -115,25 +115,28 @@ def inspect_data(source: str | Path, *, config: str | None = None, **settings: A
     resolved = load_config(config or "amused_512_own", settings={**settings, "data": source})[1]
     loader = resolved["train_dataloader"]
     dataset = as_dataset(build(loader["dataset"]))
-    lengths = _data_model(resolved, dataset).caption_lengths if config else None
-    return inspect(dataset, shapes_of(loader), lengths, seconds=None, most=None)
+    model = data_model(resolved, dataset) if config else None
+    shapes, lengths = shapes_of(loader, model and model.size_multiple), model and model.caption_lengths
+    return inspect(dataset, shapes, lengths, seconds=None, most=None)
 
 
-def inspect_with_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> tuple[Lengths, list[RoundTrip]]:
-    """How a config's model counts tokens, and the round trips of eight images, spread over the data."""
-    model = _data_model(resolved, dataset)
-    shapes, trips = shapes_of(resolved["train_dataloader"]), []
-    for index in spread(len(dataset), ROUND_TRIPS) if isinstance(model, MaskedImageModel) and shapes else ():
+def round_trips(model: TrainableModel, dataset: ImageDataset, shapes: Shapes | None) -> list[RoundTrip]:
+    """Of eight images, spread over the data; none if the model has no tokens."""
+    trips: list[RoundTrip] = []
+    if not isinstance(model, MaskedImageModel) or shapes is None:
+        return trips
+    for index in spread(len(dataset), ROUND_TRIPS):
         with suppress(UnreadableImage):
             image = dataset[index]["image"]
             image = center_crop(image, shapes.of(image.size))
             (again,) = model.sampler().reconstruct([image])
             error = float(np.square(np.asarray(image, np.float64) - np.asarray(again, np.float64)).mean())
             trips.append(RoundTrip(dataset.name(index), image, again, 10 * math.log10(255**2 / max(error, 1e-9))))
-    return model.caption_lengths, trips
+    return trips
 
 
-def _data_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> TrainableModel:
+def data_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> TrainableModel:
+    """The model of a config, on the host, to look at its data with."""
     quiet_libraries()
     return build_model(resolved, model_assets(resolved, dataset), resolved["seed"]).eval()
 

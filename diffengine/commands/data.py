@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from diffengine.api import RoundTrip
     from diffengine.datasets.findings import Findings, ImageFacts
+    from diffengine.models.base import TrainableModel
 
 DEFAULT = "amused_512_own"  # says how images are read and cropped if no config is named
 COLUMNS = 80
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     resolved = _resolved(options)
     loader = resolved["train_dataloader"]
     dataset, problems = opened_section(loader)
-    lengths, trips, note = _of_model(options, resolved, dataset if not problems.count else None)
+    model, note = _model(options, resolved, dataset if not problems.count else None)
+    shapes = shapes_of(loader, model and model.size_multiple)
     kept = set(range(len(dataset)) if len(dataset) <= MOST_KEPT else spread(len(dataset), MOST_SHOWN))
     images: dict[int, bytes] = {}
 
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
             images[index] = _webp(image)
 
     how: dict[str, Any] = {"side": SIDE, "each": keep} if file else {}
-    findings = inspect(dataset, shapes_of(loader), lengths, seconds=None, most=None, **how)
+    findings = inspect(dataset, shapes, model and model.caption_lengths, seconds=None, most=None, **how)
+    trips = _round_trips(model, dataset, shapes)
     if not loader.get("skip_unreadable"):
         for image in findings.unreadable:
             problems.add("images that cannot be read", image.problem or "")
@@ -81,19 +84,28 @@ def _resolved(options: argparse.Namespace) -> config.Plain:
     return load_config(name, options.cfg_options, settings)[1]
 
 
-def _of_model(options: argparse.Namespace, resolved: config.Plain, dataset: Any) -> tuple[Any, list["RoundTrip"], str]:
-    """How the config's model counts tokens, what its VQ model makes of eight images, and why it does not."""
+def _model(options: argparse.Namespace, resolved: config.Plain, dataset: Any) -> tuple["TrainableModel | None", str]:
+    """The config's model, or None and why there is none."""
     if options.config is None:
-        return None, [], f"tokens are counted with --config NAME, such as {DEFAULT}"
+        return None, f"for tokens, name a config, such as --config {DEFAULT}"
     if dataset is None:
-        return None, [], "the model is loaded once nothing stops training"
+        return None, "the model is loaded once the captions can be read"
 
-    from diffengine.api import inspect_with_model
+    from diffengine.api import data_model
 
     try:
-        return (*inspect_with_model(resolved, dataset), "")
+        return data_model(resolved, dataset), ""
     except UserError as error:
-        return None, [], f"the model of {options.config} cannot be loaded: {error}"
+        return None, f"the model of {options.config} cannot be loaded: {error}"
+
+
+def _round_trips(model: "TrainableModel | None", dataset: Any, shapes: Any) -> list["RoundTrip"]:
+    if model is None:
+        return []
+
+    from diffengine.api import round_trips
+
+    return round_trips(model, dataset, shapes)
 
 
 def screen(

@@ -111,12 +111,15 @@ def opened_section(loader: Mapping[str, Any]) -> tuple[ImageDataset, Problems]:
     return opened(lambda: as_dataset(build(loader["dataset"])))
 
 
-def shapes_of(loader: Mapping[str, Any]) -> Shapes | None:
-    """The shapes that a `train_dataloader` section makes of images, for a model of 16 x 16 multiples as aMUSEd."""
+def shapes_of(loader: Mapping[str, Any], multiple: int | None = None) -> Shapes | None:
+    """The shapes that a `train_dataloader` section makes of images.
+
+    `multiple` is the model's `size_multiple`; None: such that the square has 16 x 16 of them, as aMUSEd's has.
+    """
     square = Shapes.made_by([build(item) for item in loader.get("image_transforms") or ()])
-    if square is None or loader.get("aspect", "square") == "square" or square.side % MULTIPLES:
+    if square is None or loader.get("aspect", "square") == "square" or (multiple is None and square.side % MULTIPLES):
         return square
-    return Shapes(square.side, square.side // MULTIPLES, loader.get("max_aspect", 2.0))
+    return Shapes(square.side, multiple or square.side // MULTIPLES, loader.get("max_aspect", 2.0))
 
 
 def is_local(loader: Any) -> bool:
