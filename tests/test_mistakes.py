@@ -581,8 +581,10 @@ def test_damaged_image_can_be_skipped(here, capfd):
     (photos / "astronaut.jpg").write_text("this is no image")
     with (photos / "metadata.csv").open("a") as file:
         file.write("black.png,black\n")
-    assert main(train("--cfg-options", "skip_unreadable=True")) == 0
-    assert (here / "new" / "iter_1.pth").exists()
+    assert main(train("--cfg-options", "skip_unreadable=True", "max_iters=4")) == 0
+    log = Path("new/log.txt").read_text()
+    assert log.count("skipped what cannot be read: photos/astronaut.jpg; 1 so far") == 1
+    assert (here / "new" / "iter_4.pth").exists()
 
 
 def test_checkpoint_and_work_dir_generate_the_same_image(here):

@@ -18,6 +18,7 @@ GOLDEN_RATIO = 0.6180339887498949
 MOST_COUNTED = 1000  # captions whose tokens are counted, for the same reason
 MOST_WORDS = 60  # of a caption, of which the tokens are not counted, without a warning
 NEAR_BITS, NEAR_LEVELS = 6, 8.0  # of 64 bits and of 256 levels, by which near duplicates may differ
+ENLARGED = 1.1  # times, above which it shows
 MOST_COMPARED = 20_000
 NAMED = 5  # images in a message
 SHAPES_SHOWN = 4
@@ -83,11 +84,11 @@ class Findings:
 
     @cached_property
     def enlarged(self) -> list[ImageFacts]:
-        """Images that are smaller than their shape, the smallest first."""
+        """Images that are clearly smaller than their shape, the smallest first."""
         if self.shapes is None:
             return []
         small = [(scale_of(image.size, self.shapes.of(image.size)), image) for image in self.sized if image.size]
-        return [image for scale, image in sorted(small, key=lambda pair: -pair[0]) if scale > 1]
+        return [image for scale, image in sorted(small, key=lambda pair: -pair[0]) if scale > ENLARGED]
 
     @cached_property
     def shape_counts(self) -> dict[Size, int]:
@@ -164,7 +165,8 @@ class Findings:
             return f"{line}; {square}"
         counts = self.shape_counts
         most = listed((f"{_times(shape)} {count:,}" for shape, count in counts.items()), SHAPES_SHOWN)
-        return f"{line}; {len(counts)} shapes ({most}) cut off {self.shapes.lost(sizes):.1%} of it, where {square}"
+        shapes = "1 shape" if len(counts) == 1 else f"{len(counts)} shapes"
+        return f"{line}; {shapes} ({most}) cut off {self.shapes.lost(sizes):.1%}, {square}"
 
     def warnings(self, near: bool = False) -> list[str]:
         """What hurts but does not stop a run, the worst first; with `near`, images that look alike are compared."""

@@ -69,7 +69,7 @@ class Stream:
         batch_size: with it, an epoch keeps images of one shape in runs that fill steps of so many, as far as it can;
             the sizes of all images are read. None: images are in random order.
         skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
-            in `skipped` (int, else 0). By default such an image is an error.
+            in `skipped` (int, else 0), with their names in `skipped_names`. By default such an image is an error.
 
     Attributes:
         caption_variations: of each caption: as given, or one without vary_caption; None for no limit.
@@ -170,7 +170,7 @@ class Stream:
             rest = positions[len(samples) :]
             try:
                 for position, sample in zip(rest, self._read(rest)):
-                    samples.append(self._finish(position, sample, skipped=0))
+                    samples.append(self._finish(position, sample, []))
             except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
@@ -227,7 +227,7 @@ class Stream:
     def _transformed(self, raw: Sample, rng: np.random.Generator) -> Sample:
         return apply(self.image_transforms, check_sample(raw), rng)
 
-    def _finish(self, position: int, sample: Sample, skipped: int) -> Sample:
+    def _finish(self, position: int, sample: Sample, skipped: list[str]) -> Sample:
         rng = self._of_samples.at(position)
         share = rng.random()  # drawn for a single caption too, so that the draws after it stay the same
         text = sample["text"]
@@ -235,7 +235,8 @@ class Stream:
             sample = {**sample, "text": text[int(share * len(text))]}
         if self.vary_caption is not None:
             sample = {**sample, "text": self._varied(sample["text"], position)}
-        return {**apply(self.transforms, sample, rng), "skipped": skipped}
+        names = {"skipped_names": skipped} if self.skip_unreadable else {}
+        return {**apply(self.transforms, sample, rng), "skipped": len(skipped), **names}
 
     def _varied(self, caption: str, position: int) -> str:
         """The caption's variation at a position."""
@@ -249,18 +250,20 @@ class Stream:
         assert self.vary_caption is not None
         return self.vary_caption({"text": caption}, self._of_captions.at(digest_of(caption.encode()), number))["text"]
 
-    def _next_readable(self, position: int) -> tuple[Sample, int]:
-        """(sample, how many were skipped) of the first readable image from this position's index on."""
+    def _next_readable(self, position: int) -> tuple[Sample, list[str]]:
+        """(sample, the names of those that were skipped) of the first readable image from this position's index on."""
         epoch, first = self.locate(position)
         start = self.trained.index(first)
-        for skipped in range(len(self)):
-            index = self.trained[(start + skipped) % len(self)]
+        skipped: list[str] = []
+        for number in range(len(self)):
+            index = self.trained[(start + number) % len(self)]
             try:
                 if self.cached_sample is not None:
                     return self.cached_sample(index, epoch), skipped
                 return self._transform(position, epoch, index, self.dataset[index]), skipped
             except UnreadableImage as error:
                 last = error
+                skipped.append(self.dataset.name(index))
         raise UserError(f"none of the {len(self)} images can be read; the last: {last}")
 
 

@@ -82,7 +82,7 @@ function build() {
   );
   const charts = Object.entries(DATA.charts).map(([title, counts]) => bars(title, counts));
   const sections = [
-    section("images", "Images", legend(), el("div", { class: "card" }, grid(DATA.images.map(figure)))),
+    section("images", "Images", el("div", { class: "card stack" }, legend(), grid(DATA.images.map(figure)))),
     groups.length ? section("duplicates", "Duplicates", el("div", { class: "stack" }, ...groups)) : null,
     DATA.trips.length
       ? section(
