@@ -21,12 +21,12 @@ from diffengine.datasets import (
     Shapes,
     Stream,
     UnreadableImage,
-    as_dataset,
     as_list,
     center_crop,
     fixed_samples_of,
     hold_out,
     inspect,
+    open_dataset,
     spread,
     square_transforms,
 )
@@ -114,7 +114,7 @@ def inspect_data(source: str | Path, *, config: str | None = None, **settings: A
     """
     resolved = load_config(config or "amused_512_own", settings={**settings, "data": source})[1]
     loader = resolved["train_dataloader"]
-    dataset = as_dataset(build(loader["dataset"]))
+    dataset = open_dataset(loader["dataset"])
     model = data_model(resolved, dataset) if config else None
     shapes, lengths = shapes_of(loader, model and model.size_multiple), model and model.caption_lengths
     return inspect(dataset, shapes, lengths, seconds=None, most=None)
@@ -260,9 +260,9 @@ def eval_data(data: str, split: str | None, max_images: int) -> EvalData:
         resolved = load_config(data)[1]
         section, loss = resolved["train_dataloader"]["dataset"], _loss_data(resolved)
         if split is not None:
-            trained = {text for texts in as_dataset(build(section)).all_captions() for text in texts}
+            trained = {text for texts in open_dataset(section).all_captions() for text in texts}
             section = {**section, "split": split}
-        dataset = as_dataset(build(section))
+        dataset = open_dataset(section)
     else:
         dataset = ImageTextDataset(data) if split is None else ImageTextDataset(data, split=split)
         loss = LossData(
@@ -288,7 +288,7 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
 
     @cache  # all sources have the same samples
     def read(multiple: int) -> Any:
-        dataset = as_dataset(build(loader["dataset"]))
+        dataset = open_dataset(loader["dataset"])
         shape = loader.get("aspect", "square"), loader.get("max_aspect", 2.0)
         transforms = build_image_transforms(loader["image_transforms"], *shape, multiple)
         split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")

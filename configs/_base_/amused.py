@@ -7,7 +7,7 @@ from diffengine.models.amused import AmusedModel
 
 extends = "default_runtime"
 
-data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of images, or a parquet file
+data = "reach-vb/pokemon-blip-captions"  # a hub name, a folder of images or a parquet file; or a list
 pretrained = "amused/amused-512"  # a hub name, or a folder with the five components
 resolution = 512  # side of the square images, in pixels
 batch_size = 8  # images per optimizer step, of all GPUs together

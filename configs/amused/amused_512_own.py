@@ -9,7 +9,7 @@ since lettering and faces should not be.
 
 extends = "amused"
 
-data = "pictures"
+data = "pictures"  # or a list: ["one", dict(path="two", repeats=3, weight=0.5)], see docs/recipes.md
 caption = None  # one caption for all images
 prefix = ""  # put before every caption
 pretrained = "amused/amused-512"

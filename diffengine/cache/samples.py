@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from diffengine.cache.tables import Table
-from diffengine.datasets import ImageDataset, Sample, UnreadableImage, as_list
+from diffengine.datasets import ImageDataset, Sample, Source, UnreadableImage, as_list
 from diffengine.datasets.base import Size
 from diffengine.errors import require
 
@@ -23,9 +23,14 @@ class CachedDataset(ImageDataset):
     Indexing returns only the caption, which is enough if the images are not on this machine.
     """
 
-    def __init__(self, table: Table, variations: int) -> None:
+    def __init__(self, table: Table, variations: int, sources: Sequence[Source] | None = None) -> None:
         self._table = table
         self.variations: int = variations
+        self._sources = sources
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return super().sources if self._sources is None else self._sources
 
     def __len__(self) -> int:
         return len(self._table) // self.variations
@@ -41,9 +46,11 @@ class CachedDataset(ImageDataset):
             return None
         return [tuple(shape.tolist()) for shape in self._table.column(SHAPE, step=self.variations)]
 
-    def sample(self, index: int, epoch: int) -> Sample:
-        """The sample of an image in an epoch: its variations take turns. Tensors own their memory; `text` is a list."""
-        row = self._table[index * self.variations + epoch % self.variations]
+    def sample(self, index: int, visit: int) -> Sample:
+        """The sample of an image after so many visits: its variations take turns. Tensors own their memory; `text` is a
+        list.
+        """
+        row = self._table[index * self.variations + visit % self.variations]
         sample: Sample = {"text": row.pop("text")}
         if not row.pop("readable"):
             raise UnreadableImage(f"image {index} could not be read when the cache was built")

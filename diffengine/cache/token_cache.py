@@ -20,7 +20,8 @@ from diffengine.cache.checked import NONE_YET, digest_of
 from diffengine.cache.fingerprint import difference, digest_of_images, digest_of_texts
 from diffengine.cache.samples import DIMENSIONS, SHAPE, CachedDataset, columns_of
 from diffengine.cache.tables import Rows, Table, TableBuilder, delete_table
-from diffengine.datasets import ByShape, ImageDataset, Sample, Stream, same_shape, variation_batches
+from diffengine.datasets import ByShape, ImageDataset, Sample, Sources, Stream, same_shape, variation_batches
+from diffengine.datasets.sources import LOCATION, USE, without
 from diffengine.errors import UserError, disk_errors, require
 from diffengine.files import expanded, locked
 from diffengine.models.base import Encoder
@@ -32,7 +33,6 @@ NUM_SPOT_CHECKS = 8  # images encoded again at each start
 MAX_MISMATCH = 0.01  # share of their tokens that may differ, since another device rounds and breaks ties differently
 MAX_EMBEDDINGS = 4e9  # bytes on disk that text_embeddings="auto" may take
 CAPTION_BATCH = 32
-LOCATION_OPTIONS = ("path", "data", "class_data")  # options that locate a data set and do not change what it returns
 LOCK = ".lock"  # the first file in a cache's folder
 NOTES = "files.json"  # digests of the images' files
 
@@ -47,13 +47,18 @@ def caption_table(folder: Path) -> Table:
     return Table(folder / "captions.arrow")
 
 
-def cached_dataset(section: Mapping[str, Any]) -> CachedDataset | None:
-    """The data set that the cache at a `token_cache` section's `path` holds, for a machine without the images."""
+def cached_dataset(section: Mapping[str, Any], dataset: ImageDataset | None = None) -> CachedDataset | None:
+    """The data set that the cache at a `token_cache` section's `path` holds, for a machine without the images.
+
+    `dataset` has the sources, if the images are of several.
+    """
     if section.get("path") is None or not section.get("use", "auto"):
         return None
     table = image_table(expanded(section["path"]))
     if table.fingerprint is not None:
-        return CachedDataset(table, table.fingerprint["forms"])
+        counts = table.fingerprint.get("sources")
+        sources = dataset.described(counts) if counts and isinstance(dataset, Sources) else None
+        return CachedDataset(table, table.fingerprint["forms"], sources)
     require(table.why_none == NONE_YET, f"{table.why_none}, and the images to build the cache again are not here")
     return None
 
@@ -167,18 +172,21 @@ class TokenCache:
     @cached_property
     def folder(self) -> Path:
         """The folder, which need not exist yet. The same on all ranks."""
-        default = digest_of([self.data["dataset"], self._key])[:12]  # also for a path: all ranks need the key
+        default = digest_of([without(self.data["dataset"], USE), self._key])[
+            :12
+        ]  # also for a path: all ranks need the key
         return self.work_dir.parent / "cache" / default if self.path is None else expanded(self.path)
 
     @cached_property
     def _key(self) -> dict[str, Any]:
         """The fingerprint of the table of images, apart from the images and captions themselves."""
-        dataset = {name: value for name, value in self.data["dataset"].items() if name not in LOCATION_OPTIONS}
+        counts = [source.images for source in self.stream.sources]
         shapes = [astuple(item.shapes) for item in self.stream.image_transforms if isinstance(item, ByShape)]
         by_shape = {"shapes": shapes[0]} if shapes else {}
         return distributed.on_rank_0(
             lambda: {  # the names are those of version 0.1.0: the default folder's name depends on them
-                "data set": dataset,
+                "data set": without(self.data["dataset"], (*LOCATION, *USE)),
+                **({"sources": counts} if len(counts) > 1 else {}),
                 "image transforms": self.data["image_transforms"],
                 "image_variations": self.stream.image_variations,
                 "forms": self.variations,

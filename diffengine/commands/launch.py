@@ -35,8 +35,17 @@ STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What names a config, changes it, and says how processes are started."""
     add = parser.add_argument
-    add("config", help="a shipped name (see list-cfg) or the path of a config file")
-    add("--data", help="images: a folder, a parquet file or a hub name (sets `data`)")
+    config = add("config", help="a shipped name (see list-cfg) or the path of a config file")
+
+    class Data(argparse.Action):
+        """Takes paths; in `--data A CONFIG` the config, too, which `run_job` takes out again."""
+
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            namespace.data = values
+            config.required = len(values) == 1
+
+    described = "images: a folder, a parquet file or a hub name, or several (sets `data`)"
+    add("--data", nargs="+", action=Data, metavar="DATA", help=described)
     add("--pretrained", help="a model folder or hub name (sets `pretrained`)")
     add("--work-dir", help="the run's folder; default work_dirs/<config name>")
     example = "set anything in the config: batch_size=4 optim_wrapper.clip_grad=None"
@@ -48,6 +57,8 @@ def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int
     """Do `work` over the config that the options name, in every process; return the exit code."""
     from diffengine.registry import import_from_here
 
+    if options.config is None:
+        options.config = options.data.pop()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     with stopped_by_signals():
         import_from_here()
@@ -81,8 +92,9 @@ def _run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> in
     return 0
 
 
-def _settings(options: argparse.Namespace) -> dict[str, str | None]:
-    return {"data": options.data, "pretrained": options.pretrained, "work_dir": options.work_dir}
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    data = options.data[0] if options.data is not None and len(options.data) == 1 else options.data
+    return {"data": data, "pretrained": options.pretrained, "work_dir": options.work_dir}
 
 
 def _look(options: argparse.Namespace) -> bool:

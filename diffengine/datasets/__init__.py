@@ -7,16 +7,16 @@ To add a data set, subclass `ImageDataset` (base.py) in a module of your own and
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, WrappedDataset, as_dataset, as_list
+from diffengine.datasets.base import ImageDataset, Sample, Source, UnreadableImage, WrappedDataset, as_dataset, as_list
 from diffengine.datasets.emoji import EmojiDataset
 from diffengine.datasets.findings import GOLDEN_RATIO, Findings, spread
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.inspect import inspect, is_encoded
 from diffengine.datasets.missing import MissingImages
 from diffengine.datasets.shapes import Aspect, ByShape, Shapes
+from diffengine.datasets.sources import Sources, SubjectDataset, open_dataset, paths_of, samples_of
 from diffengine.datasets.split import Split, hold_out
 from diffengine.datasets.stream import Stream, fixed_samples_of, generator, steps_for_epochs
-from diffengine.datasets.subject import SubjectDataset
 from diffengine.datasets.transforms import (
     Crop,
     DropCaption,
@@ -58,6 +58,8 @@ __all__ = [
     "Resize",
     "Sample",
     "Shapes",
+    "Source",
+    "Sources",
     "Split",
     "Stream",
     "SubjectDataset",
@@ -78,7 +80,10 @@ __all__ = [
     "is_encoded",
     "make_loader",
     "micro_batches",
+    "open_dataset",
+    "paths_of",
     "same_shape",
+    "samples_of",
     "spread",
     "square_transforms",
     "steps_for_epochs",

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from PIL.Image import Image
 
@@ -16,6 +17,28 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 class UnreadableImage(UserError):
     """An image that cannot be decoded. The message names the file or the row."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of a data set that follow one another, and how training takes them.
+
+    Attributes:
+        name: in the log, in metrics and on the run's page.
+        images: how many.
+        repeats: how often an epoch takes each; "balance": so often that an epoch takes as many samples of this source
+            as of the one that has the most.
+        weight: of their loss, above 0.
+        mirror: the probability with which they are mirrored; None for that of the transform `Flip`.
+        path: where they come from.
+    """
+
+    name: str
+    images: int
+    repeats: int | Literal["balance"] = 1
+    weight: float = 1.0
+    mirror: float | None = None
+    path: str = ""
 
 
 class ImageDataset(ABC):
@@ -37,6 +60,11 @@ class ImageDataset(ABC):
             UnreadableImage: the image is damaged.
         """
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        """What the images are made up of, in their order."""
+        return [Source("data", len(self))]
+
     def __getitems__(self, indices: Sequence[int]) -> Iterable[Sample]:
         """The samples of many indices, read together if that is faster."""
         return (self[index] for index in indices)
@@ -57,7 +85,7 @@ class ImageDataset(ABC):
         image = self[index].get("image")
         return None if image is None else repr(image.size).encode() + image.tobytes()
 
-    def source(self, index: int) -> tuple[bytes | str, str] | None:
+    def encoded(self, index: int) -> tuple[bytes | str, str] | None:
         """An image before it is decoded, as its bytes or its file, and what errors call it. None: it has no such thing.
 
         Raises:
@@ -81,9 +109,9 @@ class ImageDataset(ABC):
         """The files that hold the images' bytes, in order: a cache reads them to see what changed. None: unknown."""
         return None
 
-    def missing_images(self) -> MissingImages | None:
-        """Images to generate before training; None for a data set that never lacks any."""
-        return None
+    def missing_images(self) -> list[MissingImages]:
+        """Images to generate before training, by folder; none for a data set that never lacks any."""
+        return []
 
 
 @final

@@ -54,6 +54,12 @@ class Problems:
         """`sort` is a plural: "rows of metadata.csv"."""
         self._by_sort.setdefault(sort, []).append(problem)
 
+    def extend(self, other: "Problems", label: str) -> None:
+        """Add another data set's, each after its label."""
+        for sort, problems in other._by_sort.items():
+            for problem in problems:
+                self.add(sort, f"{label}: {problem}")
+
     @contextmanager
     def collected(self, sort: str) -> Iterator[None]:
         """Inside, a UserError ends the block and is added."""

@@ -38,7 +38,7 @@ class ImageTextDataset(ImageDataset):
     """Captioned images from the Hugging Face hub or from local files.
 
     Args:
-        path: an existing file or folder, else a name on the hub. Locally one of
+        path: an existing file or folder, else a name on the hub; in a config also a list, see `Sources`. Locally one of
             - data written by `save_to_disk`,
             - a Parquet file, or a folder of them,
             - an image, or a folder of images with subfolders, in the order of their paths. Captions come from
@@ -63,10 +63,13 @@ class ImageTextDataset(ImageDataset):
     """
 
     def __init__(
-        self, path: str, *, split: str = "train", image_column: str | None = None, caption_column: str | None = None,
+        self, path: str | list[str | dict], *, split: str = "train",
+        image_column: str | None = None, caption_column: str | None = None,
         caption: str | None = None, prefix: str = "", captions_from_file_names: bool = False,
         revision: str | None = None, max_samples: int | None = None, allow_outside: bool = False,
     ) -> None:  # fmt: skip
+        if not isinstance(path, str):
+            raise UserError(f"path got {path!r:.200}; expected a text; Sources takes a list")
         require(max_samples is None or max_samples >= 1, f"max_samples got {max_samples}; expected at least 1, or None")
         by_name = captions_from_file_names or None
         sources = {"caption": caption, "caption_column": caption_column, "captions_from_file_names": by_name}
@@ -105,7 +108,7 @@ class ImageTextDataset(ImageDataset):
 
     def content(self, index: int) -> bytes:
         """The length of its file and the first 64 KiB: all bytes of a large data set take minutes to read."""
-        source, name = self.source(index)
+        source, name = self.encoded(index)
         try:
             if isinstance(source, bytes):
                 return len(source).to_bytes(8, "little") + source[:BEGINNING]
@@ -115,16 +118,16 @@ class ImageTextDataset(ImageDataset):
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
 
-    def source(self, index: int) -> tuple[bytes | str, str]:
+    def encoded(self, index: int) -> tuple[bytes | str, str]:
         return self._source(index, self._rows[index])
 
     def name(self, index: int) -> str:
         with suppress(UnreadableImage):
-            return self.source(index)[1]
+            return self.encoded(index)[1]
         return super().name(index)
 
     def size(self, index: int) -> Size:
-        return read_size(*self.source(index))
+        return read_size(*self.encoded(index))
 
     def captions(self, index: int) -> list[str]:
         cell = self._rows.select_columns("text")[index]["text"] if self._caption is None else self._caption

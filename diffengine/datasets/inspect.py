@@ -15,11 +15,12 @@ from typing import Any, final
 import numpy as np
 from PIL import Image
 
-from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage, as_dataset
+from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage
 from diffengine.datasets.findings import GOLDEN_RATIO, Findings, ImageFacts, Lengths, evenly
 from diffengine.datasets.folder import Problems, UnusableData
 from diffengine.datasets.images import ends_early, read_image, read_size, read_small
 from diffengine.datasets.shapes import Shapes
+from diffengine.datasets.sources import open_dataset, paths_of
 from diffengine.errors import UserError
 from diffengine.files import expanded
 from diffengine.registry import build
@@ -68,7 +69,9 @@ def inspect(
 def opened(dataset: Callable[[], ImageDataset]) -> tuple[ImageDataset, Problems]:
     """Build a data set; if that fails, its image files without captions, and what is wrong."""
     try:
-        return dataset(), Problems()
+        built = dataset()
+        len(built)  # opens all sources
+        return built, Problems()
     except UnusableData as error:
         return ImageFiles(error.images), error.found
 
@@ -93,7 +96,7 @@ def look(dataset: Callable[[], ImageDataset], name: str, shapes: Shapes | None, 
 def is_encoded(dataset: ImageDataset) -> bool:
     """Whether a data set has images as files or bytes: looking at one that makes its images would make them all."""
     try:
-        return len(dataset) > 0 and dataset.source(0) is not None
+        return len(dataset) > 0 and dataset.encoded(0) is not None
     except UnreadableImage:
         return True
 
@@ -101,14 +104,14 @@ def is_encoded(dataset: ImageDataset) -> bool:
 def look_at_section(loader: Mapping[str, Any]) -> ImageDataset:
     """`look` at the data of a config's `train_dataloader` section."""
     section = loader["dataset"]
-    name = section.get("path") or section.get("data") or section["type"].rpartition(".")[2]
+    name = ", ".join(paths_of(section)) or section["type"].rpartition(".")[2]
     skip = bool(loader.get("skip_unreadable"))
-    return look(lambda: as_dataset(build(section)), str(name), shapes_of(loader), skip)
+    return look(lambda: open_dataset(section), name, shapes_of(loader), skip)
 
 
 def opened_section(loader: Mapping[str, Any]) -> tuple[ImageDataset, Problems]:
     """The data of a config's `train_dataloader` section, as of `opened`."""
-    return opened(lambda: as_dataset(build(loader["dataset"])))
+    return opened(lambda: open_dataset(loader["dataset"]))
 
 
 def shapes_of(loader: Mapping[str, Any], multiple: int | None = None) -> Shapes | None:
@@ -127,7 +130,7 @@ def is_local(loader: Any) -> bool:
     section = loader.get("dataset") if isinstance(loader, Mapping) else None
     if not isinstance(section, Mapping) or section.get("type") not in LOCAL_TYPES:
         return False
-    paths = [section[key] for key in ("path", "data") if isinstance(section.get(key), str)]
+    paths = paths_of(section)
     try:
         shapes_of(loader)
         return bool(paths) and all(expanded(path).exists() for path in paths) and not problems_of(section, "dataset")
@@ -146,12 +149,12 @@ class ImageFiles(ImageDataset):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": read_image(*self.source(index)), "text": ""}
+        return {"image": read_image(*self.encoded(index)), "text": ""}
 
     def all_captions(self) -> Iterator[list[str]]:
         return iter([])
 
-    def source(self, index: int) -> tuple[str, str]:
+    def encoded(self, index: int) -> tuple[str, str]:
         return str(self._files[index]), str(self._files[index])
 
 
@@ -181,7 +184,7 @@ def _header(dataset: ImageDataset, index: int) -> tuple[ImageFacts, bool]:
     image = ImageFacts(index, f"image {index}")
     try:
         image = ImageFacts(index, dataset.name(index))
-        source = dataset.source(index)
+        source = dataset.encoded(index)
         if source is None:
             return replace(image, size=dataset.size(index)), False
         content = hashlib.blake2b(dataset.content(index) or b"", digest_size=16).digest()
@@ -199,7 +202,7 @@ def _decoded(
     if image.problem:
         return image
     try:
-        source = dataset.source(image.index)
+        source = dataset.encoded(image.index)
         small = read_small(*source, side) if source else dataset[image.index]["image"].copy()
     except UnreadableImage as error:
         return replace(image, problem=str(error))

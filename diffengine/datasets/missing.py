@@ -43,7 +43,7 @@ class MissingImages:
             existing = [name for name in old.get("pictures", []) if (self.folder / name).exists()]
             changed = [f"{key} was {old.get(key)!r} and is {now[key]!r}" for key in now if old.get(key) != now[key]]
             found = f"'{self.folder}' holds {len(existing)} class images that were generated differently"
-            advice = f"choose another class_data, delete them to generate them again, or delete {RECORD} to keep them"
+            advice = f"choose another folder, delete them to generate them again, or delete {RECORD} to keep them"
             require(not (existing and changed), f"{found}: {'; '.join(changed)}; {advice}")
             if self.numbers:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Literal, final
 import numpy as np
 
 from diffengine.datasets.base import Sample, Size
-from diffengine.datasets.transforms import AnyTransform, Resize, Transform, apply, effect_of
+from diffengine.datasets.transforms import AnyTransform, Resize, Transform, apply, effect_of, mirroring
 from diffengine.errors import require
 
 Aspect = Literal["square", "keep"]
@@ -97,10 +97,14 @@ class ByShape(Transform):
         got = f"aspect='keep' got Resize to {' and '.join(map(str, sizes)) or 'nothing'}, and images of {square}"
         require(sizes == {square}, f"{got}; expected a Resize and a Crop of one size among the image transforms")
         self.shapes = shapes
+        self._transforms = list(transforms)
         self._made = {shape: [_made_for(shape, item) for item in transforms] for shape in shapes.all}
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return apply(self._made[self.shapes.of(sample["image"].size)], sample, rng)
+
+    def mirroring(self, p: float) -> "ByShape":
+        return ByShape(mirroring(self._transforms, p), self.shapes)
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return (None, True) if size is None else effect_of(self._made[self.shapes.of(size)], size)

@@ -33,6 +33,10 @@ class Transform(ABC):
         """The transform that makes images of this (width, height); itself if it changes no size."""
         return self
 
+    def mirroring(self, p: float) -> "Transform":
+        """This transform for images that are mirrored with probability `p`."""
+        return self
+
 
 AnyTransform = Transform | Callable[[Sample, np.random.Generator], Sample]
 
@@ -44,6 +48,14 @@ def effect_of(transforms: Sequence[AnyTransform], size: Size | None) -> tuple[Si
         size, random = transform.effect(size) if isinstance(transform, Transform) else (None, True)
         any_random |= random
     return size, any_random
+
+
+def mirroring(transforms: Sequence[AnyTransform], p: float) -> list[AnyTransform]:
+    """The transforms for images that are mirrored with probability `p`; a UserError if none of them mirrors."""
+    found = [item.mirroring(p) if isinstance(item, Transform) else item for item in transforms]
+    message = f"a source got mirror={p}, but no image transform mirrors; put Flip among them"
+    require(any(new is not old for new, old in zip(found, transforms)), message)
+    return found
 
 
 def apply(transforms: Sequence[AnyTransform], sample: Sample, rng: np.random.Generator) -> Sample:
@@ -151,6 +163,9 @@ class Flip(Transform):
 
     def effect(self, size: Size | None) -> tuple[Size | None, bool]:
         return size, 0 < self.p < 1
+
+    def mirroring(self, p: float) -> "Flip":
+        return Flip(p)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.p:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from diffengine import config as configs
 from diffengine import distributed
 from diffengine.cache import TokenCache
-from diffengine.cache.token_cache import LOCATION_OPTIONS, cached_dataset
+from diffengine.cache.token_cache import cached_dataset
 from diffengine.config import Plain
 from diffengine.datasets import (
     Aspect,
@@ -24,8 +24,9 @@ from diffengine.datasets import (
     Split,
     Stream,
     VaryTags,
-    as_dataset,
     make_loader,
+    open_dataset,
+    paths_of,
 )
 from diffengine.datasets.inspect import look_at_section
 from diffengine.datasets.transforms import AnyTransform, effect_of
@@ -71,15 +72,18 @@ def make_job(name: str, config: Plain, resolved: Plain, device: torch.device) ->
 def build_dataset(job: Job) -> ImageDataset:
     """Build the data set, and look at it; if its images are not on this machine, use the cache at `cache_path`."""
     options, section = job.resolved["train_dataloader"]["dataset"], job.resolved.get("token_cache", {})
-    paths = [expanded(options[name]) for name in LOCATION_OPTIONS if isinstance(options.get(name), str)]
+    paths, dataset = [expanded(path) for path in paths_of(options)], None
     _check_outside(paths, job.work_dir, "work dir", "--work-dir")
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
     try:
-        look = not job.looked and distributed.rank() == 0
-        return look_at_section(job.resolved["train_dataloader"]) if look else as_dataset(build(options))
+        if not job.looked and distributed.rank() == 0:
+            return look_at_section(job.resolved["train_dataloader"])
+        dataset = open_dataset(options)
+        len(dataset)  # opens all sources
+        return dataset
     except UserError as error:
-        cached = None if any(path.exists() for path in paths) else cached_dataset(section)
+        cached = None if any(path.exists() for path in paths) else cached_dataset(section, dataset)
         if cached is None:
             raise
         distributed.print_once(f"training from the cache '{section['path']}' alone, since {error}")
@@ -151,7 +155,8 @@ def build_dataloader(
     """The `train_dataloader` section.
 
     Args:
-        dataset: `dict(type=ImageTextDataset, ...)`: an ImageDataset, or any class with `__len__` and `__getitem__`.
+        dataset: `dict(type=ImageTextDataset, ...)`: an ImageDataset, or any class with `__len__` and `__getitem__`. Its
+            `path` may be a list, see `Sources`.
         image_transforms: change the image.
         batch_size: samples per optimizer step, of all GPUs together: what is learnt does not depend on how many.
         transforms: run after them.
@@ -170,7 +175,7 @@ def build_dataloader(
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
     sample_transform = model.sample_transform
     stream = Stream(
-        build(dataset),
+        open_dataset(dataset),
         changes,
         others + ([sample_transform] if sample_transform else []),
         seed=seed, image_variations=image_variations, skip_unreadable=skip_unreadable, split=split,

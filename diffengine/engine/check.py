@@ -72,23 +72,24 @@ def check(job: Job) -> Report:
     with distributed.all_ranks():
         dataset = build.build_dataset(job)
         missing = dataset.missing_images()
-        to_generate = len(missing.numbers) if missing else 0
+        to_generate = sum(len(each.numbers) for each in missing)
         split = hold_out(dataset, build.held_out_share(build.build_hooks(job)) or 0.0)
-        trained = len(dataset) - len(split.held_out)
-        clock = Clock(lengths.get("max_epochs"), lengths.get("max_iters"), trained, data["batch_size"])
         transforms = [registry.build(transform) for transform in data["image_transforms"]]
         variations, skip = data.get("image_variations"), data.get("skip_unreadable", False)
-        stream = Stream(dataset, transforms, [], seed=seed, image_variations=variations, skip_unreadable=skip)
+        options = {"seed": seed, "image_variations": variations, "skip_unreadable": skip, "split": split}
+        stream = Stream(dataset, transforms, [], **options)
+        clock = Clock(lengths.get("max_epochs"), lengths.get("max_iters"), len(stream), data["batch_size"])
         subset = _subset(stream, skip or to_generate > 0, one_shape=data.get("aspect") == "keep")
     assets = build.learn_assets(job, dataset)
     with tempfile.TemporaryDirectory(prefix="diffengine-check-") as folder:
         dry_job = _dry_job(job, clock, stream, Path(distributed.on_rank_0(lambda: folder)))
         with redirect_stdout(io.StringIO()):
             run = build_run(dry_job, dataset=subset, assets=assets)
-            if missing:
-                check_can_generate(missing, run.trainable)
+            for each in missing:
+                check_can_generate(each, run.trainable)
             seconds = _take_steps(run, data.get("num_workers", 0))
-        stream.image_transforms = run.train_loop.stream.image_transforms  # with aspect="keep" the model completes them
+        made = run.train_loop.stream.image_transforms  # with aspect="keep" the model completes them
+        stream = Stream(dataset, made, [], **options)
         report = _report(job, run, clock, stream, to_generate, seconds)
         with distributed.all_ranks():
             pass  # rank 0 deletes the folder when all have measured

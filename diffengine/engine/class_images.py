@@ -17,17 +17,15 @@ BATCH = 8  # images generated at once
 def generate_missing(dataset: ImageDataset, model: TrainableModel, optim: StepOptimWrapper) -> None:
     """Generate a data set's missing images. Rank 0 writes each atomically, so a killed run continues with the next."""
 
-    def claim() -> MissingImages | None:
-        missing = dataset.missing_images()
-        if missing is None or not check_can_generate(missing, model):
-            return None
-        missing.claim(model.origin)
-        if missing.numbers:
-            say(f"{_lack(missing)}: generating '{missing.prompt}' before training")
-        return missing
+    def claim() -> list[MissingImages]:
+        claimed = [missing for missing in dataset.missing_images() if check_can_generate(missing, model)]
+        for missing in claimed:
+            missing.claim(model.origin)
+            if missing.numbers:
+                say(f"{_lack(missing)}: generating '{missing.prompt}' before training")
+        return claimed
 
-    missing = distributed.on_rank_0(claim)
-    if missing:
+    for missing in distributed.on_rank_0(claim):
         for numbers in _runs(missing.numbers):  # so no rank waits longer than one batch takes
             distributed.on_rank_0(partial(_generate, missing, numbers, model, optim))
 

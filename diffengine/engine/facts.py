@@ -53,9 +53,10 @@ def data_at_a_glance(run: "Run") -> dict[str, Any]:
     seen = clock.max_iters * clock.batch_size
     return {
         "images": len(dataset),
-        "held_out": len(dataset) - clock.num_samples,
+        "held_out": len(stream.split.held_out),
         "samples": seen,
-        "epochs_per_image": seen / clock.num_samples,
+        "epochs_per_image": seen / stream.images,
+        **({"sources": stream.source_rows()} if len(stream.sources) > 1 else {}),
         **_sizes(dataset, Shapes.made_by(stream.image_transforms)),
         **_captions(run),
         "thumbnails": _thumbnails(stream, run.work_dir),
@@ -115,7 +116,7 @@ def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
             if "image" not in sample:  # only their tokens are on this machine
                 return []
             text = sample["text"]
-            cropped = apply(stream.image_transforms, sample, generator(stream.seed, IMAGE, index))["image"]
+            cropped = apply(stream.transforms_of(index), sample, generator(stream.seed, IMAGE, index))["image"]
             file = f"report/{len(found):02}.webp"
             image = as_image(cropped)
             image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

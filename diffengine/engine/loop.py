@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -154,9 +154,9 @@ class StepLoop(BaseLoop):
             buffer.copy_(torch.where(norms.good, buffer, before))
         self._seconds["optimizer"] = self._now() - started
         return Step(
-            ~norms.good, sums, count_targets(batch), targets_by_bucket(batch), sum(batch.get("num_tokens", ())),
-            sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate, norms.total, norms.groups,
-            sum(batch.get("skipped", ())), self._seconds,
+            ~norms.good, sums, count_targets(batch), targets_by(batch, "bucket"), targets_by(batch, "source"),
+            sum(batch.get("num_tokens", ())), sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate,
+            norms.total, norms.groups, sum(batch.get("skipped", ())), self._seconds,
             list(itertools.chain.from_iterable(batch.get("skipped_names", ()))),
         )  # fmt: skip
 
@@ -202,12 +202,12 @@ def count_targets(batch: dict[str, Any]) -> float:
     return math.fsum(weight * count for weight, count in zip(batch["weight"], batch["num_targets"]))
 
 
-def targets_by_bucket(batch: dict[str, Any]) -> dict[int, float]:
-    """Weighted targets of a host batch by the `bucket` of their sample; {} if samples have none."""
+def targets_by(batch: dict[str, Any], key: Literal["bucket", "source"]) -> dict[int, float]:
+    """Weighted targets of a host batch by the bucket or the source of their sample; {} if samples have none."""
     found: dict[int, float] = defaultdict(int)
     weights = batch.get("weight") or itertools.repeat(1)
-    for bucket, weight, count in zip(batch.get("bucket", ()), weights, batch["num_targets"]):
-        found[bucket] += weight * count
+    for value, weight, count in zip(batch.get(key, ()), weights, batch["num_targets"]):
+        found[value if key == "bucket" else int(value.argmax())] += weight * count
     return found
 
 

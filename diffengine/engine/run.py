@@ -198,11 +198,20 @@ class Run(Runner):
         clock, stream, info = self.clock, self.train_loop.stream, self.logger.info
         wanted = self.job.resolved["optim_wrapper"].get("precision", "auto")
         precision, why = resolve_precision(wanted, self.job.device)
+        images = f"{stream.images} images"
+        if clock.num_samples != stream.images:
+            images += f", {clock.num_samples} samples an epoch"
         info(
-            f"{self.name}: {clock.num_samples} images, {clock.max_iters} steps of {clock.batch_size}, "
+            f"{self.name}: {images}, {clock.max_iters} steps of {clock.batch_size}, "
             f"{self.trained_parameters:,} trained parameters, {precision} ({why}) on {distributed.world_size()} x "
             f"{self.job.device.type}, in {self.work_dir}"
         )
+        for row in stream.source_rows() if len(stream.sources) > 1 else ():
+            info(
+                "source {name}: {trained} of {images} images, {samples} samples an epoch, weight {weight:g}".format(
+                    **row
+                )
+            )
         groups = self.job.resolved["optim_wrapper"].get("param_groups") or ()
         for text in describe_groups(groups, self.optim_wrapper.optimizer):
             info(f"param_groups: {text}")
@@ -226,9 +235,11 @@ class Run(Runner):
             self.warn(f"the lr schedule '{schedule}' with {name}: it averages the weights instead; {advice}")
         if warmup >= clock.max_iters:
             self.warn(f"the run ends inside its warm-up: {clock.max_iters} steps of {warmup}; lower warmup_iters")
-        epochs = clock.max_iters * clock.batch_size // clock.num_samples
-        if epochs > MANY_EPOCHS and clock.num_samples > FEW_IMAGES:
-            self.warn(f"{epochs} epochs over {clock.num_samples} images: they will be memorized; train fewer steps")
+        for row in self.train_loop.stream.source_rows():
+            images = row["trained"]
+            epochs = clock.max_iters * clock.batch_size * row["samples"] // (clock.num_samples * (images or 1))
+            if epochs > MANY_EPOCHS and images > FEW_IMAGES:
+                self.warn(f"{epochs} epochs over {images} images: they will be memorized; train fewer steps")
         if isinstance(model, MaskedImageModel) and side is not None and side != model.side:
             self.warn(f"the resolution is not the model's: {side} px, and it was made for {model.side} px")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffengine import distributed
 
 BAD, GRAD_NORM, GRAD_NORM_GROUPS = "bad", "grad_norm", "grad_norm by group"
+BY_SOURCE = "loss_by_source"
 COUNTS = ("targets", "tokens", "captions_dropped", "skipped")  # of a step, on the host
 STACKED = 256  # steps whose numbers are kept as they come before they are added up over ranks
 
@@ -28,6 +29,7 @@ class Step:
     sums: dict[str, Tensor]  # weighted sums over this rank's targets: "loss" and what the model logs; see its `forward`
     targets: float  # this rank's, each with its sample's weight, on the host
     bucket_targets: dict[int, float]  # `targets` by the bucket of their sample; {} if samples have none
+    source_targets: dict[int, float]  # the same by source, if there are several
     tokens: int  # of this rank's images, masked or not; 0 for a model that learns from pixels
     captions_dropped: int  # on this rank
     samples: int  # of all ranks together
@@ -47,6 +49,7 @@ class Totals(NamedTuple):
     sums: dict[str, list[float]]  # of `Step.sums`, without bad steps
     counts: dict[str, float]  # COUNTS; `targets` without bad steps
     bucket_targets: list[float]  # the same by bucket
+    source_targets: list[float]  # and by source
 
 
 @final
@@ -55,7 +58,7 @@ class Window:
 
     So a line's numbers do not depend on where a run was resumed. `widths` has the names of the device's columns, and
     how many each has: `bad` and norms, which are equal on all ranks, then the step's sums. A host row has COUNTS, and
-    the targets by bucket.
+    the targets by bucket and by source.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,13 +88,19 @@ class Window:
             if widths != self.widths:  # also if a resumed checkpoint is of a version that logged other numbers
                 self.clear()
                 self.widths = widths
-        buckets = range(max((value.numel() for value in step.sums.values()), default=0))
-        counts = [getattr(step, name) for name in COUNTS] + [step.bucket_targets.get(index, 0) for index in buckets]
+        counts = [getattr(step, name) for name in COUNTS]
+        counts += [step.bucket_targets.get(index, 0) for index in range(self._num_buckets)]
+        counts += [step.source_targets.get(index, 0) for index in range(self.widths.get(BY_SOURCE, 0))]
         self._pending.append((list(numbers.values()), counts))
         self.waited += step.seconds["data"]
         self.seconds += step.seconds["all"]
         if len(self._pending) == STACKED:
             self._fold()
+
+    @property
+    def _num_buckets(self) -> int:
+        others = (BAD, GRAD_NORM, GRAD_NORM_GROUPS, BY_SOURCE)
+        return max((width for name, width in self.widths.items() if name not in others), default=0)
 
     def _fold(self) -> None:
         """Add the pending rows up over ranks."""
@@ -123,7 +132,8 @@ class Window:
             {name: (column.sum(axis=0) / ((~bad).sum() or math.nan)).tolist() for name, column in norms.items()},
             {name: column.sum(axis=0).tolist() for name, column in sums.items()},
             {**dict(zip(COUNTS, counts.sum(axis=0).tolist())), "targets": learnt[0]},
-            learnt[len(COUNTS) :],
+            learnt[len(COUNTS) :][: self._num_buckets],
+            learnt[len(COUNTS) + self._num_buckets :],
         )
 
     def state(self) -> dict[str, Any]:

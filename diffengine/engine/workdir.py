@@ -114,12 +114,12 @@ def check_inputs(job: "Job") -> None:
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The texts in nested dicts, and in dicts in lists, by dotted name: a path may be among them."""
+    """The texts in nested dicts, in dicts in lists and in lists of paths, by dotted name: a path may be among them."""
     if isinstance(value, str):
         yield name, value
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in pairs:
-        if isinstance(value, dict) or isinstance(item, dict):
+        if isinstance(value, dict) or isinstance(item, dict) or name.endswith(".path"):
             yield from _texts(item, f"{name}.{key}")
 
 

@@ -5,6 +5,8 @@ Legend: N images, h w token grid, L = h * w.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +59,9 @@ class Losses:
     correct: Tensor
     tokens: Tensor
 
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(self.loss + other.loss, self.correct + other.correct, self.tokens + other.tokens)
+
     @property
     def mean(self) -> float:
         """Cross entropy per masked token over all t: what training minimizes, in nats."""
@@ -74,17 +79,22 @@ class Losses:
 
 def held_out_losses(
     model: MaskedPredictor, held_out: Sequence[FixedImage], trained: Sequence[FixedImage], batch_size: int,
-    on_images: Callable[[int], None] | None = None,
+    on_images: Callable[[int], None] | None = None, sources: Sequence[str] = (),
 ) -> dict[str, float]:  # fmt: skip
     """What `metrics.jsonl` has of a validation; of held-out images only if there are some, and so of trained ones.
 
     Args:
+        sources: names of the sources of the samples' `source`, for the loss on the held-out images of each.
         on_images: called with the number of images of each forward pass.
     """
     values: dict[str, float] = {}
     if held_out:
-        captioned, uncaptioned = (losses(model, held_out, each, batch_size, on_images) for each in (True, False))
-        values = {
+        groups = _by_source(held_out)
+        by_source = {key: losses(model, group, True, batch_size, on_images) for key, group in groups.items()}
+        captioned = reduce(add, by_source.values())
+        uncaptioned = losses(model, held_out, False, batch_size, on_images)
+        values = {f"val/loss/{sources[key]}": found.mean for key, found in by_source.items() if sources}
+        values |= {
             "val/loss": captioned.mean, "val/loss_uncaptioned": uncaptioned.mean,
             "val/caption_gain": uncaptioned.mean - captioned.mean, "val/accuracy": captioned.accuracy,
         }  # fmt: skip
@@ -92,6 +102,15 @@ def held_out_losses(
     if trained:
         values["val/train_loss"] = losses(model, trained, True, batch_size, on_images).mean
     return values
+
+
+def _by_source(images: Sequence[FixedImage]) -> dict[int, list[FixedImage]]:
+    """The images by the number of their source; all as of one if they have none."""
+    groups: dict[int, list[FixedImage]] = {}
+    for image in images:
+        source = image.sample.get("source")
+        groups.setdefault(0 if source is None else int(source.argmax()), []).append(image)
+    return dict(sorted(groups.items()))
 
 
 def losses(

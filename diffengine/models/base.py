@@ -46,7 +46,8 @@ class TrainableModel(nn.Module, ABC):
         Returns:
             The loss *summed* over the targets (`batch["num_targets"]` of them), a scalar; and detached sums to log:
             scalars over all targets, or vectors with one sum for each `bucket` of the samples. "loss_t" is logged as
-            loss_t0 for bucket 0, and so on, each divided by the targets of its bucket.
+            loss_t0 for bucket 0, and so on, each divided by the targets of its bucket. If samples have a `source`,
+            "loss_by_source" may have the loss of each.
         """
 
     @abstractmethod

@@ -103,6 +103,12 @@ def sums_by_bucket(values: Tensor, index: Tensor, bucket: Tensor, num_tokens: in
     return values.new_zeros(BUCKETS).index_add_(0, bucket.index_select(0, rows), values)
 
 
+def sums_by_source(values: Tensor, index: Tensor, source: Tensor, num_tokens: int) -> Tensor:
+    """Sums (S,) of masked tokens' values (M,) at flat positions `index` (M,), by their image's one-hot source (B,S)."""
+    rows = index.div(num_tokens, rounding_mode="floor")
+    return (values[:, None] * source.index_select(0, rows)).sum(dim=0)
+
+
 def mask_tokens(token_ids: Tensor, index: Tensor, mask_id: int) -> Tensor:
     """`input_ids` (B, h, w): the tokens with `mask_id` at the flat positions `index` (M,)."""
     return token_ids.flatten().index_fill(0, index, mask_id).view_as(token_ids)

@@ -13,12 +13,14 @@ from PIL import Image
 
 from diffengine import __version__
 from diffengine.files import write_text
-from diffengine.report.read import RunFiles, differences, read_run
-from diffengine.signatures import children
+from diffengine.report.read import COUNT, RunFiles, differences, read_run
+from diffengine.signatures import children, fits
 
 STATIC = Path(__file__).parent / "static"
 IMAGE_BYTES = 2_300_000  # of all images together, as text
 MOST_IMAGES = 480
+SOURCE = {"name": str, "path": str, "images": COUNT, "trained": COUNT, "repeats": int | str, "samples": COUNT,
+          "weight": float}  # fmt: skip
 LEVELS = ((256, 80), (192, 75), (128, 70), (96, 60), (64, 50))  # side and quality of smaller copies, best first
 MIME = {".webp": "image/webp", ".png": "image/png"}
 FORMATS = ("WEBP", "PNG")  # that a run writes
@@ -80,6 +82,8 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
     facts = run.facts
     data = dict(facts.get("data") or {})
     thumbnails = [item for _, item in children(data.pop("thumbnails", None)) if isinstance(item, dict)]
+    rows = [row for _, row in children(data.pop("sources", None)) if _is_source(row)]
+    data |= {"sources": rows} if rows else {}
     files = [run.folder / "report" / Path(str(item.get("file"))).name for item in thumbnails]
     images = fit(files, image_bytes // 8)
     data["thumbnails"] = [
@@ -104,6 +108,11 @@ def describe(run: RunFiles, image_bytes: int) -> dict[str, Any]:
         "val": run.columns("val/"),
         "previews": previews(run, image_bytes * 7 // 8),
     }
+
+
+def _is_source(row: Any) -> bool:
+    """Whether a row of a run's sources has what the page shows."""
+    return isinstance(row, dict) and all(fits(row.get(key), hint) for key, hint in SOURCE.items())
 
 
 def previews(run: RunFiles, image_bytes: int) -> dict[str, Any]:

@@ -121,7 +121,9 @@ class FirstStep:
         """Take `loss` and `details` from the first line of metrics.jsonl."""
         line = metrics(work_dir)[0]
         self.loss = line["loss"]
-        self.details = {name: line[name] for name in line if name.startswith(("loss_t", "grad_norm", "captions"))}
+        self.details = {
+            name: line[name] for name in line if name.startswith(("loss_t", "loss/", "grad_norm", "captions"))
+        }
 
 
 class FirstStepHook(Hook):

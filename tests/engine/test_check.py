@@ -198,7 +198,7 @@ def test_check_leaves_no_file_behind(
     assert before == after
     assert len(steps) == 2
     output = capsys.readouterr().out
-    assert "20, 6 of them to be generated before training" in output
+    assert "16, 6 of them to be generated before training" in output
     assert "token cache" in output
     assert str(tmp_path / "cache") in output
 

@@ -50,6 +50,7 @@ def test_the_loss_follows_its_formula(toy: Toy, folders: tuple[Path, Path], whol
     samples = [runner.train_loop.stream[position] for position in range(8)]
     weighted_sum = total_weight = unweighted_sum = 0.0
     buckets: dict[int, list[float]] = {}
+    sources: dict[str, list[float]] = {"subject": [0, 0], "class": [0, 0]}
     for position, sample in enumerate(samples):
         alone = collate([{key: value for key, value in sample.items() if key != "weight"}])
         with torch.no_grad():
@@ -59,15 +60,17 @@ def test_the_loss_follows_its_formula(toy: Toy, folders: tuple[Path, Path], whol
         weighted_sum += weight * loss.item()
         total_weight += weight * len(sample["masked"])
         t = generator(runner.seed, SAMPLE, position).random(3)[2]  # after the draws of caption and dropout
-        bucket = buckets.setdefault(int(8 * t), [0, 0])
-        bucket[0] += weight * loss.item()
-        bucket[1] += weight * len(sample["masked"])
+        source = sources["subject" if weight == 1 else "class"]
+        for sums in (buckets.setdefault(int(8 * t), [0, 0]), source):
+            sums[0] += weight * loss.item()
+            sums[1] += weight * len(sample["masked"])
         unweighted_sum += loss.item()
     assert len({sample["weight"] for sample in samples}) == 2
     assert whole.loss == pytest.approx(weighted_sum / total_weight, rel=1e-6)
     assert whole.targets == pytest.approx(total_weight, rel=1e-15)
-    logged = {name: value for name, value in whole.details.items() if name.startswith("loss_t")}
+    logged = {name: value for name, value in whole.details.items() if name.startswith("loss")}
     expected = {f"loss_t{bucket}": loss_sum / weight for bucket, (loss_sum, weight) in buckets.items()}
+    expected |= {f"loss/{name}": loss_sum / weight for name, (loss_sum, weight) in sources.items()}
     assert logged == pytest.approx(expected, rel=1e-6)
     unweighted = unweighted_sum / sum(len(sample["masked"]) for sample in samples)
     assert abs(unweighted / whole.loss - 1) > 1e-4

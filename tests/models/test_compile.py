@@ -146,3 +146,21 @@ def test_inductor(toy: Path, dropout: float) -> None:
         for name, gradient in gradients.items():
             torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     torch._dynamo.reset()
+
+
+def test_no_more_graphs_than_shapes(toy: Path, counter: Any) -> None:
+    """Six shapes, in whole and in smaller micro-batches."""
+    model = AmusedModel(str(toy)).train()
+    model.compile_blocks()
+    batch = take(make_batch(), 3, 5)
+    shapes = [(32, 32), (24, 40), (40, 24), (16, 32), (32, 16), (24, 32)]
+    losses = []
+    for rows in (3, 2):
+        for width, height in shapes:
+            images = torch.rand(rows, 3, height, width, generator=torch.Generator().manual_seed(width))
+            shaped = {**{name: value[:rows] for name, value in batch.items()}, "image": images}
+            tokens = width * height // 16
+            shaped["masked"] = [row[row < tokens] for row in shaped["masked"]]
+            losses.append(step(model, shaped)[0])
+    assert torch.isfinite(torch.stack(losses)).all()
+    assert counter.frame_count <= 3 * BLOCK_CLASSES  # the second and third shapes make sizes dynamic

@@ -1,5 +1,6 @@
 """The page in a headless Chromium, at the width of a phone and of a desk."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +177,30 @@ def test_contrast(page: Browser, file: Path, dark: bool) -> None:
       return low.filter(([, , value]) => value < 4.5);
     })()"""
     assert page.run(script) == []
+
+
+def test_a_row_for_each_source(page: Browser, make: Make, tmp_path: Path) -> None:
+    row = {"path": "a/b", "images": 12, "trained": 9, "repeats": 2, "samples": 18, "weight": 1.0}
+    sources = [{**row, "name": "few"}, {**row, "name": NASTY[0], "repeats": "balance", "weight": 0.5}]
+    folder = make(facts={"data": {"images": 24, "epochs_per_image": 3.0, "sources": sources}})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("few", NASTY[0])
+    for line in lines:
+        prefix = "val/" if "val/loss" in line else ""
+        line |= {f"{prefix}loss/{name}": line[f"{prefix}loss"] + number for number, name in enumerate(names)}
+    lines[0].pop("loss/few")  # a step without a sample of it
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened(page, write_page([folder], tmp_path / "sources.html"), 390)
+    labels = "charts.find(({spec}) => spec.title === '%s').spec.curves.map((each) => each.label)"
+    for title in ("Training loss by source", "Held-out loss by source"):
+        assert page.run(labels % title) == list(names)
+    assert not page.run("charts.some(({spec}) => spec.title.startsWith('Loss/'))")
+    cells = (
+        "[...document.querySelectorAll('#data table tbody tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+    )
+    few, nasty = page.run(cells)
+    assert few[:6] == ["few", "12", "3", "2", "18", "1"]
+    assert nasty[:6] == [NASTY[0], "12", "3", "balance", "18", "0.5"]
+    assert [float(text) for text in few[6:]] == pytest.approx(
+        [lines[1]["loss/few"], lines[-2]["loss/few"], lines[-1]["val/loss/few"]], rel=1e-3
+    )

@@ -313,3 +313,20 @@ def test_a_link_is_not_written_through(make: Make, tmp_path: Path) -> None:
     (folder / ".report.html.tmp").symlink_to(other)
     assert cli.main(["report", str(folder)]) == 0
     assert other.read_text() == "mine"
+
+
+def test_damaged_rows_of_sources_are_left_out(make: Make) -> None:
+    row = {"name": "a", "path": "b", "images": 1, "trained": 1, "repeats": "balance", "samples": 4, "weight": 2}
+    damaged = [
+        {**row, "images": "x"},
+        {**row, "trained": -1},
+        {key: row[key] for key in ("name", "path")},
+        [],
+        "a",
+        None,
+    ]
+    facts = {"data": {"images": 3, "sources": [*damaged, row]}}
+    assert the_run(make("one", facts=facts))["data"]["sources"] == [row]
+    for number, sources in enumerate(("x", {"a": 1}, 7, None, damaged)):
+        folder = make(f"other{number}", facts={"data": {"images": 3, "sources": sources}})
+        assert "sources" not in the_run(folder)["data"]

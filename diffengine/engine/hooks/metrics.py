@@ -12,7 +12,7 @@ from diffengine.datasets.findings import listed
 from diffengine.engine import checkpoint
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
-from diffengine.engine.step import GRAD_NORM, GRAD_NORM_GROUPS, Step, Totals, Window
+from diffengine.engine.step import BY_SOURCE, GRAD_NORM, GRAD_NORM_GROUPS, Step, Totals, Window
 from diffengine.errors import Diverged, require
 from diffengine.files import write_text
 from diffengine.terminal import LiveLine, Progressed
@@ -30,8 +30,8 @@ class MetricsHook(Hook):
 
     `memory_gb` is the most memory that training took so far, on a GPU without previews. The first line after the first
     step also has, once, what the memory is used for and what checkpoints take. The console leaves out details: losses
-    by bucket, gradients' norms by group, dropped captions and tokens per second. Losses and norms are means over the
-    steps that were not bad; a line with bad ones has their number as `bad_steps`.
+    by bucket and by source, gradients' norms by group, dropped captions and tokens per second. Losses and norms are
+    means over the steps that were not bad; a line with bad ones has their number as `bad_steps`.
 
     On a terminal a live line shows the numbers, and of their lines only the first is printed. Elsewhere all are, and if
     there was none for a minute, a line that says how far the run is.
@@ -177,11 +177,14 @@ class MetricsHook(Hook):
         return metrics, details, totals.bad
 
     def _means(self, run: Run, totals: Totals) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses and norms: scalars, and those by bucket or group by name. Without a good step they are NaN."""
+        """Losses and norms: scalars, and those by bucket, source or group by name. Without a good step they are NaN."""
         metrics: dict[str, float] = {}
         details: dict[str, float] = {}
         for name, values in totals.sums.items():
-            if len(values) == 1:
+            if name == BY_SOURCE:
+                triples = zip(run.train_loop.stream.sources, values, totals.source_targets)
+                details |= {f"loss/{source.name}": value / count for source, value, count in triples if count}
+            elif len(values) == 1:
                 metrics[name] = values[0] / (totals.counts["targets"] or math.nan)
             else:
                 pairs = enumerate(zip(values, totals.bucket_targets))

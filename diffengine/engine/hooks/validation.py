@@ -4,7 +4,7 @@ import time
 from typing import final
 
 from diffengine import distributed
-from diffengine.datasets import ImageDataset, Sample, Stream, as_dataset, fixed_samples_of
+from diffengine.datasets import Sample, Stream, fixed_samples_of, open_dataset
 from diffengine.datasets.findings import spread
 from diffengine.datasets.split import FEWEST, MOST
 from diffengine.engine.mmengine_seam import Hook
@@ -14,7 +14,6 @@ from diffengine.errors import require
 from diffengine.evaluation.heldout import TIMES, FixedImage, fixed_images, held_out_losses, unigram_loss
 from diffengine.models.base import MaskedImageModel
 from diffengine.models.frozen import evaluating
-from diffengine.registry import build
 
 FEWEST_TIMES, MOST_TIMES = 8, 40  # evaluations of a run that chooses its interval
 LARGEST_SHARE = 0.05  # of the run's time, unless that allows fewer than the fewest
@@ -29,10 +28,10 @@ class ValidationHook(Hook):
     """Evaluates held-out images and as many trained ones: before the first step, at intervals, and at the end.
 
     Writes `val/loss` (an estimate of the training loss, without dropout), `val/loss_t0` to `val/loss_t7` (by the share
-    of masked tokens, most first), `val/loss_uncaptioned`, `val/caption_gain` (how much captions lower the loss),
-    `val/accuracy` and `val/train_loss`. Without held-out images, only the last one. Everything is fixed: images, crops,
-    captions, masks. With an average (EMAHook), it is evaluated instead of the weights. Training is bit-identical
-    without validation, apart from what is held out.
+    of masked tokens, most first), `val/loss/NAME` of each source, if there are several, `val/loss_uncaptioned`,
+    `val/caption_gain` (how much captions lower the loss), `val/accuracy` and `val/train_loss`. Without held-out images,
+    only the last one. Everything is fixed: images, crops, captions, masks. With an average (EMAHook), it is evaluated
+    instead of the weights. Training is bit-identical without validation, apart from what is held out.
 
     Args:
         share: of the data's images to hold out, from 8 to 64 of them; 0 for none. See `datasets.split.hold_out`.
@@ -45,7 +44,11 @@ class ValidationHook(Hook):
     priority = "NORMAL"  # after the metrics' line, before the checkpoint of the same step
 
     def __init__(
-        self, share: float = 0.05, data: str | dict | None = None, every: int | None = None, patience: int | None = None
+        self,
+        share: float = 0.05,
+        data: str | list[str | dict] | dict | None = None,
+        every: int | None = None,
+        patience: int | None = None,
     ) -> None:
         require(0 <= share < 1, f"validation_share got {share}; expected a number from 0, below 1")
         require(every is None or every >= 0, f"validation_every got {every}; expected a number of steps or epochs")
@@ -55,6 +58,7 @@ class ValidationHook(Hook):
             self.held_out_share = 0.0 if data is not None else share
         self._held_out: list[FixedImage] = []
         self._twin: list[FixedImage] = []
+        self._sources: list[str] = []
         self._steps: set[int] = set()
         self._evaluated_at: int | None = None
 
@@ -94,14 +98,15 @@ class ValidationHook(Hook):
             held_out = stream.fixed_samples(stream.split.held_out)
         else:
             section = self.data if isinstance(self.data, dict) else {**section, "path": self.data}
-            dataset: ImageDataset = as_dataset(build(section))
-            held_out = fixed_samples_of(dataset, stream.image_transforms, stream.seed, MOST)
+            held_out = fixed_samples_of(open_dataset(section), stream.image_transforms, stream.seed, MOST)
         return held_out, stream.fixed_samples(stream.split.twin[: len(held_out) or FEWEST])
 
     def _read(self, run: Run, model: MaskedImageModel) -> None:
         """Tokenize the images once; with the reference of their tokens' frequencies."""
         stream = run.train_loop.stream
         held_out, twin = self.samples(stream, run.job.resolved["train_dataloader"]["dataset"])
+        several = self.data is None and len(stream.sources) > 1
+        self._sources = [source.name for source in stream.sources] if several else []
         self._held_out = fixed_images(model, held_out, run.seed)
         self._twin = fixed_images(model, twin, run.seed)
         if stream.cached_sample is not None:
@@ -129,10 +134,11 @@ class ValidationHook(Hook):
         size = run.train_loop.micro.size
 
         with run.not_training(), run.averaged_weights(), evaluating(model), run.optim_wrapper.autocast():
-            values = held_out_losses(model, self._held_out, self._twin, size)
+            values = held_out_losses(model, self._held_out, self._twin, size, sources=self._sources)
         if run.train_loop.stream.cached_sample is not None and model.encoder is not None:
             model.encoder.to_host()
-        shown = ("val/loss", "val/caption_gain", "val/accuracy", "val/train_loss")
+        shown = ["val/loss", *(f"val/loss/{name}" for name in self._sources)]
+        shown += ["val/caption_gain", "val/accuracy", "val/train_loss"]
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
         run.validation = (run.clock.done, values)
         run.record(values, f"step {run.clock.done}/{run.clock.max_iters}  {text}")

@@ -28,7 +28,7 @@ from diffengine.models.blocks import wrap_blocks
 from diffengine.models.frozen import Frozen, evaluating, hold_in, restored
 from diffengine.models.generation import GenerationOptions, ImageRequest
 from diffengine.models.loading import component_folder
-from diffengine.models.masking import RandomMask, Schedule, TokenGrid, mask_tokens, sums_by_bucket
+from diffengine.models.masking import RandomMask, Schedule, TokenGrid, mask_tokens, sums_by_bucket, sums_by_source
 
 TRAINABLE = ("transformer", "text_encoder")
 PREVIEW_OPTIONS = ("guidance_scale", "num_inference_steps", "temperature", "strip")
@@ -191,6 +191,8 @@ class AmusedModel(MaskedImageModel):
         logs = {"accuracy": correct_M.sum()}
         if "bucket" in batch:
             logs["loss_t"] = sums_by_bucket(loss_M.detach(), index, batch["bucket"], token_ids[0].numel())
+        if "source" in batch:
+            logs["loss_by_source"] = sums_by_source(loss_M.detach(), index, batch["source"], token_ids[0].numel())
         return loss_M.sum(), logs
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:

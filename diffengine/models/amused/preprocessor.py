@@ -37,12 +37,12 @@ class AmusedPreprocessor:
 
         Args:
             batch: `image` (B,3,H,W) in [0,1] or, from a cache, `token_ids` (B,h,w); `micro_conds` (B,5), `text` [B],
-                `masked` [B], perhaps `weight` [B] and `bucket` [B].
+                `masked` [B], perhaps `weight` [B], `bucket` [B] and `source`, [B] of (S,) one-hot.
 
         Returns:
             `token_ids` (B,h,w) int64, `micro_conds`, `masked_index` (M,) int64, and `text_ids` (B,T) int64 or, from a
             cache, `hidden_states` (B,T,D) and `pooled_text_emb` (B,D). With weights, `target_weights` (M,) too; with
-            buckets, `bucket` (B,) int64.
+            buckets, `bucket` (B,) int64; with sources, `source` (B,S) float32.
         """
         if "token_ids" in batch:
             token_ids = to_device(batch["token_ids"], device).long()
@@ -51,6 +51,8 @@ class AmusedPreprocessor:
         optional = {}
         if "bucket" in batch:
             optional["bucket"] = to_device(torch.tensor(batch["bucket"]), device)
+        if "source" in batch:
+            optional["source"] = to_device(torch.from_numpy(np.stack(batch["source"])), device)
         if "weight" in batch:
             counts = torch.tensor([len(row) for row in batch["masked"]])
             weight_M = torch.tensor(batch["weight"]).repeat_interleave(counts)

@@ -69,10 +69,13 @@ class VQTokenizerModel(TrainableModel):
 
     def prepare(self, batch: Batch) -> Batch:
         require("weight" not in batch, "a VQ model takes no weights of samples; train it on the images alone")
-        return {"image": batch["image"].to(self.usage.device, non_blocking=True)}
+        prepared = {"image": batch["image"].to(self.usage.device, non_blocking=True)}
+        if "source" in batch:
+            prepared["source"] = torch.from_numpy(np.stack(batch["source"])).to(self.usage.device, non_blocking=True)
+        return prepared
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes `image` (B,3,H,W) in [0,1]; sums over images."""
+        """Takes `image` (B,3,H,W) in [0,1], perhaps `source` (B,S) one-hot; sums over images."""
         pixels = batch["image"]
         latents = self.vqvae.encode(pixels).latents.float()
         if self._step < self.quantize_after:
@@ -85,7 +88,10 @@ class VQTokenizerModel(TrainableModel):
         mse_B = error.square().mean(dim=(1, 2, 3))
         loss_B = self.l1_weight * error.abs().mean(dim=(1, 2, 3)) + self.mse_weight * mse_B + distance_B
         psnr_B = -10 * torch.log10(mse_B.detach().clamp_min(1e-10))
-        return loss_B.sum(), {"mse": mse_B.detach().sum(), "psnr": psnr_B.sum()}
+        logs = {"mse": mse_B.detach().sum(), "psnr": psnr_B.sum()}
+        if "source" in batch:
+            logs["loss_by_source"] = (loss_B.detach()[:, None] * batch["source"]).sum(dim=0)
+        return loss_B.sum(), logs
 
     def _through_codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels decoded from the nearest codes, and each image's weighted distance to them (B,)."""

@@ -187,6 +187,16 @@ function groupCurves() {
   );
 }
 
+// The names of all runs' sources, of which each has its own loss.
+function sourceNames() {
+  return [...new Set(RUNS.flatMap((run) => (run.data.sources || []).map((source) => source.name)))];
+}
+
+function sourceCurves(where, prefix, more) {
+  const pairs = sourceNames().map((name) => [`${prefix}loss/${name}`, name]);
+  return keyedCurves(where, pairs, more);
+}
+
 function throughputNotes() {
   return RUNS.flatMap((run, at) => {
     const tokens = mean(run.train.tokens_per_second);
@@ -239,7 +249,7 @@ function accuracyCurves() {
 // What a model or a hook logs besides: a chart for each metric that no other chart shows.
 function otherSpecifications() {
   const known = /^(iter|epoch|time|loss(_t\d)?|accuracy|lr|(images|tokens)_per_second|seconds_per_step|data_wait)$/;
-  const groups = /^(grad_norm|memory_|checkpoint_|skipped_)/;
+  const groups = /^(grad_norm|memory_|checkpoint_|skipped_|loss\/)/;
   const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.train)))].filter(
     (key) => !known.test(key) && !groups.test(key),
   );
@@ -278,6 +288,13 @@ function specifications() {
       curves: levelCurves("val", "val/", { points: true }),
       log: true,
     },
+    {
+      title: "Training loss by source",
+      about: "smoothed",
+      curves: sourceCurves("train", "", { smooth: true }),
+      log: true,
+    },
+    { title: "Held-out loss by source", curves: sourceCurves("val", "val/", { points: true }), log: true },
     { title: "Token accuracy", curves: accuracyCurves() },
     { title: "Learning rate", curves: perRun("lr", "train", "learning rate") },
     { title: "Gradient norm", about: "before clipping", curves: perRun("grad_norm", "train", "norm"), log: true },
@@ -717,6 +734,31 @@ function dataFacts(run) {
   ]);
 }
 
+function sourceTable(run) {
+  const known = (values) => (values || []).filter((value) => value !== null && value !== undefined);
+  const header = ["source", "images", "held out", "repeats", "samples an epoch", "weight", "first loss", "last loss"];
+  const rows = run.data.sources.map((source) => {
+    const losses = known(run.train[`loss/${source.name}`]);
+    const cells = [
+      steps(source.images),
+      steps(source.images - source.trained),
+      source.repeats,
+      steps(source.samples),
+      number(source.weight),
+      number(losses[0]),
+      number(losses.at(-1)),
+      number(last(run.val[`val/loss/${source.name}`])),
+    ];
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row", text: source.name, title: source.path }),
+      ...cells.map((text) => el("td", { text })),
+    );
+  });
+  return valueTable([...header, "held-out loss"], rows);
+}
+
 function dataCard(run, at) {
   const data = run.data;
   if (!data.images)
@@ -745,6 +787,7 @@ function dataCard(run, at) {
     { class: "card stack" },
     MANY ? el("h3", { text: NAMES[at] }) : null,
     el("div", { class: "grid narrow", style: { "margin-top": "0" } }, dataFacts(run), ...histograms),
+    data.sources ? sourceTable(run) : null,
     files.length
       ? el(
           "details",
