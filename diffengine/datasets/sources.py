@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from inspect import signature
@@ -103,7 +104,6 @@ class Sources(ImageDataset):
                 dataset = item.open(self._cls)
                 require(len(dataset) > 0, "no images")
                 opened.append(dataset)
-                images += [file for file in (dataset.files() if self._many else None) or [] if is_image(file)]
             except UserError as error:
                 if not self._many:
                     raise
@@ -112,6 +112,9 @@ class Sources(ImageDataset):
                     problems.extend(error.found, label)
                 else:
                     problems.add("sources", f"{label}: {one_line(error)}")
+        for dataset in opened if problems.count else ():  # so that all that is wrong is found at once
+            with suppress(UserError):
+                images += [file for file in dataset.files() or [] if is_image(file)]
         problems.raise_all("data", images)
         return opened
 
