@@ -61,7 +61,7 @@ class Item:
 
 
 OWN = [one.name for one in fields(Item) if one.name != "options"]
-MOST_REPEATS = 10**6
+MOST_REPEATS, LONGEST_EPOCH = 10**6, 10**8  # samples; their order is in memory
 
 
 @final
@@ -345,6 +345,8 @@ def epoch_of(sources: Sequence[Source], trained: Sequence[int] | None) -> tuple[
     total, samples = sum(source.images for source in sources), samples_of(sources)
     if all(count == source.images for source, count in zip(sources, samples)):
         return range(total) if trained is None else trained, None
+    message = f"the sources' repeats give an epoch of {sum(samples):,} samples; expected at most {LONGEST_EPOCH:,}"
+    require(sum(samples) <= LONGEST_EPOCH, message)
     numbers = np.concatenate([np.arange(count) for count in samples])  # within the source
     images = np.repeat([source.images for source in sources], samples)
     starts = np.repeat(np.cumsum([0, *(source.images for source in sources)])[:-1], samples)
@@ -381,7 +383,8 @@ def _problems_of(item: Item) -> list[str]:
     repeats, weight, mirror, generate, name = item.repeats, item.weight, item.mirror, item.generate, item.name
     has_prompt = isinstance(item.options.get("caption"), str)
     checks = {
-        f"repeats={repeats}; expected at least 1, or 'balance'": repeats == "balance" or 1 <= repeats <= MOST_REPEATS,
+        f"repeats={repeats}; expected 1 to {MOST_REPEATS:,}, or 'balance'": repeats == "balance"
+        or 1 <= repeats <= MOST_REPEATS,
         f"weight={weight}; expected a finite number above 0": 0 < weight < math.inf,
         f"mirror={mirror}; expected a probability from 0 to 1": mirror is None or 0 <= mirror <= 1,
         f"generate={generate}; expected at least 1": generate is None or generate >= 1,

@@ -184,7 +184,7 @@ def test_mirroring_of_one_source_makes_variations(folders, flip, mirror, variati
     ("item", "text"),
     [
         ({"repeat": 2}, r"data\[1\] has no option 'repeat'; did you mean 'repeats'"),
-        ({"repeats": 0}, r"data\[1\] got repeats=0; expected at least 1, or 'balance'"),
+        ({"repeats": 0}, r"data\[1\] got repeats=0; expected 1 to 1,000,000, or 'balance'"),
         ({"repeats": 1.5}, r"data\[1\].repeats got 1.5 \(float\); expected int or 'balance'"),
         ({"weight": 0}, r"data\[1\] got weight=0; expected a finite number above 0"),
         ({"mirror": 2}, r"data\[1\] got mirror=2; expected a probability"),
