@@ -213,6 +213,9 @@ def test_every_dead_source_is_named(folders, tmp_path):
     assert first.startswith(f"  data[1] ('{empty}'): no images in {empty}")
     assert second.startswith(f"  data[2] ('{bare}'): ")
     assert third.startswith(f"  data[3] ('{missing}'): no file or folder '{missing}'")
+    long = Sources([{"path": folders[0], "repeats": 10**6}] * 50)
+    with pytest.raises(UserError, match=r"an epoch of 150,000,000 samples; expected at most 100,000,000"):
+        Stream(long, [], [])
     with pytest.raises(UserError, match=r"data got \[\]; expected a path, or a list"):
         Sources([])
     with pytest.raises(UserError, match=r"path got .*; Sources takes a list"):
