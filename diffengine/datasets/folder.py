@@ -171,7 +171,9 @@ def read_folder(
         rows = [Row(str(file), caption_of_name(file)) for file in images]
     if columns.mask is None:
         rows = [row._replace(mask=_mask_of(row.image)) for row in rows]
-    _check_masks(files, images, rows, columns.mask, problems)
+        captioned = {mask for file in images if (mask := _mask_of(str(file)))}
+    if captioned is not None:
+        _check_masks(files, captioned, columns.mask, problems)
     problems.raise_all(str(root), images)
     return rows
 
@@ -181,14 +183,11 @@ def _mask_of(image: str) -> str | None:
     return os.path.normpath(mask) if os.path.isfile(mask) else None
 
 
-def _check_masks(
-    files: list[Path], images: list[Path], rows: list[Row], column: str | None, problems: Problems
-) -> None:
-    """Note masks that belong to no image; those of images whose captions are wrong do."""
-    masks = {row.mask for row in rows} | {_mask_of(str(file)) for file in images if column is None}
+def _check_masks(files: list[Path], known: set[str], column: str | None, problems: Problems) -> None:
+    """Note masks that are not among the known ones, which belong to images."""
     where = f" or the path in column '{column}'" if column else ""
     for file in files:
-        if _is_mask(file) and os.path.normpath(file) not in masks:
+        if _is_mask(file) and os.path.normpath(file) not in known:
             lonely = f"{file} is no mask of an image here; expected the image next to it, as NAME.jpg for"
             problems.add("masks", f"{lonely} NAME{MASK_ENDING}{where}; rename or remove it")
 
