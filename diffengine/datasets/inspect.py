@@ -59,6 +59,8 @@ def inspect(
         first = {image.name: image for image, _ in reversed(pairs)}  # a file may be there several times
         images = [image for image, _ in pairs if first[image.name] is image]
         suspect = {image.index for image, ends_early in pairs if ends_early}
+        if _lacks_images(dataset):
+            images = [image for image in images if image.size or image.problem]
         order = sorted(range(len(images)), key=lambda at: (images[at].index not in suspect, at * GOLDEN_RATIO % 1))
         least = min(len(suspect), MOST_SUSPECT) if seconds else 0
         for at, image in _timed(pool, order, lambda at: _decoded(dataset, images[at], side, each), seconds, least):
@@ -101,12 +103,12 @@ def is_encoded(dataset: ImageDataset) -> bool:
         return True
 
 
-def look_at_section(loader: Mapping[str, Any]) -> ImageDataset:
-    """`look` at the data of a config's `train_dataloader` section."""
+def look_at_section(loader: Mapping[str, Any], dataset: ImageDataset | None = None) -> ImageDataset:
+    """`look` at the data of a config's `train_dataloader` section; `dataset` is what it describes, if it was built."""
     section = loader["dataset"]
     name = ", ".join(paths_of(section)) or section["type"].rpartition(".")[2]
     skip = bool(loader.get("skip_unreadable"))
-    return look(lambda: open_dataset(section), name, shapes_of(loader), skip)
+    return look(lambda: open_dataset(section) if dataset is None else dataset, name, shapes_of(loader), skip)
 
 
 def opened_section(loader: Mapping[str, Any]) -> tuple[ImageDataset, Problems]:
@@ -177,6 +179,14 @@ def _timed(
             if time.monotonic() - began > SHORT:
                 progress.advance(unreported)
                 unreported = 0
+
+
+def _lacks_images(dataset: ImageDataset) -> bool:
+    """Whether images are still to be generated."""
+    try:
+        return any(missing.numbers for missing in dataset.missing_images())
+    except UserError:  # reported when they are generated
+        return True
 
 
 def _header(dataset: ImageDataset, index: int) -> tuple[ImageFacts, bool]:

@@ -78,9 +78,9 @@ def build_dataset(job: Job) -> ImageDataset:
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
     try:
-        if not job.looked and distributed.rank() == 0:
-            return look_at_section(job.resolved["train_dataloader"])
         dataset = open_dataset(options)
+        if not job.looked and distributed.rank() == 0:
+            look_at_section(job.resolved["train_dataloader"], dataset)
         len(dataset)  # opens all sources
         return dataset
     except UserError as error:

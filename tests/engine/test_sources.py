@@ -124,7 +124,7 @@ def test_several_paths_on_the_command_line(
     assert main(["train", "--data", few, "--work-dir", str(tmp_path / "run")]) == 2
     assert "the following arguments are required: config" in capsys.readouterr().err
     assert main(["train", path, "--data", few, str(tmp_path / "run" / "previews"), "--work-dir", str(tmp_path / "run"),
-                 "--overwrite"]) == 2  # fmt: skip
+                 "--overwrite", "--cfg-options", "captions_from_file_names=True"]) == 2  # fmt: skip
     assert "which would be deleted" in capsys.readouterr().err
 
 
