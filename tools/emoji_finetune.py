@@ -151,7 +151,7 @@ def write_regions(folder: Path) -> None:
     for number, name in enumerate(dict.fromkeys(map(concept, both))):
         white, black = (np.asarray(both[f"{name} on a {color} background"], float) for color in ("white", "black"))
         alpha = 1 - (white - black).mean(axis=2, keepdims=True) / 255
-        patches = np.array([*colors.values()])[rng.integers(len(colors), size=(4, 4))].repeat(8, 0).repeat(8, 1)
+        patches = np.array([*colors.values()])[rng.permutation(len(colors)).reshape(2, 2)].repeat(16, 0).repeat(16, 1)
         for copy in range(COPIES):
             stem = folder / f"new_{number:02}_{copy}"
             for ending, pixels in ((".png", black + (1 - alpha) * patches), (".mask.png", 255 * alpha[..., 0])):
