@@ -78,11 +78,11 @@ def main() -> None:
                          for made in generated.values()]  # fmt: skip
                 label = f"{shape}, {'trained' if seen else 'not trained'} ({len(rows)})"
                 print(f"| {label} | {' | '.join(f'{share:.3f}' for share in found)} |")
-    save_image(picture(generated), root / "emoji-shapes.png")
+    save_image(compared(generated), root / "emoji-shapes.png")
     print(f"\n{root / 'emoji-shapes.png'}")
 
 
-def picture(generated: dict[str, list[Image.Image]]) -> Image.Image:
+def compared(generated: dict[str, list[Image.Image]]) -> Image.Image:
     """A few images of each shape: the original, and what either model generates from its caption."""
     known = list(images())
     rows = []

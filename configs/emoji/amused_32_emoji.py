@@ -8,65 +8,10 @@
 The model also generates emoji on backgrounds on which it has never seen them.
 """
 
-from diffusers import UVit2DModel
-from torch.optim import AdamW
-from transformers import CLIPTextConfig
+from diffengine.datasets import EmojiDataset
 
-from diffengine.datasets import DropCaption, EmojiDataset
-from diffengine.models.amused import AmusedModel
+extends = ["emoji_model", "emoji_pictures"]
 
-extends = ["default_runtime", "emoji_pictures"]
-
-vqvae = "work_dirs/vq_32_emoji"  # where `vq_32_emoji` was trained
-prompts = 16
-batch_size = 64
-max_iters = 600
-preview_every = 200
-checkpoint_every = 200
-keep_checkpoints = 2
-learning_rate = 2e-3
-caption_dropout = 0.05
-dropout = 0.1  # in the transformer: without it, unseen combinations fail
-cache = "auto"  # encode each image once
-cache_path = None
-log_every = 25
-
-model = dict(
-    type=AmusedModel,
-    train=["transformer", "text_encoder"],
-    vqvae="${vqvae}",
-    tokenizer=dict(vocab_size=2048, max_length=16),
-    text_encoder=dict(
-        type=CLIPTextConfig,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        projection_dim=128,
-    ),
-    transformer=dict(
-        type=UVit2DModel,
-        hidden_size=128,
-        hidden_dropout="${dropout}",
-        micro_cond_encode_dim=32,
-        in_channels=128,
-        block_out_channels=128,
-        num_res_blocks=1,
-        downsample=True,  # the layers see 4x4 positions, which makes it fast
-        upsample=True,
-        block_num_heads=4,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=344,
-        sample_size=8,
-    ),
-)
-# The run appends the model's transform, RandomMask (models/masking.py), which draws the mask of each sample.
-train_dataloader = dict(transforms=[dict(type=DropCaption, p="${caption_dropout}")])
-token_cache = dict(use="${cache}", path="${cache_path}")
-optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
-param_scheduler = dict(name="cosine", warmup_iters=100)
-train_cfg = dict(max_iters="${max_iters}")
 validation_data = dict(  # the combinations that are not trained
     type=EmojiDataset,
     split="unseen",
@@ -74,7 +19,4 @@ validation_data = dict(  # the combinations that are not trained
     backgrounds="${backgrounds}",
     min_transparent="${min_transparent}",
     size="${resolution}",
-)
-default_hooks = dict(
-    preview=dict(resolution="${resolution}", options=dict(guidance_scale=1.0, strip=True)),
 )

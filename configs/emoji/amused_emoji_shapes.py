@@ -7,7 +7,7 @@ Pairs are of 64x32 and 32x64 px, single emoji of 48x48. With aspect="square" the
 
 from diffengine.datasets import Crop, ImageTextDataset, Resize, ToTensor
 
-extends = "amused_32_emoji"
+extends = "emoji_model"
 
 data = "work_dirs/emoji_shapes/data"
 resolution = 48
@@ -27,4 +27,3 @@ train_dataloader = dict(
     aspect="${aspect}",
     max_aspect="${max_aspect}",
 )
-validation_data = None

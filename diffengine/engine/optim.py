@@ -30,7 +30,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[str, 
     "auto" is bf16 if the GPU has it in hardware, else fp16 with a loss scaler, and fp32 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
+        raise UserError(
+            "precision got 'fp16' on a CPU, where it is slower than fp32; set --cfg-options precision=fp32, or bf16"
+        )
     if precision != "auto":
         return precision, "as configured"
     if device.type == "cpu":

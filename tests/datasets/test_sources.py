@@ -184,7 +184,7 @@ def test_mirroring_of_one_source_makes_variations(folders, flip, mirror, variati
     ("item", "text"),
     [
         ({"repeat": 2}, r"data\[1\] has no option 'repeat'; did you mean 'repeats'"),
-        ({"repeats": 0}, r"data\[1\] got repeats=0; expected at least 1, or 'balance'"),
+        ({"repeats": 0}, r"data\[1\] got repeats=0; expected 1 to 1,000,000, or 'balance'"),
         ({"repeats": 1.5}, r"data\[1\].repeats got 1.5 \(float\); expected int or 'balance'"),
         ({"weight": 0}, r"data\[1\] got weight=0; expected a finite number above 0"),
         ({"mirror": 2}, r"data\[1\] got mirror=2; expected a probability"),
@@ -207,11 +207,15 @@ def test_every_dead_source_is_named(folders, tmp_path):
     dead = Sources([folders[0], str(empty), str(bare), missing])
     with pytest.raises(UserError) as caught:
         len(dead)
-    first, second, third = str(caught.value).split("; data[")
-    assert first.startswith(f"data[1] ('{empty}'): no images in {empty}")
-    assert second.startswith(f"2] ('{bare}'): ")
-    assert "caption" in second
-    assert third.startswith(f"3] ('{missing}'): no file or folder '{missing}'")
+    summary, *problems = caught.value.lines
+    assert summary == "data has 3 problems:"
+    first, third, second = sorted(problems, key=lambda line: "caption" in line)
+    assert first.startswith(f"  data[1] ('{empty}'): no images in {empty}")
+    assert second.startswith(f"  data[2] ('{bare}'): ")
+    assert third.startswith(f"  data[3] ('{missing}'): no file or folder '{missing}'")
+    long = Sources([{"path": folders[0], "repeats": 10**6}] * 50)
+    with pytest.raises(UserError, match=r"an epoch of 150,000,000 samples; expected at most 100,000,000"):
+        Stream(long, [], [])
     with pytest.raises(UserError, match=r"data got \[\]; expected a path, or a list"):
         Sources([])
     with pytest.raises(UserError, match=r"path got .*; Sources takes a list"):

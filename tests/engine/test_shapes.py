@@ -10,6 +10,8 @@ from PIL import Image
 
 from diffengine import distributed
 from diffengine.datasets import PositionSampler, collate
+from diffengine.engine.build import load_config, make_job
+from diffengine.engine.check import check
 from tests.engine import runs
 from tests.engine.runs import WITH_TEXT_ENCODER, FirstStep, Toy
 from tests.support.photos import captioned_photos
@@ -141,3 +143,11 @@ def test_previews_and_validation_keep_shapes(shaped: Toy, tmp_path: Path) -> Non
         sizes.append(generated)
     assert len(set(sizes)) > 1
     assert runs.metrics(tmp_path)[0]["val/loss"] > 0
+
+
+def test_check_takes_steps_of_one_shape(shaped: Toy, tmp_path: Path) -> None:
+    path = shaped.config("checked", batch_size=4, max_iters=20, image_variations=2, **KEEP)
+    report = check(make_job(path, *load_config(path), runs.CPU))
+    assert (report.images, report.images_at_once) == (12, 4)
+    assert isinstance(report.cache, dict)
+    assert report.cache["rows"] == 24
