@@ -161,6 +161,7 @@ def _train_on_rank(toy: Toy, data: list[dict[str, Any]], out: Path) -> None:
 TWO_STEPS: dict[str, Any] = {"max_iters": 2, "log_every": 1, "validation_every": 2, "aspect": "keep", "seed": 3}
 
 
+@pytest.mark.soak
 def test_two_ranks_write_the_same_rows(toy: Toy, data: list[dict[str, Any]], tmp_path: Path) -> None:
     runs.on_ranks(2, _train_on_rank, toy, data, tmp_path / "two")
     assert train(config(toy, "alone", data, **TWO_STEPS), tmp_path / "one") == 0
