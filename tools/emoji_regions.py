@@ -132,8 +132,7 @@ def main() -> None:
             code = cli.main(["train", "amused_32_emoji_regions", "--work-dir", str(work_dir), "--overwrite", *options])
             if code:
                 raise SystemExit(code)
-        with torch.no_grad():
-            rows += evaluate(weight, work_dir, samples)
+        rows += evaluate(weight, work_dir, samples)
     save_image(stack([(title, grid(images, SHOWN, smallest=64)) for title, images in rows]), root / "regions.png")
     print(f"wrote {root / 'regions.png'}")
 

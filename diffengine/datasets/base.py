@@ -94,6 +94,10 @@ class ImageDataset(ABC):
         """
         return None
 
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        """The mask of an image, as of `encoded`. None: the image has none."""
+        return None
+
     def name(self, index: int) -> str:
         """What messages call an image: its file, if it has one."""
         return f"image {index}"

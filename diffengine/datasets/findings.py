@@ -37,6 +37,7 @@ class ImageFacts:
         size: (width, height) in pixels, upright; None if it is not known.
         problem: why it cannot be read.
         decoded: whether it was, to its end.
+        masked: whether it has a mask.
         content: equal for equal files.
         bits: 64 of a perceptual hash; None of a flat image.
         levels: (64 * 3,) its colours at 8 x 8.
@@ -47,6 +48,7 @@ class ImageFacts:
     size: Size | None = None
     problem: str | None = None
     decoded: bool = False
+    masked: bool = False
     content: bytes | None = None
     bits: int | None = None
     levels: np.ndarray | None = field(default=None, repr=False)
@@ -152,6 +154,8 @@ class Findings:
         decoded = sum(image.decoded or bool(image.problem) for image in self.images)
         notes = [f"{self.looked:,} looked at"] if self.looked < self.count else []
         notes += [f"{decoded:,} decoded"] if 0 < decoded < len(self.images) else []
+        masked = sum(image.masked for image in self.images)
+        notes += [f"{masked:,} with a mask"] if masked else []
         line = f"{self.count:,} images" + (f" ({', '.join(notes)})" if notes else "")
         if not self.sized:
             return line

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL.Image import Image
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
 from diffengine.datasets.folder import (
@@ -28,7 +27,7 @@ from diffengine.datasets.folder import (
     problem_of_caption,
     read_folder,
 )
-from diffengine.datasets.images import read_image, read_mask, read_size
+from diffengine.datasets.images import check_mask_size, read_image, read_mask, read_size
 from diffengine.errors import UserError, require
 from diffengine.files import check_regular, expanded, read_json
 from diffengine.terminal import on_terminal
@@ -127,6 +126,9 @@ class ImageTextDataset(ImageDataset):
     def encoded(self, index: int) -> tuple[bytes | str, str]:
         return self._source(index, self._rows[index])
 
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        return self._mask_source(index, self._rows[index])
+
     def name(self, index: int) -> str:
         with suppress(UnreadableImage):
             return self.encoded(index)[1]
@@ -153,23 +155,21 @@ class ImageTextDataset(ImageDataset):
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         caption = row["text"] if self._caption is None else self._caption
         sample: Sample = {"image": read_image(*self._source(index, row)), "text": self._prefixed(caption)}
-        mask = self._mask(index, row, sample["image"]) if self.has_masks else None
-        return sample if mask is None else {**sample, "mask": mask}
-
-    def _mask(self, index: int, row: dict[str, Any], image: Image) -> Image | None:
-        encoded, file = _bytes_and_path(row["mask"])
-        source = file if encoded is None else encoded
+        source = self._mask_source(index, row)
         if source is None:
-            return None
-        name = f"the mask in row {index} of {self.path}" if encoded is not None else str(file)
-        mask = read_mask(source, name)
-        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-        of = self._source(index, row)[1]
-        require(mask.size == image.size, f"{name} has {sizes[0]} px and its image {of} {sizes[1]}; give both one size")
-        return mask
+            return sample
+        mask = read_mask(*source)
+        check_mask_size(source[1], mask.size, self._source(index, row)[1], sample["image"].size)
+        return {**sample, "mask": mask}
 
     def _prefixed(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
+
+    def _mask_source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str] | None:
+        encoded, file = _bytes_and_path(row.get("mask"))
+        if encoded is not None:
+            return encoded, f"the mask in row {index} of {self.path}"
+        return None if file is None else (file, file)
 
     def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
         """The bytes or the path of a row's image, and what errors call it."""

@@ -15,6 +15,7 @@ from diffengine.datasets.base import Size, UnreadableImage
 from diffengine.files import check_regular
 from diffengine.text import one_line
 
+FADED = 0.75  # share of white where an image is not learnt
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the transpose that turns the image upright. 1 and unknown values need none.
 UPRIGHT = {
@@ -82,6 +83,21 @@ def read_small(source: bytes | str, name: str, side: int) -> Image.Image:
         small = _upright_rgb(image)
         small.thumbnail((side, side), Image.Resampling.BOX)
         return small
+
+
+def check_mask_size(name: str, size: Size, image: str, image_size: Size) -> None:
+    """Raise an UnreadableImage unless a mask is as large as its image; `name` and `image` are what it calls them."""
+    sizes = [f"{width}x{height}" for width, height in (size, image_size)]
+    if size != image_size:
+        raise UnreadableImage(f"{name} has {sizes[0]} px and its image {image} {sizes[1]}; give both one size")
+
+
+def faded(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """An image that is nearly white where its mask, of any size, is black."""
+    if mask is None:
+        return image
+    learnt = mask.resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), FADED), learnt)
 
 
 def ends_early(source: bytes | str) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage
 from diffengine.datasets.findings import GOLDEN_RATIO, Findings, ImageFacts, Lengths, evenly
 from diffengine.datasets.folder import Problems, UnusableData
-from diffengine.datasets.images import ends_early, read_image, read_size, read_small
+from diffengine.datasets.images import check_mask_size, ends_early, faded, read_image, read_mask, read_size, read_small
 from diffengine.datasets.shapes import Shapes
 from diffengine.datasets.sources import open_dataset, paths_of
 from diffengine.errors import UserError
@@ -198,7 +198,11 @@ def _header(dataset: ImageDataset, index: int) -> tuple[ImageFacts, bool]:
         if source is None:
             return replace(image, size=dataset.size(index)), False
         content = hashlib.blake2b(dataset.content(index) or b"", digest_size=16).digest()
-        return replace(image, size=read_size(*source), content=content), ends_early(source[0])
+        size, mask = read_size(*source), dataset.encoded_mask(index)
+        if mask is not None:
+            check_mask_size(mask[1], read_size(*mask), image.name, size)
+        image = replace(image, size=size, content=content, masked=mask is not None)
+        return image, ends_early(source[0])
     except UnreadableImage as error:
         return replace(image, problem=str(error)), False
     except UserError:  # an image that is still to be generated
@@ -214,6 +218,8 @@ def _decoded(
     try:
         source = dataset.encoded(image.index)
         small = read_small(*source, side) if source else dataset[image.index]["image"].copy()
+        encoded_mask = dataset.encoded_mask(image.index)
+        mask = read_mask(*encoded_mask) if encoded_mask else None
     except UnreadableImage as error:
         return replace(image, problem=str(error))
     except (
@@ -224,7 +230,7 @@ def _decoded(
     ):  # as of `_header`; or no sample, which the stream reports
         return image
     small.thumbnail((side, side))
-    each(image.index, small)
+    each(image.index, faded(small, mask))
     grey = np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = None if grey.std() < FLAT else int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
     levels = np.asarray(small.resize((8, 8), Image.Resampling.BOX), dtype=np.int16).reshape(-1)

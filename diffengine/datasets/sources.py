@@ -176,6 +176,10 @@ class Sources(ImageDataset):
         dataset, inner = self._locate(index)
         return dataset.encoded(inner)
 
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        dataset, inner = self._locate(index)
+        return dataset.encoded_mask(inner)
+
     def name(self, index: int) -> str:
         dataset, inner = self._locate(index)
         return dataset.name(inner)

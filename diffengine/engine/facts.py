@@ -13,6 +13,7 @@ from PIL import Image
 from diffengine import __version__, distributed
 from diffengine.datasets import ImageDataset, Shapes, UnreadableImage, generator, spread
 from diffengine.datasets.findings import BARS, evenly, histogram
+from diffengine.datasets.images import faded
 from diffengine.datasets.stream import IMAGE, Stream
 from diffengine.datasets.transforms import apply
 from diffengine.engine.optim import resolve_precision
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 MOST_READ = 1000  # image headers and captions; of more, an evenly spaced sample
 THUMBNAILS = 24
 SIDE = 96  # of a thumbnail
-FADED = 0.75  # share of white where an image is not learnt
 PACKAGES = ("torch", "diffusers", "transformers", "mmengine", "peft")
 
 
@@ -119,19 +119,12 @@ def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
             text = sample["text"]
             cropped = apply(stream.transforms_of(index), sample, generator(stream.seed, IMAGE, index))
             file = f"report/{len(found):02}.webp"
-            image = faded(as_image(cropped["image"]), cropped.get("region"))
+            mask = Image.fromarray(cropped["region"].numpy()) if "region" in cropped else None
+            image = faded(as_image(cropped["image"]), mask)
             image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             save_webp(image, work_dir / file)
             found.append({"file": file, "caption": text if isinstance(text, str) else text[0]})
     return found
-
-
-def faded(image: Image.Image, region: torch.Tensor | None) -> Image.Image:
-    """An image whose tokens are nearly white where `region` (h,w), from 0 to 255, is 0."""
-    if region is None:
-        return image
-    learnt = Image.fromarray(region.numpy()).resize(image.size, Image.Resampling.NEAREST)
-    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), FADED), learnt)
 
 
 def as_image(value: Any) -> Image.Image:
