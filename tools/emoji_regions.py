@@ -21,8 +21,6 @@ from diffengine.evaluation.heldout import fixed_images, losses
 from diffengine.grids import Captioned, grid, save_image, stack
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler
 
-import torch  # isort: skip
-
 OLD, NEW = {"start": 104, "count": 24}, {"start": 128, "count": 16}
 COPIES = 4  # of each new image, since there are 72 old ones; and images generated from each name
 SHOWN = 8
