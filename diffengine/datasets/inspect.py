@@ -19,7 +19,7 @@ from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage
 from diffengine.datasets.findings import GOLDEN_RATIO, Findings, ImageFacts, Lengths, evenly
 from diffengine.datasets.folder import Problems, UnusableData
 from diffengine.datasets.images import check_mask_size, ends_early, faded, read_image, read_mask, read_size, read_small
-from diffengine.datasets.shapes import Shapes
+from diffengine.datasets.shapes import MULTIPLES, Shapes
 from diffengine.datasets.sources import open_dataset, paths_of
 from diffengine.errors import UserError
 from diffengine.files import expanded
@@ -33,7 +33,6 @@ MOST = 20_000  # images whose headers are read at a start; of more, an evenly sp
 MOST_SUSPECT = 1000  # images that look cut off, which are decoded whatever time it takes
 SMALL = 64  # pixels of a side, to compare images
 FLAT = 2.0  # standard deviation of grey levels below which an image has nothing to compare
-MULTIPLES = 16  # of a square's side
 
 # Data sets of ours that may be built twice: they only list files.
 LOCAL_TYPES = ("diffengine.datasets.ImageTextDataset", "diffengine.datasets.SubjectDataset")

@@ -218,7 +218,8 @@ class Run(Runner):
         if distributed.rank() == 0:
             shapes = Shapes.made_by(stream.image_transforms)
             findings = inspect(stream.dataset, shapes, self.trainable.caption_lengths, seconds=0, most=MOST_READ)
-            info(findings.summary, extra={"printed": not is_encoded(stream.dataset)})  # else `look` printed it
+            printed = is_encoded(stream.dataset) and (shapes is None or shapes.is_usual)  # by `look`
+            info(findings.summary, extra={"printed": not printed})
             for line in findings.cut_captions():
                 self.warn(line)
             self._warn_of_settings(shapes.side if shapes else min(stream.dataset.size(0) or [0]) or None)
