@@ -14,7 +14,7 @@ from diffengine.errors import UserError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.2.0.dev0"
-__all__ = ["UserError", "build_cache", "check", "convert", "evaluate", "sample", "train"]
+__all__ = ["UserError", "build_cache", "check", "convert", "evaluate", "inspect_data", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

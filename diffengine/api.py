@@ -1,32 +1,42 @@
 """What the commands do, from Python: errors are raised as UserError, not printed."""
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from diffengine import config, distributed
 from diffengine.datasets import (
+    Findings,
     ImageDataset,
     ImageTextDataset,
+    Shapes,
     Stream,
+    UnreadableImage,
     as_list,
+    center_crop,
     fixed_samples_of,
     hold_out,
+    inspect,
     open_dataset,
     spread,
     square_transforms,
 )
+from diffengine.datasets.inspect import shapes_of
 from diffengine.datasets.split import MOST
 from diffengine.datasets.transforms import TokenRegion
 from diffengine.engine import check as checks
 from diffengine.engine import checkpoint as checkpoints
 from diffengine.engine import run as runs
-from diffengine.engine.build import Job, build_image_transforms, load_config, make_job
+from diffengine.engine.build import Job, build_image_transforms, build_model, load_config, make_job, model_assets
 from diffengine.engine.check import Report
 from diffengine.engine.hooks import ValidationHook
 from diffengine.engine.run import Run
@@ -36,12 +46,13 @@ from diffengine.evaluation import EvalData, Evaluation, LossData, Source
 from diffengine.evaluation import evaluate as run_evaluation
 from diffengine.evaluation.scores import CLIP, available
 from diffengine.export import DTYPES, Exported, export
-from diffengine.models.base import MaskedImageModel
+from diffengine.models.base import MaskedImageModel, TrainableModel
 from diffengine.models.generation import GenerationOptions, ImageRequest, ImageSampler, Order
 from diffengine.models.loading import quiet_libraries
 from diffengine.models.pipelines import open_pipeline
 from diffengine.registry import build, resolve
 
+ROUND_TRIPS = 8
 MOST_IMAGES = 1000  # of a caption
 
 
@@ -73,6 +84,62 @@ def train(name: str, *, resume: str | None = None, overwrite: bool = False, **se
 def check(name: str, **settings: Any) -> Report:
     """Take a config's first steps and report what time, memory and disk all of it takes; arguments as of `train`."""
     return checks.check(_job(name, settings))
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """An image, and what the model's tokens keep of it.
+
+    Attributes:
+        name: of the image.
+        psnr: peak signal-to-noise ratio between the two in dB.
+    """
+
+    name: str
+    image: Image.Image
+    again: Image.Image
+    psnr: float
+
+
+def inspect_data(source: str | Path, *, config: str | None = None, **settings: Any) -> Findings:
+    """Look at images and captions before training, as `diffengine data` does.
+
+    Args:
+        source: anything that a config's `data` may be.
+        config: how images are read and cropped, and how captions are counted; None: as `amused_512_own` reads them,
+            and without a model.
+        settings: the config's settings by name.
+
+    Raises:
+        UnusableData: captions or metadata are wrong. Images that cannot be read are in `unreadable`.
+    """
+    resolved = load_config(config or "amused_512_own", settings={**settings, "data": source})[1]
+    loader = resolved["train_dataloader"]
+    dataset = open_dataset(loader["dataset"])
+    model = data_model(resolved, dataset) if config else None
+    shapes, lengths = shapes_of(loader, model and model.size_multiple), model and model.caption_lengths
+    return inspect(dataset, shapes, lengths, seconds=None, most=None)
+
+
+def round_trips(model: TrainableModel, dataset: ImageDataset, shapes: Shapes | None) -> list[RoundTrip]:
+    """Of eight images, spread over the data; none if the model has no tokens."""
+    trips: list[RoundTrip] = []
+    if not isinstance(model, MaskedImageModel) or shapes is None:
+        return trips
+    for index in spread(len(dataset), ROUND_TRIPS):
+        with suppress(UnreadableImage):
+            image = dataset[index]["image"]
+            image = center_crop(image, shapes.of(image.size))
+            (again,) = model.sampler().reconstruct([image])
+            error = float(np.square(np.asarray(image, np.float64) - np.asarray(again, np.float64)).mean())
+            trips.append(RoundTrip(dataset.name(index), image, again, 10 * math.log10(255**2 / max(error, 1e-9))))
+    return trips
+
+
+def data_model(resolved: Mapping[str, Any], dataset: ImageDataset) -> TrainableModel:
+    """The model of a config, on the host, to look at its data with."""
+    quiet_libraries()
+    return build_model(resolved, model_assets(resolved, dataset), resolved["seed"]).eval()
 
 
 def build_cache(name: str, **settings: Any) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from diffengine import __version__
 from diffengine.errors import PeerError, UserError, disk_errors, require
 from diffengine.terminal import say
-from diffengine.text import can_be_written, one_line, shown
+from diffengine.text import can_be_written, one_line, printable, shown
 
-COMMANDS = ("train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
+COMMANDS = ("data", "train", "check", "cache", "convert", "sample", "eval", "report", "list-cfg", "copy-cfg")
 LONGEST = 100_000  # characters of an argument
 
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 2
     except UserError as error:
         if not isinstance(error, PeerError):
-            say(f"{name}: error: {one_line(error)}", file=sys.stderr)
+            first, *more = error.lines
+            say(f"{name}: error: {one_line(first)}", *map(printable, more), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say(f"{name}: stopped at once", file=sys.stderr)

@@ -21,13 +21,16 @@ import math
 import os
 import pprint
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffengine.errors import UserError, require
 from diffengine.files import real_path
-from diffengine.signatures import children, problems_against, problems_of
+from diffengine.registry import resolve as resolve_type
+from diffengine.signatures import children, options_of, problems_against, problems_of
 from diffengine.text import can_be_written, did_you_mean, shown, where
 
 Plain = dict[str, Any]
@@ -201,17 +204,20 @@ def merge(base: Plain, update: Plain) -> Plain:
     return merged
 
 
-def override(config: Plain, options: Iterable[str]) -> Plain:
-    """Apply `key=value` or `section.key=value`. A value is a Python literal, else a string, spaces kept."""
+def override(config: Plain, options: Iterable[str], builders: Builders = MappingProxyType({})) -> Plain:
+    """Apply `key=value` or `section.key=value`. A value is a Python literal, else a string, spaces kept.
+
+    A key that is no setting, but an option of one section, is set there: `skip_unreadable=True`.
+    """
     config = json.loads(json.dumps(config))
-    known = {*config, *SECTIONS, *PLAIN}
     for option in options:
         key, equals, text = option.partition("=")
         key = key.strip()
         require(bool(equals and key), f"--cfg-options got {shown(option)}; expected KEY=VALUE, as in batch_size=4")
         text = plain(text, f"--cfg-options: {key}")
+        if "." not in key and key not in {*config, *SECTIONS, *PLAIN}:
+            key = _path_of_option(config, key, builders)
         *parents, last = key.split(".")
-        require(bool(parents) or last in known, f"--cfg-options: unknown key '{key}'{did_you_mean(last, known)}")
         target: Any = config
         for depth, name in enumerate(parents):
             target = _child(target, name, ".".join(parents[: depth + 1]))
@@ -220,6 +226,50 @@ def override(config: Plain, options: Iterable[str]) -> Plain:
         else:
             target[int(last)] = _literal(text, _child(target, last, key), key)  # an item of a list must exist
     return config
+
+
+def _path_of_option(config: Plain, name: str, builders: Builders) -> str:
+    """The path of the one option of this name in the config's sections; a missing section is added.
+
+    An option that refers to a setting is set by the setting alone.
+    """
+    found = list(_options_in(config, builders))
+    paths = [path for path, value in found if path.rpartition(".")[2] == name and not _refers(value)]
+    require(len(paths) <= 1, f"--cfg-options: '{name}' is an option of several sections; set one: {', '.join(paths)}")
+    if paths:
+        config.setdefault(paths[0].partition(".")[0], {})
+        return paths[0]
+    setting = next((value for path, value in found if path.rpartition(".")[2] == name), None)
+    names = {*config, *SECTIONS, *PLAIN, *(path.rpartition(".")[2] for path, value in found if not _refers(value))}
+    hint = f"; did you mean '{REFERENCE.findall(setting)[0]}'?" if setting else did_you_mean(name, names)
+    raise UserError(f"--cfg-options: unknown key '{name}'{hint}")
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and REFERENCE.search(value) is not None
+
+
+def _options_in(config: Plain, builders: Builders) -> Iterator[tuple[str, Any]]:
+    """The path and value (None: unset) of each option of the sections' classes and of the dicts in them."""
+
+    def of_section(section: Any, path: str, given: Set[str]) -> Iterator[tuple[str, Any]]:
+        target = builders.get(path)
+        if target is None and isinstance(section, dict) and isinstance(section.get("type"), str):
+            with suppress(UserError):  # a class that cannot be imported is reported when the config is checked
+                target = resolve_type(section["type"])
+        if target is not None and isinstance(section, dict):
+            yield from ((f"{path}.{name}", section.get(name)) for name in sorted(options_of(target, given)))
+        for key, item in children(section):
+            yield from of_section(item, f"{path}.{key}", frozenset() if isinstance(section, dict) else given)
+
+    for name in sorted({*SECTIONS & config.keys(), *builders}):
+        yield from of_section(config.get(name, {}), name, _given(name, builders))
+
+
+def _given(section: str, builders: Builders) -> Set[str]:
+    """What the run itself passes to a section: no options of a config."""
+    parameters = inspect.signature(builders[section]).parameters.values() if section in builders else ()
+    return {item.name for item in parameters if item.kind is item.KEYWORD_ONLY} | GIVEN.get(section, set())
 
 
 def _child(target: Any, name: str, path: str) -> Any:
@@ -336,9 +386,7 @@ def validate(resolved: Plain, builders: Builders) -> list[str]:
             )
         else:
             if key in builders:
-                parameters = inspect.signature(builders[key]).parameters.values()
-                given = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-                problems += problems_against(builders[key], section, key, given)
+                problems += problems_against(builders[key], section, key, _given(key, builders))
             problems += problems_of(section, key, GIVEN.get(key, set())) + _untyped(section, key)
             if key == "optim_wrapper":
                 problems += _group_problems(section)
@@ -383,21 +431,35 @@ def load(name: str, options: Iterable[str], settings: Mapping | None, builders: 
         options: `key=value`, as of `override`.
         settings: values by name; None changes nothing. A section merges.
     """
-    options, config = list(options), extend(PLAIN, read(name))
+    config, problems = _written(name, list(options), settings, builders)
+    used = _used(config) | PLAIN.keys() | SECTIONS
+    config = {key: value for key, value in config.items() if key in used}
+    resolved, unresolved = _resolved(config)
+    _raise(problems + (unresolved or validate(resolved, builders)))
+    return config, resolved
+
+
+def unchecked(name: str, options: Iterable[str], settings: Mapping | None) -> Plain:
+    """A config as `load` resolves it, unchecked: a first look at it imports no class.
+
+    Raises:
+        UserError: it cannot be read; or an option is one of a section that diffengine builds, which only `load` finds.
+    """
+    return substitute(_written(name, list(options), settings, MappingProxyType({}))[0])
+
+
+def _written(name: str, options: list[str], settings: Mapping | None, builders: Builders) -> tuple[Plain, list[str]]:
+    """The config with settings and options applied, and the problems of those that act nowhere."""
+    config = extend(PLAIN, read(name))
     problems = _unused(config, [key for key in _read_file(find(name)) if key != "extends"])
     given = plain({key: value for key, value in (settings or {}).items() if value is not None}, f"config '{name}'")
     takes = ", ".join(key for key in config if key not in SECTIONS)
     for key in given:
         require(key in {*config, *SECTIONS}, f"config '{name}' has no setting '{key}'; it has {takes}")
     merged = extend(config, given)
-    config = override({key: merged[key] for key in dict.fromkeys([*config, *merged])}, options)
+    config = override({key: merged[key] for key in dict.fromkeys([*config, *merged])}, options, builders)
     changed = [*given, *(option.partition("=")[0].strip() for option in options)]
-    problems += _unused(config, [key for key in changed if key in config])
-    used = _used(config) | PLAIN.keys() | SECTIONS
-    config = {key: value for key, value in config.items() if key in used}
-    resolved, unresolved = _resolved(config)
-    _raise(problems + (unresolved or validate(resolved, builders)))
-    return config, resolved
+    return config, problems + _unused(config, [key for key in changed if key in config])
 
 
 def to_text(config: Plain, comment: str = "") -> str:

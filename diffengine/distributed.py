@@ -129,6 +129,14 @@ def add_counts(*counts: float) -> list[float]:
     return total.tolist()
 
 
+def gathered(value: T) -> list[T]:
+    """The plain values of all ranks, by rank."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def on_rank_0(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its plain value on every rank: for reads and writes that one rank does.
 

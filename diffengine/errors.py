@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -18,6 +18,27 @@ class UserError(Exception):
     The command line prints it as one line on stderr and exits with code 2. Any other exception is a bug of ours: it
     ends in a traceback and exit code 1.
     """
+
+    @property
+    def lines(self) -> list[str]:
+        """What is printed: one line."""
+        return [str(self)]
+
+
+class Mistakes(UserError):
+    """Several at once, printed as a summary and a line for each; as text they are one line.
+
+    Attributes:
+        problems: a line for each.
+    """
+
+    def __init__(self, summary: str, problems: Sequence[str]) -> None:
+        super().__init__(f"{summary}: {'; '.join(problems)}")
+        self.summary, self.problems = summary, list(problems)
+
+    @property
+    def lines(self) -> list[str]:
+        return [f"{self.summary}:", *(f"  {problem}" for problem in self.problems)]
 
 
 class Diverged(UserError):

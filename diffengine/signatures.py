@@ -55,6 +55,16 @@ def problems_of(section: Any, path: str, given: Set[str] = frozenset()) -> list[
     return problems_against(target, section, path, {*given, "self", "params"}) + nested
 
 
+def options_of(target: Callable, given: Set[str] = frozenset()) -> set[str]:
+    """The names of the options of a class or function, without those that are `given`; none if it is written in C."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    named = {item.name for item in parameters if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)}
+    return named - {"self", "params"} - given
+
+
 def problems_against(target: Callable, section: Mapping[str, Any], path: str, given: Set[str]) -> list[str]:
     """The problems of one dict of options against a class or function; arguments as of `problems_of`."""
     name = getattr(target, "__name__", str(target))

@@ -79,6 +79,7 @@ def _first_step(toy: Toy, out: Path, name: str) -> None:
     torch.save(vars(step), out / f"{name}{rank}.pt")
 
 
+@pytest.mark.soak  # as tests/engine/test_split.py has of a run without adapters
 def test_two_ranks_take_the_same_step_as_one(toy: Toy, tmp_path: Path) -> None:
     """DDP finds a gradient for every adapter; the base has none."""
     runs.on_ranks(1, _first_step, toy, tmp_path, "one")

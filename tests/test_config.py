@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -299,6 +300,68 @@ def test_override_by_path():
 def test_override_of_a_missing_path(option, expected):
     base = {"model": {"type": "A", "layers": [{"p": 1}, {"p": 2}]}, "size": 1}
     assert expected in error_of(config.override, base, [option])
+
+
+# What messages advise, for the option and its value; {option} is one of the two columns.
+ADVICE = re.compile(r"--cfg-options [\"\s]*([\w.{}]+)=([\w{}]+)")
+# Options that a config has none of: (the config, or all with this data set or model; the options).
+LACKING = {
+    "EmojiDataset": {"image_column", "caption_column", "allow_outside", "captions_from_file_names"},
+    "SubjectDataset": {"caption_column", "captions_from_file_names", "split"},
+    "VQTokenizerModel": {"model.gradient_checkpointing"},
+}
+
+
+def advised() -> dict[str, str]:
+    """Each option that a message advises to set, and the value."""
+    files = Path(config.__file__).parent.rglob("*.py")
+    found = dict(pair for file in files for pair in ADVICE.findall(file.read_text(encoding="utf-8")))
+    columns = dict.fromkeys(["image_column", "caption_column"], found.pop("{option}"))
+    plain = {"split": "train"}
+    return {key: plain.get(key, re.sub(r"\{.*", "2", value)) for key, value in {**found, **columns}.items()}
+
+
+def test_messages_advise_options() -> None:
+    expected = {"skip_unreadable", "allow_outside", "num_workers", "cache", "image_column", "micro_batch_size"}
+    assert expected <= advised().keys()
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_advice_can_be_pasted(name: str) -> None:
+    resolved = load_config(name)[1]
+    types = [resolved["train_dataloader"]["dataset"]["type"], resolved["model"]["type"]]
+    lacking = {option for each in types for option in LACKING.get(each.rpartition(".")[2], ())}
+    for option, value in advised().items():
+        if option not in lacking:
+            load_config(name, [f"{option}={value}"])
+    assert load_config(name, ["warmup_iters=3"])[1]["param_scheduler"]["warmup_iters"] == 3
+
+
+def test_an_option_of_one_section_is_set_there() -> None:
+    options = ["skip_unreadable=True", "caption='a cat'", "label_smoothing=0.1"]
+    written, resolved = load_config("amused_512_own", options)
+    assert written["train_dataloader"]["skip_unreadable"] is True
+    assert resolved["train_dataloader"]["dataset"]["caption"] == "a cat"
+    assert resolved["model"]["label_smoothing"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("weights=0.1", "unknown key 'weights'"),
+        ("skip_unreadble=1", "unknown key 'skip_unreadble'; did you mean 'skip_unreadable'?"),
+        ("use=False", "unknown key 'use'; did you mean 'cache'?"),  # token_cache.use refers to the setting
+        ("start_iter=3", "unknown key 'start_iter'"),  # the run passes it
+        ("root=x", "'root' is an option of several sections; set one: "
+         "train_dataloader.dataset.root, train_dataloader.transforms.0.root"),
+    ],
+)  # fmt: skip
+def test_an_option_of_no_or_several_sections(folder: Path, option: str, expected: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    write(folder / "rooted.py", "class A:\n    def __init__(self, root='.'): ...\n")
+    text = "from rooted import A\nextends = 'amused_512_own'\ntrain_dataloader = dict(dataset=dict(type=A), "
+    write(folder / "mine.py", text + "transforms=[dict(type=A)])\n")
+    assert f"--cfg-options: {expected}" in error_of(load_config, "mine.py", [option])
 
 
 # ---------------------------------------------------------------------------------------------- resolving

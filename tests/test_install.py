@@ -50,7 +50,16 @@ def test_wheel_holds_the_configs(installed, tmp_path):
 
 
 def test_wheel_holds_the_page(installed, tmp_path):
-    names = {"page.html", "page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    names = {
+        "page.html",
+        "page.css",
+        "page.js",
+        "elements.js",
+        "data.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "uPlot.LICENSE",
+    }
     assert {path.name for path in (installed / "diffengine" / "report" / "static").iterdir()} == names
     (tmp_path / "metrics.jsonl").write_text('{"iter": 1, "loss": 2.0}\n')
     assert run(installed, tmp_path, "-m", "diffengine", "report", ".") == "wrote report.html\n"

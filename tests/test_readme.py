@@ -97,7 +97,7 @@ def test_the_options_of_docs_exist_with_their_defaults() -> None:
     """The rows of docs/configs.md: an option's path and its default."""
     text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z_]+\.[\w.]+)` \| `([^`]+)` \|", text, flags=re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for path, default in rows:
         _, resolved = load_config("amused_512_own", [f"{path}={default}"])
         *sections, name = path.split(".")

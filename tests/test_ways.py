@@ -71,7 +71,8 @@ WAYS = {
     ),
 }
 
-SOAK = {"lion", "warm_up", "rslora", "alpha_pattern", "loha", "both", "256", "micro_batches", "lora_and_text_encoder"}
+SOAK = {"lion", "warm_up", "rslora", "alpha_pattern", "loha", "lokr", "dora", "both", "256", "micro_batches",
+        "lora_and_text_encoder", "lora_on_both", "styledrop", "checkpointing"}  # fmt: skip
 
 CONFIG = """
 from diffengine.engine.hooks import EMAHook

@@ -17,7 +17,7 @@ from diffengine import api, cli
 from diffengine.datasets import EmojiDataset
 from diffengine.evaluation import Gallery
 from diffengine.evaluation.retrieval import rate
-from diffengine.grids import enlarge, grid, save_image, stack
+from diffengine.grids import grid, save_image, stack
 from diffengine.models.generation import GenerationOptions, ImageRequest
 
 EMOJI = 16
@@ -86,11 +86,13 @@ def compared(generated: dict[str, list[Image.Image]]) -> Image.Image:
     """A few images of each shape: the original, and what either model generates from its caption."""
     known = list(images())
     rows = []
-    for shape in SHAPES:
-        chosen = [index for index, (own, *_) in enumerate(known) if own == shape][7::29][:7]
+    for shape, (width, height) in SHAPES.items():
+        of_shape = [index for index, (own, *_) in enumerate(known) if own == shape]
+        chosen = of_shape[:: len(of_shape) // 7][:7]
         for label, made in (("data", [image for _, _, image, _ in known]), *list(generated.items())[:2]):
-            cells = [(known[index][1], enlarge(made[index], 2 * max(made[index].size))) for index in chosen]
-            rows.append((f"{shape}: {label}", grid(cells, columns=7)))
+            large = [made[index].resize((2 * width, 2 * height), Image.Resampling.NEAREST) for index in chosen]
+            cells = [(known[index][1] if label == "square" else "", image) for index, image in zip(chosen, large)]
+            rows.append((f"{shape}: {label}", grid(cells, columns=7, smallest=1)))
     return stack(rows)
 
 

@@ -32,8 +32,6 @@ random_crop = True
 aspect = "square"  # "keep": each image in the shape nearest to its own, with at most as many tokens as the square
 max_aspect = 2.0  # the longest shape with aspect="keep": 2:1
 image_variations = 8  # crops and flips of an image, taken in turn; None: a new one each time, and no cache
-cache = "auto"  # encode each variation once, if the run sees it more than once
-cache_path = None  # its folder; None: cache/ next to the work dir
 num_workers = 4
 
 model = dict(
@@ -65,7 +63,6 @@ train_dataloader = dict(
     aspect="${aspect}",
     max_aspect="${max_aspect}",
 )
-token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", weight_decay="${weight_decay}"))
 param_scheduler = dict(name="${lr_schedule}", warmup_iters="${warmup_iters}")
 train_cfg = dict(

@@ -21,8 +21,6 @@ warmup_iters = 20
 weight_decay = 0.0
 caption_dropout = 0.0
 num_workers = 0
-cache = "auto"  # encode each image once
-cache_path = None
 transformer_rank = 4
 transformer_alpha = 8  # strength is alpha / rank
 text_rank = 32  # higher: the text encoder learns the new words, the transformer keeps its ability to compose
@@ -63,7 +61,6 @@ train_dataloader = dict(
     batch_size="${batch_size}",
     num_workers="${num_workers}",
 )
-token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay="${weight_decay}")
 )

@@ -24,8 +24,6 @@ keep_checkpoints = 2
 learning_rate = 2e-3
 caption_dropout = 0.05
 dropout = 0.1  # in the transformer: without it, unseen combinations fail
-cache = "auto"  # encode each image once
-cache_path = None
 log_every = 25
 
 model = dict(
@@ -64,7 +62,6 @@ train_dataloader = dict(
     batch_size="${batch_size}",
     num_workers="${num_workers}",
 )
-token_cache = dict(use="${cache}", path="${cache_path}")
 optim_wrapper = dict(optimizer=dict(type=AdamW, lr="${learning_rate}", betas=[0.9, 0.98], weight_decay=0.1))
 param_scheduler = dict(name="cosine", warmup_iters=100)
 train_cfg = dict(max_iters="${max_iters}")

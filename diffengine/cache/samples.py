@@ -86,7 +86,10 @@ def columns_of(
     }
     for sample in filled:
         uneven = ", ".join(sorted((sample.keys() ^ template.keys()) - {"weight"}))
-        require(not uneven, f"only some samples have {uneven}; a cache needs it of all: add it, or set cache=False")
+        require(
+            not uneven,
+            f"only some samples have {uneven}; a cache needs it of all: add it, or set --cfg-options cache=False",
+        )
     for key in (key for key in template if key not in ("image", "text", "weight")):
         values = [np.asarray(sample[key]) for sample in filled]
         if flat and key in flat:

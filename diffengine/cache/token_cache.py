@@ -114,18 +114,18 @@ class TokenCache:
         if not self.use:
             return "as configured"
         if self.encoder is None:
-            return "this model learns from pixels; set cache=False"
+            return "this model learns from pixels; set --cfg-options cache=False"
         if self.stream.variations is None:
             return "crop and flip are drawn again each time; set image_variations to how many to keep of an image"
         if self._without_images:
             return None
         if self.use == "auto" and positions <= len(self.stream.dataset) * self.stream.variations:
-            return "the run takes each variation at most once; set cache=True to build it all the same"
+            return "the run takes each variation at most once; set --cfg-options cache=True to build it all the same"
         (sample,) = self.stream.read_variations([0])
         for key, value in (sample or {}).items():
             if key not in ("image", "text") and not isinstance(value, torch.Tensor | bool | int | float):
-                entry = f"{key} of type {type(value).__name__}"
-                return f"it stores tensors and numbers, but a sample has {entry}; leave that out, or set cache=False"
+                entry = f"{key} ({type(value).__name__})"
+                return f"it takes tensors and numbers, not {entry}; drop it, or set --cfg-options cache=False"
         return None
 
     def attach_images(self, positions: int) -> bool:
@@ -369,7 +369,7 @@ class TokenCache:
             require(choice is not True, f"text_embeddings=True, but {reason}")
         elif choice == "auto" and captions * caption_bytes > MAX_EMBEDDINGS:
             size = format_bytes(captions * caption_bytes)
-            reason = f"its outputs for {captions:,} captions take {size}; set token_cache.text_embeddings=True"
+            reason = f"its outputs for {captions:,} captions take {size}; set --cfg-options text_embeddings=True"
         if choice == "auto" and reason:
             say(f"token cache: the text encoder runs at each step, since {reason}")
         return choice is True or (choice == "auto" and reason is None)
@@ -411,7 +411,7 @@ def _check_space(builder: TableBuilder, missing: list[Rows], template: Sample) -
     if builder.kept is None and builder.file.is_file():
         free += builder.file.stat().st_size  # it is deleted before the build
     message = f"the cache needs {format_bytes(need)} while it is built and '{folder}' has {format_bytes(free)} free"
-    require(need <= free, f"{message}; free space, set cache_path to another disk, or cache=False")
+    require(need <= free, f"{message}; free space, set cache_path to another disk, or --cfg-options cache=False")
 
 
 def _lookup(table: Table) -> Callable[[str], dict[str, np.ndarray] | None]:

@@ -78,10 +78,12 @@ def warnings(report: "Report") -> list[str]:
 
     lines, cache, most = [], report.cache, report.images_at_once
     if report.halved:
-        lines.append(f"memory ran out above {most} images at once, so steps will be split: set micro_batch_size={most}")
+        lines.append(
+            f"memory ran out above {most} images at once, so steps are split: set --cfg-options micro_batch_size={most}"
+        )
     if report.peak > report.available:
         peak, available = format_bytes(report.peak), format_bytes(report.available)
-        advice = "lower micro_batch_size, or set model.gradient_checkpointing=True"
+        advice = "lower micro_batch_size, or set --cfg-options model.gradient_checkpointing=True"
         lines.append(f"{peak} of memory are more than the {available} that there are: {advice}")
     kept = cache["bytes"] if isinstance(cache, dict) and not cache["exists"] else 0
     building = 2 * kept  # its chunks, and then the whole table
@@ -90,5 +92,7 @@ def warnings(report: "Report") -> list[str]:
     if needed > report.free:
         lines.append(f"the disk {lack(report.free, needed)}: keep fewer checkpoints, or choose another --work-dir")
     if report.cache_free is not None and building > report.cache_free:
-        lines.append(f"the cache's disk {lack(report.cache_free, building)}: set another cache_path, or cache=False")
+        lines.append(
+            f"the cache's disk {lack(report.cache_free, building)}: set a cache_path, or --cfg-options cache=False"
+        )
     return lines

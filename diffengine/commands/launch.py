@@ -12,14 +12,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from select import select
 from typing import TYPE_CHECKING, Any
 
 from diffengine.errors import Interrupted, UserError, disk_errors, require
 from diffengine.terminal import say
-from diffengine.text import how_it_ended, one_line
+from diffengine.text import how_it_ended, one_line, printable
 
 if TYPE_CHECKING:
     from diffengine.engine.build import Job
@@ -55,14 +55,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
     """Do `work` over the config that the options name, in every process; return the exit code."""
-    from diffengine import distributed
+    from diffengine.registry import import_from_here
 
     if options.config is None:
         options.config = options.data.pop()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     with stopped_by_signals():
+        import_from_here()
+        looked = LAUNCHED in os.environ or _look(options)
+
+        from diffengine import distributed
+
         try:
-            return (_run_rank if LAUNCHED in os.environ else _run_job)(options, work)
+            return (_run_rank if LAUNCHED in os.environ else _run_job)(
+                options, lambda job: work(replace(job, looked=looked))
+            )
         except Interrupted as error:
             if distributed.rank() == 0:
                 say(describe(options.command, error)[1], file=sys.stderr)
@@ -76,18 +83,35 @@ def _run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> in
     from diffengine import distributed
     from diffengine.engine.build import load_config, make_job
     from diffengine.models.loading import quiet_libraries
-    from diffengine.registry import import_from_here
 
-    import_from_here()
-    several = options.data is not None and len(options.data) > 1
-    data = options.data if several or options.data is None else options.data[0]
-    flags = {"data": data, "pretrained": options.pretrained, "work_dir": options.work_dir}
-    loaded = load_config(options.config, options.cfg_options, flags)
+    loaded = load_config(options.config, options.cfg_options, _settings(options))
     if processes_asked() and "RANK" not in os.environ and options.launcher == "none":
         return launch(options.command, options.argv, make_job(options.config, *loaded, distributed.CPU).work_dir)
     quiet_libraries()
     work(make_job(options.config, *loaded, distributed.start(options.launcher)))
     return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    data = options.data[0] if options.data is not None and len(options.data) == 1 else options.data
+    return {"data": data, "pretrained": options.pretrained, "work_dir": options.work_dir}
+
+
+def _look(options: argparse.Namespace) -> bool:
+    """Look at the images of a local folder or file; return whether it did. It imports no torch, which takes seconds."""
+    from diffengine import config
+    from diffengine.datasets.inspect import is_local, look_at_section
+
+    if "RANK" in os.environ or options.launcher != "none":
+        return False  # an error on one rank must end all of them
+    try:
+        loader = config.unchecked(options.config, options.cfg_options, _settings(options)).get("train_dataloader")
+    except UserError:  # reported with all other errors of the config
+        return False
+    if loader is None or not is_local(loader):
+        return False
+    look_at_section(loader)
+    return True
 
 
 def _run_rank(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:
@@ -120,7 +144,8 @@ def describe(command: str, error: BaseException) -> tuple[int, str]:
     name = f"diffengine {command}"
     match error:
         case UserError():
-            return 2, f"{name}: error: {one_line(error)}"
+            first, *more = error.lines
+            return 2, "\n".join([f"{name}: error: {one_line(first)}", *map(printable, more)])
         case Interrupted():
             return exit_code(error.signum), f"{name}: {error}" + RESUME * (command == "train")
         case KeyboardInterrupt():

@@ -3,9 +3,13 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffengine.commands import launch
 from diffengine.errors import require
+
+if TYPE_CHECKING:
+    from diffengine.engine.build import Job
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +22,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from diffengine.engine import run as runs
-
     weights = None if options.init_from is None else Path(options.init_from)
     require(
         not (weights and options.resume),
         "got --init-from and --resume, which continues with the run's weights; leave one out",
     )
-    return launch.run_job(
-        options, lambda job: runs.train(replace(job, init_from=weights), options.resume, options.overwrite)
-    )
+
+    def train(job: "Job") -> None:
+        from diffengine.engine import run as runs  # imports torch, without which images are looked at
+
+        runs.train(replace(job, init_from=weights), options.resume, options.overwrite)
+
+    return launch.run_job(options, train)

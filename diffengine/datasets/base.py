@@ -86,6 +86,18 @@ class ImageDataset(ABC):
         image = self[index].get("image")
         return None if image is None else repr(image.size).encode() + image.tobytes()
 
+    def encoded(self, index: int) -> tuple[bytes | str, str] | None:
+        """An image before it is decoded, as its bytes or its file, and what errors call it. None: it has no such thing.
+
+        Raises:
+            UnreadableImage: there is none in the data.
+        """
+        return None
+
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        """The mask of an image, as of `encoded`. None: the image has none."""
+        return None
+
     def name(self, index: int) -> str:
         """What messages call an image: its file, if it has one."""
         return f"image {index}"

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL.Image import Image
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_list
 from diffengine.datasets.folder import (
@@ -20,6 +19,7 @@ from diffengine.datasets.folder import (
     METADATA_NAMES,
     Caption,
     Columns,
+    Problems,
     Row,
     check_inside,
     is_image,
@@ -27,7 +27,7 @@ from diffengine.datasets.folder import (
     problem_of_caption,
     read_folder,
 )
-from diffengine.datasets.images import read_image, read_mask, read_size
+from diffengine.datasets.images import check_mask_size, read_image, read_mask, read_size
 from diffengine.errors import UserError, require
 from diffengine.files import check_regular, expanded, read_json
 from diffengine.terminal import on_terminal
@@ -113,7 +113,7 @@ class ImageTextDataset(ImageDataset):
 
     def content(self, index: int) -> bytes:
         """The length of its file and the first 64 KiB: all bytes of a large data set take minutes to read."""
-        source, name = self._source(index, self._rows[index])
+        source, name = self.encoded(index)
         try:
             if isinstance(source, bytes):
                 return len(source).to_bytes(8, "little") + source[:BEGINNING]
@@ -123,13 +123,19 @@ class ImageTextDataset(ImageDataset):
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from error
 
+    def encoded(self, index: int) -> tuple[bytes | str, str]:
+        return self._source(index, self._rows[index])
+
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        return self._mask_source(index, self._rows[index])
+
     def name(self, index: int) -> str:
         with suppress(UnreadableImage):
-            return self._source(index, self._rows[index])[1]
+            return self.encoded(index)[1]
         return super().name(index)
 
     def size(self, index: int) -> Size:
-        return read_size(*self._source(index, self._rows[index]))
+        return read_size(*self.encoded(index))
 
     @property
     def has_masks(self) -> bool:
@@ -149,23 +155,21 @@ class ImageTextDataset(ImageDataset):
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         caption = row["text"] if self._caption is None else self._caption
         sample: Sample = {"image": read_image(*self._source(index, row)), "text": self._prefixed(caption)}
-        mask = self._mask(index, row, sample["image"]) if self.has_masks else None
-        return sample if mask is None else {**sample, "mask": mask}
-
-    def _mask(self, index: int, row: dict[str, Any], image: Image) -> Image | None:
-        encoded, file = _bytes_and_path(row["mask"])
-        source = file if encoded is None else encoded
+        source = self._mask_source(index, row)
         if source is None:
-            return None
-        name = f"the mask in row {index} of {self.path}" if encoded is not None else str(file)
-        mask = read_mask(source, name)
-        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-        of = self._source(index, row)[1]
-        require(mask.size == image.size, f"{name} has {sizes[0]} px and its image {of} {sizes[1]}; give both one size")
-        return mask
+            return sample
+        mask = read_mask(*source)
+        check_mask_size(source[1], mask.size, self._source(index, row)[1], sample["image"].size)
+        return {**sample, "mask": mask}
 
     def _prefixed(self, caption: Caption) -> Caption:
         return self.prefix + caption if isinstance(caption, str) else [self.prefix + text for text in caption]
+
+    def _mask_source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str] | None:
+        encoded, file = _bytes_and_path(row.get("mask"))
+        if encoded is not None:
+            return encoded, f"the mask in row {index} of {self.path}"
+        return None if file is None else (file, file)
 
     def _source(self, index: int, row: dict[str, Any]) -> tuple[bytes | str, str]:
         """The bytes or the path of a row's image, and what errors call it."""
@@ -173,7 +177,9 @@ class ImageTextDataset(ImageDataset):
         if encoded is not None:
             return encoded, f"row {index} of {self.path}" + (f" ({file})" if file else "")
         if file is None:
-            raise UnreadableImage(f"row {index} of {self.path} has no image; remove it, or set skip_unreadable=True")
+            raise UnreadableImage(
+                f"row {index} of {self.path} has no image; remove it, or set --cfg-options skip_unreadable=True"
+            )
         return file, file
 
     def _caption_cells(self) -> list[Caption]:
@@ -182,17 +188,19 @@ class ImageTextDataset(ImageDataset):
         return self._rows.select_columns("text")[:]["text"]
 
     def _check_captions(self) -> None:
-        cells: list[Any] = self._caption_cells()
+        cells, problems = self._caption_cells(), Problems()
         missing = [row for row, cell in enumerate(cells) if cell is None or cell == [] or None in as_list(cell)]
         if missing:
-            raise UserError(
+            problems.add(
+                "missing captions",
                 f"{len(missing)} of {len(cells)} captions of {self.path} are missing, the first in row {missing[0]}; "
-                'give each image a text ("" for none)'
+                'give each image a text ("" for none)',
             )
         for row, cell in enumerate(cells):
-            for text in as_list(cell):
-                problem = problem_of_caption(text)
-                require(problem is None, f"the caption in row {row} of {self.path} {problem}; change it")
+            for text in as_list(cell or []):
+                if text is not None and (problem := problem_of_caption(text)):
+                    problems.add("captions", f"the caption in row {row} of {self.path} {problem}; change it")
+        problems.raise_all(self.path)
 
 
 def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
@@ -287,7 +295,9 @@ def _load_local(local: Path, split: str) -> hf.Dataset:
         _check_saved(local)
         saved = hf.load_from_disk(str(local))
         splits = saved if isinstance(saved, hf.DatasetDict) else {str(saved.split or "train"): saved}
-        require(split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set split")
+        require(
+            split in splits, f"{local} has no split '{split}'; it has {', '.join(splits)}; set --cfg-options split=NAME"
+        )
         return splits[split]
     is_table = local.is_dir() or local.suffix == ".parquet"
     require(is_table, f"{local} is neither an image nor a Parquet file; expected one of them, or a folder")
@@ -343,9 +353,11 @@ def _columns_of(rows: hf.Dataset, path: str, asked: Columns, *, needs_captions: 
 
 def _column(rows: hf.Dataset, path: str, option: str, name: str, fits: Callable[[Any], bool]) -> str:
     columns = ", ".join(rows.features)
-    require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set {option}")
+    require(name in rows.features, f"{path} has no column '{name}'; it has {columns}; set --cfg-options {option}=NAME")
     got, expected = rows.features[name], "text, or lists of texts" if option == "caption_column" else "images"
-    message = f"column '{name}' of {path} holds {got}; expected {expected}; set {option} to one of {columns}"
+    message = (
+        f"column '{name}' of {path} holds {got}; expected {expected}; it has {columns}; set --cfg-options {option}=NAME"
+    )
     require(fits(got), message)
     return name
 

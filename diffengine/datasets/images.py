@@ -1,6 +1,7 @@
 """Reading one image: whatever PIL opens, as upright RGB on white."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,12 +15,17 @@ from diffengine.datasets.base import Size, UnreadableImage
 from diffengine.files import check_regular
 from diffengine.text import one_line
 
+FADED = 0.75  # share of white where an image is not learnt
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the transpose that turns the image upright. 1 and unknown values need none.
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
+
+# The first bytes of a file -> what is near its end.
+END_OF = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}
+LONGEST_END = 64
 
 # What PIL's decoders raise for damaged files: SyntaxError is PIL's "broken file", RuntimeError the AVIF decoder's.
 DECODE_ERRORS = (
@@ -70,6 +76,41 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
+def read_small(source: bytes | str, name: str, side: int) -> Image.Image:
+    """As `read_image`, of at most `side` pixels a side: decodes every byte of a file, a JPEG at a lower resolution."""
+    with _opened(source, name) as image:
+        image.draft(None, (side, side))
+        small = _upright_rgb(image)
+        small.thumbnail((side, side), Image.Resampling.BOX)
+        return small
+
+
+def check_mask_size(name: str, size: Size, image: str, image_size: Size) -> None:
+    """Raise an UnreadableImage unless a mask is as large as its image; `name` and `image` are what it calls them."""
+    sizes = [f"{width}x{height}" for width, height in (size, image_size)]
+    if size != image_size:
+        raise UnreadableImage(f"{name} has {sizes[0]} px and its image {image} {sizes[1]}; give both one size")
+
+
+def faded(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """An image that is nearly white where its mask, of any size, is black."""
+    if mask is None:
+        return image
+    learnt = mask.resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), FADED), learnt)
+
+
+def ends_early(source: bytes | str) -> bool:
+    """Whether a JPEG or PNG lacks its end, as one that was cut off does; some whole files have more after it."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            end = END_OF.get(file.read(4)[:2])
+            file.seek(-min(LONGEST_END, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return end is not None and end not in file.read()
+    except OSError:
+        return False
+
+
 def _formats() -> list[str]:
     """What PIL decodes itself: an EPS is a program, which it has Ghostscript run."""
     Image.init()
@@ -86,7 +127,7 @@ def _opened(source: bytes | str, name: str) -> Iterator[Image.Image]:
     except DECODE_ERRORS as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in no format that PIL knows" if unknown else one_line(error)
-        advice = "fix it, remove it, or set skip_unreadable=True"
+        advice = "fix it, remove it, or set --cfg-options skip_unreadable=True"
         raise UnreadableImage(f"{name} cannot be read as an image: {reason}; {advice}") from error
 
 

@@ -162,7 +162,7 @@ def _share(batch: Any) -> None:
             except RuntimeError as error:
                 if file := re.search(r"</(torch_\w+)>", str(error)):  # torch leaves it
                     Path("/dev/shm", file[1]).unlink(missing_ok=True)
-                advice = "give /dev/shm more (docker run --shm-size=8g), or load in the main process with num_workers=0"
+                advice = "give /dev/shm more (docker run --shm-size=8g), or load with --cfg-options num_workers=0"
                 raise UserError(f"a worker got no shared memory for a batch: {one_line(error)}; {advice}") from error
 
 
@@ -194,7 +194,7 @@ def batches_of(loader: DataLoader) -> Generator[Any]:
             ends = [how_it_ended(worker.exitcode) for worker in workers if worker.exitcode]
             if not ends:
                 raise
-            advice = "lower num_workers; with num_workers=0 the main process loads"
+            advice = "lower num_workers; with --cfg-options num_workers=0 the main process loads"
             raise UserError(f"a worker of the data loader {ends[0]}; {advice}") from error
         if batch is None:
             return

@@ -13,6 +13,7 @@ from diffengine.datasets.transforms import AnyTransform, Resize, Transform, appl
 from diffengine.errors import require
 
 Aspect = Literal["square", "keep"]
+MULTIPLES = 16  # along the side of aMUSEd's square
 
 
 @final
@@ -51,6 +52,11 @@ class Shapes:
         fitting = [(a, b) for a, b in pairs if a * b >= n * (n - 2) and max(a, b) <= self.max_aspect * min(a, b)]
         most = sorted(fitting, key=lambda grid: (-math.prod(grid), max(grid), grid))
         return [(a * self.multiple, b * self.multiple) for a, b in most]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether these are what is assumed before a model is known: as aMUSEd's, or the square alone."""
+        return self.max_aspect == 1 or self.side == MULTIPLES * self.multiple
 
     @property
     def square(self) -> "Shapes":

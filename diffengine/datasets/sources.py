@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from inspect import signature
@@ -13,7 +14,7 @@ from typing import Any, Literal, final
 import numpy as np
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, Source, UnreadableImage, as_dataset
-from diffengine.datasets.folder import is_image, list_files
+from diffengine.datasets.folder import Problems, UnusableData, is_image, list_files
 from diffengine.datasets.image_text import ImageTextDataset
 from diffengine.datasets.missing import MissingImages
 from diffengine.errors import UserError, require
@@ -94,15 +95,27 @@ class Sources(ImageDataset):
     @cached_property
     def datasets(self) -> list[ImageDataset]:
         """Each source's images."""
-        opened, problems = [], []
+        opened: list[ImageDataset] = []
+        images: list[Path] = []
+        problems = Problems()
         for number, item in enumerate(self.items):
+            label = f"data[{number}] ('{item.path}')"
             try:
                 dataset = item.open(self._cls)
                 require(len(dataset) > 0, "no images")
                 opened.append(dataset)
             except UserError as error:
-                problems.append(f"data[{number}] ('{item.path}'): {one_line(error)}" if self._many else str(error))
-        require(not problems, "; ".join(problems))
+                if not self._many:
+                    raise
+                if isinstance(error, UnusableData):
+                    images += error.images
+                    problems.extend(error.found, label)
+                else:
+                    problems.add("sources", f"{label}: {one_line(error)}")
+        for dataset in opened if problems.count else ():  # so that all that is wrong is found at once
+            with suppress(UserError):
+                images += [file for file in dataset.files() or [] if is_image(file)]
+        problems.raise_all("data", images)
         return opened
 
     @property
@@ -158,6 +171,14 @@ class Sources(ImageDataset):
     def content(self, index: int) -> bytes | None:
         dataset, inner = self._locate(index)
         return dataset.content(inner) if self.items[self._number_of(index)].hold_out else None
+
+    def encoded(self, index: int) -> tuple[bytes | str, str] | None:
+        dataset, inner = self._locate(index)
+        return dataset.encoded(inner)
+
+    def encoded_mask(self, index: int) -> tuple[bytes | str, str] | None:
+        dataset, inner = self._locate(index)
+        return dataset.encoded_mask(inner)
 
     def name(self, index: int) -> str:
         dataset, inner = self._locate(index)
@@ -236,11 +257,19 @@ class GeneratedImages(ImageDataset):
     def content(self, index: int) -> None:
         """Nothing: they are all trained."""
 
-    def name(self, index: int) -> str:
-        return self._images.name(index)
+    def encoded(self, index: int) -> tuple[bytes | str, str] | None:
+        return None if self._lacking else self._images.encoded(index)
 
-    def size(self, index: int) -> Size:
-        return self._images.size(index)
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.path}" if self._lacking else self._images.name(index)
+
+    def size(self, index: int) -> Size | None:
+        return None if self._lacking else self._images.size(index)
+
+    @property
+    def _lacking(self) -> bool:
+        """Whether some are still to be generated."""
+        return "_images" not in self.__dict__ and bool(self.missing_images()[0].numbers)
 
     def files(self) -> list[Path]:
         return self._images.files()
@@ -249,6 +278,7 @@ class GeneratedImages(ImageDataset):
 def SubjectDataset(
     data: str, instance_prompt: str, *, class_data: str | None = None, class_prompt: str | None = None,
     num_class_images: int = 100, class_drawing: dict | None = None, prior_loss_weight: float = 1.0,
+    image_column: str | None = None, allow_outside: bool = False,
 ) -> Sources:  # fmt: skip
     """Images of one subject, and of its class so that the class is not forgotten (DreamBooth).
 
@@ -261,6 +291,7 @@ def SubjectDataset(
         class_data: a folder of class images, or None to train on the subject alone.
         num_class_images, class_drawing: `generate` and `generation` of the class, see `Item`.
         prior_loss_weight: above 0.
+        image_column, allow_outside: as of ImageTextDataset, for `data`.
     """
     got = f"SubjectDataset got class_data={class_data!r} and class_prompt={class_prompt!r}"
     both_or_none = (class_data is None) == (class_prompt is None)
@@ -271,6 +302,7 @@ def SubjectDataset(
     require(prior_loss_weight > 0, message)
     generated = {"generate": num_class_images, "generation": class_drawing, "weight": prior_loss_weight}
     subject: dict[str, Any] = {"name": "subject", "path": data, "caption": instance_prompt, "hold_out": False}
+    subject |= {"image_column": image_column, "allow_outside": allow_outside}
     of_class = {"name": "class", "path": class_data, "caption": class_prompt, **generated}
     items = [subject] if class_data is None else [subject, of_class]
     return Sources([{**item, "repeats": "balance"} for item in items])

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from diffengine.datasets.base import ImageDataset, UnreadableImage
-from diffengine.datasets.survey import spread
+from diffengine.datasets.findings import spread
 from diffengine.errors import require
 
 SMALLEST_DATA = 32  # images; fewer are all trained

@@ -14,13 +14,12 @@ from functools import cached_property
 from typing import Any, final
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from diffengine.datasets.base import ImageDataset, Sample, Size, UnreadableImage, as_dataset, check_sample
+from diffengine.datasets.findings import spread
 from diffengine.datasets.shapes import in_runs
 from diffengine.datasets.sources import epoch_of
 from diffengine.datasets.split import Split, digest_of
-from diffengine.datasets.survey import spread
 from diffengine.datasets.transforms import AnyTransform, apply, effect_of, mirroring
 from diffengine.errors import UserError, require
 
@@ -56,7 +55,7 @@ def generator(seed: int, domain: int, *counter: int) -> np.random.Generator:
 
 
 @final
-class Stream(Dataset):
+class Stream:
     """The samples of a data set by running position, without end: `stream[position]`.
 
     Args:
@@ -73,7 +72,7 @@ class Stream(Dataset):
         batch_size: with it, an epoch keeps images of one shape in runs that fill steps of so many, as far as it can;
             the sizes of all images are read. None: images are in random order.
         skip_unreadable: replace an image that cannot be decoded by the next readable one, and count the skipped ones
-            in `skipped` (int, else 0). By default such an image is an error.
+            in `skipped` (int, else 0), with their names in `skipped_names`. By default such an image is an error.
 
     Attributes:
         caption_variations: of each caption: as given, or one without vary_caption; None for no limit.
@@ -222,7 +221,7 @@ class Stream(Dataset):
             rest = positions[len(samples) :]
             try:
                 for position, (index, sample) in zip(rest, self._read(rest)):
-                    samples.append(self._finish(position, index, sample, skipped=0))
+                    samples.append(self._finish(position, index, sample, []))
             except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
@@ -295,7 +294,7 @@ class Stream(Dataset):
             found["weight"] = sample.get("weight", 1.0) * self.sources[number].weight
         return found
 
-    def _finish(self, position: int, index: int, sample: Sample, skipped: int) -> Sample:
+    def _finish(self, position: int, index: int, sample: Sample, skipped: list[str]) -> Sample:
         rng = self._of_samples.at(position)
         share = rng.random()  # drawn for a single caption too, so that the draws after it stay the same
         sample = self._with_source(index, sample)
@@ -304,7 +303,8 @@ class Stream(Dataset):
             sample = {**sample, "text": text[int(share * len(text))]}
         if self.vary_caption is not None:
             sample = {**sample, "text": self._varied(sample["text"], position)}
-        return {**apply(self.transforms, sample, rng), "skipped": skipped}
+        names = {"skipped_names": skipped} if self.skip_unreadable else {}
+        return {**apply(self.transforms, sample, rng), "skipped": len(skipped), **names}
 
     def _varied(self, caption: str, position: int) -> str:
         """The caption's variation at a position."""
@@ -318,17 +318,19 @@ class Stream(Dataset):
         assert self.vary_caption is not None
         return self.vary_caption({"text": caption}, self._of_captions.at(digest_of(caption.encode()), number))["text"]
 
-    def _next_readable(self, position: int) -> tuple[int, Sample, int]:
-        """(index, sample, how many were skipped) of the first readable image from this position's index on."""
+    def _next_readable(self, position: int) -> tuple[int, Sample, list[str]]:
+        """(index, sample, the names of those skipped) of the first readable image from this position's index on."""
         visit, start = self.locate(position)[0], self._entry(position)[1]
-        for skipped in range(len(self)):
-            index = int(self.trained[(start + skipped) % len(self)])
+        skipped: list[str] = []
+        for number in range(len(self)):
+            index = int(self.trained[(start + number) % len(self)])
             try:
                 if self.cached_sample is not None:
                     return index, self.cached_sample(index, visit), skipped
                 return index, self._transform(position, visit, index, self.dataset[index]), skipped
             except UnreadableImage as error:
                 last = error
+                skipped.append(self.dataset.name(index))
         raise UserError(f"none of the {len(self)} images can be read; the last: {last}")
 
 

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 
 from diffengine.config import check_side
@@ -200,6 +199,8 @@ class ToTensor(Transform):
         return size, False
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        import torch  # here, since a data set is looked at before torch is imported
+
         image: Image.Image = sample["image"]
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
         size, corner = sample.get("original_size", image.size), sample.get("crop_top_left", (0, 0))
@@ -225,6 +226,8 @@ class TokenRegion(Transform):
         return size, False
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        import torch  # as above
+
         others, mask, f = dict(sample), sample.get("mask"), self.pixels_per_token
         others.pop("mask", None)
         if f is None or not isinstance(sample["image"], torch.Tensor):  # the model's transform refuses the latter

@@ -28,6 +28,7 @@ from diffengine.datasets import (
     open_dataset,
     paths_of,
 )
+from diffengine.datasets.inspect import look_at_section
 from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform, effect_of
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
@@ -54,6 +55,7 @@ class Job:
     work_dir: Path  # where a run of it goes
     device: torch.device  # this process's
     init_from: Path | None = None  # a checkpoint whose weights the run starts from
+    looked: bool = False  # whether the data was looked at before
 
 
 def load_config(name: str, options: Iterable[str] = (), settings: Mapping | None = None) -> tuple[Plain, Plain]:
@@ -69,7 +71,7 @@ def make_job(name: str, config: Plain, resolved: Plain, device: torch.device) ->
 
 
 def build_dataset(job: Job) -> ImageDataset:
-    """Build the data set; if its images are not on this machine, use the cache at `cache_path`."""
+    """Build the data set, and look at it; if its images are not on this machine, use the cache at `cache_path`."""
     options, section = job.resolved["train_dataloader"]["dataset"], job.resolved.get("token_cache", {})
     paths, dataset = [expanded(path) for path in paths_of(options)], None
     _check_outside(paths, job.work_dir, "work dir", "--work-dir")
@@ -77,6 +79,8 @@ def build_dataset(job: Job) -> ImageDataset:
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
     try:
         dataset = open_dataset(options)
+        if not job.looked and distributed.rank() == 0:
+            look_at_section(job.resolved["train_dataloader"], dataset)
         len(dataset)  # opens all sources
         return dataset
     except UserError as error:
@@ -96,11 +100,16 @@ def _check_outside(data: Sequence[Path], path: Path, what: str, option: str) -> 
 
 def learn_assets(job: Job, dataset: ImageDataset) -> dict[str, str]:
     """What a model learns from the captions before it is built: on rank 0, then sent to all."""
-    cls = resolve(job.resolved["model"]["type"])
+    return distributed.on_rank_0(lambda: model_assets(job.resolved, dataset))
+
+
+def model_assets(resolved: Mapping[str, Any], dataset: ImageDataset) -> dict[str, str]:
+    """What the model of a config learns from the captions before it is built."""
+    cls = resolve(resolved["model"]["type"])
     known = isinstance(cls, type) and issubclass(cls, TrainableModel)
     require(known, f"model got {shown(cls)}; expected a subclass of diffengine.models.base.TrainableModel")
-    options = {key: value for key, value in job.resolved["model"].items() if key != "type"}
-    return distributed.on_rank_0(lambda: cls.learn_assets(options, lambda: chain.from_iterable(dataset.all_captions())))
+    options = {key: value for key, value in resolved["model"].items() if key != "type"}
+    return cls.learn_assets(options, lambda: chain.from_iterable(dataset.all_captions()))
 
 
 def build_model(resolved: Mapping[str, Any], assets: Mapping[str, str], seed: int) -> TrainableModel:

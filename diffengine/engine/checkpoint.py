@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffengine.errors import UserError, require
 from diffengine.files import atomic_write
-from diffengine.text import format_bytes
+from diffengine.text import format_bytes, one_line
 
 FORMAT = "diffengine-1"
 MOST = 2**20  # values in a checkpoint
@@ -121,8 +121,8 @@ def verify(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"checkpoint '{path}' is broken or cut off ({error})") from error
+    except Exception as error:  # zipfile raises what damaged headers lead to, such as a UnicodeDecodeError of a name
+        raise UserError(f"checkpoint '{path}' is broken or cut off ({one_line(error)})") from error
     require(not damaged, f"checkpoint '{path}' is damaged (in {damaged}); {MOVE}")
 
 

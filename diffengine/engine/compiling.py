@@ -26,10 +26,12 @@ def compile_model(compile: Compile, model: TrainableModel, steps: int, device: t
     elif not compile:
         return "eager (as configured)"
     elif lack:
-        raise UserError(f"compile got True, but this machine has no {lack}; install it, or set compile=auto")
+        raise UserError(
+            f"compile got True, but this machine has no {lack}; install it, or set --cfg-options compile=auto"
+        )
     blocks = model.compile_blocks()
     if blocks == 0 and compile is True:
-        raise UserError("compile got True, but this model has no blocks to compile; set compile=False")
+        raise UserError("compile got True, but this model has no blocks to compile; set --cfg-options compile=False")
     why = f"auto, for {steps} steps" if compile == "auto" else "as configured"
     return f"compiled, {blocks} of them ({why})" if blocks else "eager (auto, it has no blocks to compile)"
 

@@ -2,18 +2,18 @@
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from diffengine import __version__, distributed
 from diffengine.datasets import ImageDataset, Shapes, UnreadableImage, generator, spread
+from diffengine.datasets.findings import BARS, evenly, histogram
+from diffengine.datasets.images import faded
 from diffengine.datasets.stream import IMAGE, Stream
 from diffengine.datasets.transforms import apply
 from diffengine.grids import save_webp
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 MOST_READ = 1000  # image headers and captions; of more, an evenly spaced sample
 THUMBNAILS = 24
 SIDE = 96  # of a thumbnail
-FADED = 0.75  # share of white where an image is not learnt
-BARS = 12
 PACKAGES = ("torch", "diffusers", "transformers", "mmengine", "peft")
 
 
@@ -66,7 +64,7 @@ def data_at_a_glance(run: "Run") -> dict[str, Any]:
 def _sizes(dataset: ImageDataset, shapes: Shapes | None) -> dict[str, Any]:
     """How large the images are, in which shapes they are trained, what is cut off, and which cannot be read."""
     sizes, unreadable = [], []
-    for index in _indices(len(dataset)):
+    for index in evenly(len(dataset), MOST_READ):
         try:
             size = dataset.size(index)
         except UnreadableImage as error:
@@ -83,7 +81,7 @@ def _sizes(dataset: ImageDataset, shapes: Shapes | None) -> dict[str, Any]:
         bars = [[f"{width}×{height}", count] for (width, height), count in counts.most_common()]
         found["sizes"] = {"of": "width × height", "bars": bars}
     else:
-        found["sizes"] = {"of": "short side in pixels", "bars": _histogram([min(size) for size in sizes])}
+        found["sizes"] = {"of": "short side in pixels", "bars": histogram([min(size) for size in sizes])}
     if shapes is not None:
         found["crop"] = shapes.side
         found["crop_lost"] = shapes.square.lost(sizes)
@@ -98,12 +96,12 @@ def _sizes(dataset: ImageDataset, shapes: Shapes | None) -> dict[str, Any]:
 def _captions(run: "Run") -> dict[str, Any]:
     """How long captions are, in tokens, and how many the model does not read to their end."""
     captions = [caption for each in run.train_loop.stream.dataset.all_captions() for caption in each]
-    chosen = [captions[index] for index in _indices(len(captions))]
+    chosen = [captions[index] for index in evenly(len(captions), MOST_READ)]
     lengths, most = run.trainable.caption_lengths(chosen)
     if not most or not lengths:
         return {}
     cut = sum(length > most for length in lengths)
-    return {"captions": {"bars": _histogram(lengths), "longest": max(lengths), "read": most, "cut": cut,
+    return {"captions": {"bars": histogram(lengths), "longest": max(lengths), "read": most, "cut": cut,
                          "counted": len(lengths), "of": len(captions)}}  # fmt: skip
 
 
@@ -118,19 +116,12 @@ def _thumbnails(stream: Stream, work_dir: Path) -> list[dict[str, str]]:
             text = sample["text"]
             cropped = apply(stream.transforms_of(index), sample, generator(stream.seed, IMAGE, index))
             file = f"report/{len(found):02}.webp"
-            image = faded(as_image(cropped["image"]), cropped.get("region"))
+            mask = Image.fromarray(cropped["region"].numpy()) if "region" in cropped else None
+            image = faded(as_image(cropped["image"]), mask)
             image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             save_webp(image, work_dir / file)
             found.append({"file": file, "caption": text if isinstance(text, str) else text[0]})
     return found
-
-
-def faded(image: Image.Image, region: torch.Tensor | None) -> Image.Image:
-    """An image whose tokens are nearly white where `region` (h,w), from 0 to 255, is 0."""
-    if region is None:
-        return image
-    learnt = Image.fromarray(region.numpy()).resize(image.size, Image.Resampling.NEAREST)
-    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), FADED), learnt)
 
 
 def as_image(value: Any) -> Image.Image:
@@ -139,17 +130,3 @@ def as_image(value: Any) -> Image.Image:
         return value.convert("RGB")
     pixels = value if value.dtype == torch.uint8 else (value.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def _indices(count: int) -> list[int]:
-    """At most `MOST_READ` of so many, evenly spaced."""
-    return np.linspace(0, count - 1, min(MOST_READ, count)).round().astype(int).tolist()
-
-
-def _histogram(values: Sequence[int]) -> list[list[Any]]:
-    """(range, count) of whole numbers in at most `BARS` ranges of equal width."""
-    low, high = min(values), max(values)
-    width = -(-(high - low + 1) // BARS)
-    counts = Counter((value - low) // width for value in values)
-    starts = [(low + bar * width, counts.get(bar, 0)) for bar in range((high - low) // width + 1)]
-    return [[str(at) if width == 1 else f"{at}–{at + width - 1}", count] for at, count in starts]

@@ -159,6 +159,7 @@ class StepLoop(BaseLoop):
             ~norms.good, sums, count_targets(batch), targets_by(batch, "bucket"), targets_by(batch, "source"),
             sum(batch.get("num_tokens", ())), sum(batch.get("caption_dropped", ())), self.batch_size, learning_rate,
             norms.total, norms.groups, sum(batch.get("skipped", ())), self._seconds,
+            list(itertools.chain.from_iterable(batch.get("skipped_names", ()))),
         )  # fmt: skip
 
     def _forward_backward(self, run: "Run", micro_batch: dict[str, Any], scale: float) -> dict[str, Tensor]:

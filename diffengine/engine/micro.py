@@ -120,7 +120,8 @@ def too_large(what: str, reason: str) -> UserError:
         used = format_bytes(torch.cuda.max_memory_allocated())
         device = f"; {used} were in use at most, the GPU has {format_bytes(total)} ({format_bytes(free)} free)"
     return UserError(
-        f"{what} not fit into memory ({_first_sentences(reason)}){device}: set model.gradient_checkpointing=True, "
+        f"{what} not fit into memory ({_first_sentences(reason)}){device}: set --cfg-options "
+        "model.gradient_checkpointing=True, "
         "take an 8-bit optimizer (bitsandbytes.optim.AdamW8bit), or train adapters (a config whose name ends in _lora)"
     )
 

@@ -35,7 +35,9 @@ def resolve_precision(precision: Precision, device: torch.device, kept: str | No
     fp32 until then. `kept` is what a resumed run computed in; on a CPU it stays.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision got 'fp16' on a CPU, where it is slower than fp32; set precision=fp32 or bf16")
+        raise UserError(
+            "precision got 'fp16' on a CPU, where it is slower than fp32; set --cfg-options precision=fp32, or bf16"
+        )
     if precision != "auto":
         return precision, "as configured"
     if device.type == "cpu":

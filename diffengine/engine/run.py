@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -21,9 +20,9 @@ from diffengine.datasets import (
     Shapes,
     first_batch,
     hold_out,
+    inspect,
+    is_encoded,
     micro_batches,
-    survey,
-    survey_captions,
 )
 from diffengine.engine import build, checkpoint, memory, state, workdir
 from diffengine.engine.build import Job, Training
@@ -40,6 +39,7 @@ from diffengine.models.base import MaskedImageModel
 from diffengine.report.read import damage, read_lines
 from diffengine.terminal import LiveLine
 
+MOST_READ = 2000  # image headers
 MANY_EPOCHS, FEW_IMAGES = 200, 8  # fewer images, such as one of a style, are meant to be memorized
 
 
@@ -64,7 +64,7 @@ def train(job: Job, resume: str | None = None, overwrite: bool = False) -> "Run"
 def build_cache(job: Job) -> None:
     """Build a job's token cache, unless it is up to date; a UserError if the config has none."""
     section = job.resolved.get("token_cache", {})
-    require(section.get("use") is not False, "this config trains without a token cache: set cache=True or cache=auto")
+    require(section.get("use") is not False, "this config trains without a token cache: set --cfg-options cache=auto")
     build_training(replace(job, resolved={**job.resolved, "token_cache": {**section, "use": True}}))
 
 
@@ -234,11 +234,11 @@ class Run(Runner):
             info(f"param_groups: {text}")
         if distributed.rank() == 0:
             shapes = Shapes.made_by(stream.image_transforms)
-            captions = chain.from_iterable(stream.dataset.all_captions())
-            lines = [survey(stream.dataset, shapes)] if shapes else []
-            for line in [*lines, survey_captions(captions, self.trainable.caption_lengths)]:
-                if line:
-                    info(line)
+            findings = inspect(stream.dataset, shapes, self.trainable.caption_lengths, seconds=0, most=MOST_READ)
+            printed = is_encoded(stream.dataset) and (shapes is None or shapes.is_usual)  # by `look`
+            info(findings.summary, extra={"printed": not printed})
+            for line in findings.cut_captions():
+                self.warn(line)
             self._warn_of_settings(shapes.side if shapes else min(stream.dataset.size(0) or [0]) or None)
         info(f"blocks run {self.compiled}")
 

@@ -38,6 +38,7 @@ class Step:
     group_norms: Tensor | None  # (groups,), of the optimizer wrapper's `groups`; None if there is one
     skipped: int  # unreadable images replaced on this rank
     seconds: dict[str, float]  # on the host: "data" (the wait), "prepare", "forward_backward", "optimizer" and "all"
+    skipped_names: list[str]  # of the images skipped on this rank
 
 
 class Totals(NamedTuple):

@@ -51,14 +51,20 @@ def build_page(runs: Sequence[RunFiles], status: str | None = None) -> str:
     if status:
         data["runs"][0]["status"] = status
     names = " and ".join(run.name for run in runs)
+    return fill(names, "curves", static("page.js"), data, static("uPlot.min.css"), static("uPlot.iife.min.js"))
+
+
+def fill(name: str, first: str, script: str, data: Any, styles: str = "", libraries: str = "") -> str:
+    """The page's template with a title, the id of its first section, and what builds it from `data`."""
     texts = {
-        "title": escape(f"{names} · diffengine"),
-        "styles": _static("uPlot.min.css") + _static("page.css"),
-        "uplot": _static("uPlot.iife.min.js"),
-        "script": _static("page.js"),
+        "title": escape(f"{name} · diffengine"),
+        "first": first,
+        "styles": styles + static("page.css"),
+        "libraries": libraries,
+        "script": static("elements.js") + script,
         "data": embed(data),
     }
-    page = _static("page.html")
+    page = static("page.html")
     before, *rest = page.split("{{")  # once, so that braces in the data are never looked at
     return before + "".join(texts[name] + text for name, _, text in (item.partition("}}") for item in rest))
 
@@ -151,7 +157,7 @@ def fit(files: Sequence[Path], most_bytes: int, levels: Sequence[tuple[int, int]
     sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
     if _as_text(sum(sizes)) <= most_bytes:
         pairs = zip(files, sizes)
-        return [_uri(file.read_bytes(), MIME.get(file.suffix, "image/webp")) if size else "" for file, size in pairs]
+        return [as_uri(file.read_bytes(), MIME.get(file.suffix, "image/webp")) if size else "" for file, size in pairs]
     levels = levels or LEVELS
     opened = [_open(file, levels[0][0]) for file in files]
     probe = opened[:: max(1, len(opened) // 8)]
@@ -163,7 +169,7 @@ def fit(files: Sequence[Path], most_bytes: int, levels: Sequence[tuple[int, int]
         encoded = [_encode(image, side, quality) for image in opened]
         if _as_text(sum(map(len, encoded))) <= most_bytes:
             break
-    return [_uri(data, "image/webp") if data else "" for data in encoded]
+    return [as_uri(data, "image/webp") if data else "" for data in encoded]
 
 
 def _as_text(size: float) -> float:
@@ -191,9 +197,11 @@ def _encode(image: Image.Image | None, side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _uri(data: bytes, mime: str) -> str:
+def as_uri(data: bytes, mime: str) -> str:
+    """Bytes as a data URI."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _static(name: str) -> str:
+def static(name: str) -> str:
+    """The text of a file in `static`."""
     return (STATIC / name).read_text(encoding="utf-8")

@@ -88,9 +88,13 @@ def test_metadata_columns_can_be_chosen(tmp_path):
     (tmp_path / "metadata.csv").write_text("image,text,title\na.png,long,short\n")
     dataset = ImageTextDataset(str(tmp_path), image_column="image", caption_column="title")
     assert all_captions(dataset) == ["short"]
-    assert_error("has no column 'file_name'; it has image, text, title; set image_column", str(tmp_path))
+    assert_error(
+        "has no column 'file_name'; it has image, text, title; set --cfg-options image_column=NAME", str(tmp_path)
+    )
     options = {"image_column": "image", "caption_column": "txt"}
-    assert_error("no column 'txt'; it has image, text, title; set caption_column", str(tmp_path), **options)
+    assert_error(
+        "no column 'txt'; it has image, text, title; set --cfg-options caption_column=NAME", str(tmp_path), **options
+    )
 
 
 def test_one_caption_for_all_or_the_file_names(tmp_path):
@@ -150,11 +154,11 @@ def test_missing_images_and_captions_are_counted(tmp_path):
         image(tmp_path / f"{name}.png")
     assert_error("no captions in .*expected metadata.csv", str(tmp_path))
     (tmp_path / "b.txt").write_text("only this")
-    assert_error("2 of 3 images in .* the first is .*a.png; give each a NAME.txt", str(tmp_path))
+    assert_error("2 of 3 images in .* have no caption: a.png, c.png; give each a NAME.txt", str(tmp_path))
     assert_error("got column 'title', but the captions of .* no metadata.csv", str(tmp_path), caption_column="title")
     assert_error("got column 'file', but", str(tmp_path), caption="x", image_column="file")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nc.png,y\n")
-    assert_error("1 of 3 images in .* the first is .*b.png; give each a row", str(tmp_path))
+    assert_error("1 of 3 images in .* have no caption: b.png; give each a row", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nnope.png,y\n")
     assert_error("metadata.csv, line 3 names the image 'nope.png', which does not exist", str(tmp_path))
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png\n")
@@ -174,6 +178,46 @@ def test_invalid_csv(tmp_path, content, match):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + content + "\n")
     assert_error(match, str(tmp_path))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_metadata_separated_by_semicolons_or_tabs(tmp_path, separator):
+    for name in "ab":
+        image(tmp_path / f"{name}.png")
+    rows = [("file_name", "text"), ("a.png", '"a fox, running"'), ("b.png", '"red; sly"')]
+    (tmp_path / "metadata.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
+    assert all_captions(ImageTextDataset(str(tmp_path))) == ["a fox, running", "red; sly"]
+
+
+def test_all_that_is_wrong_is_reported_at_once(tmp_path):
+    for number in range(9):
+        image(tmp_path / f"{number}.png")
+    rows = ["file_name,text", "0.png,x", "1.png", *(f"lost{number}.png,x" for number in range(7)), "2.png,a,b"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    metadata = tmp_path / "metadata.csv"
+    with pytest.raises(UserError) as caught:
+        ImageTextDataset(str(tmp_path))
+    lost = [
+        f"  {metadata}, line {number + 4} names the image 'lost{number}.png', which does not exist; "
+        "expected a path relative to this file"
+        for number in range(3)
+    ]
+    assert caught.value.lines == [
+        f"{tmp_path} has 9 problems:",
+        f"  {metadata}, line 11 has more fields than the first line; quote texts with commas",
+        f"  {metadata}, line 3: 'text' got None; expected a text, empty for none, or a list of texts",
+        *lost,
+        f"  and 4 more rows of {metadata}",
+    ]
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,x\nlost.png,x\n")
+    with pytest.raises(UserError) as caught:
+        ImageTextDataset(str(tmp_path))
+    assert caught.value.lines == [
+        f"{tmp_path} has 2 problems:",
+        f"  {metadata}, line 3 names the image 'lost.png', which does not exist; expected a path relative to this file",
+        f"  8 of 9 images in {tmp_path} have no caption: 1.png, 2.png, 3.png, 4.png, 5.png and 3 more; "
+        "give each a row in the metadata, or remove it",
+    ]
 
 
 def test_linked_folders_are_read_once(tmp_path):
@@ -257,7 +301,9 @@ def test_metadata_that_names_images_outside_of_the_folder(tmp_path, name, monkey
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path / "data")
     for root in (str(tmp_path / "data"), "."):
-        assert_error("names the image '.*secret.png' outside of its folder .*, or set allow_outside=True", root)
+        assert_error(
+            "names the image '.*secret.png' outside of its folder .*, or set --cfg-options allow_outside=True", root
+        )
     assert sorted(shades(ImageTextDataset(".", allow_outside=True))) == [0, 9]
 
 

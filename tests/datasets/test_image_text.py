@@ -123,7 +123,9 @@ def test_data_saved_to_disk(tmp_path):
     one = ImageTextDataset(str(tmp_path / "one"))
     assert (shades([one[2]]), one[2]["text"]) == ([2], "caption 2")
     assert len(ImageTextDataset(str(tmp_path / "many"), split="test")) == 2
-    assert_error("has no split 'val'; it has train, test; set split", str(tmp_path / "many"), split="val")
+    assert_error(
+        "has no split 'val'; it has train, test; set --cfg-options split=NAME", str(tmp_path / "many"), split="val"
+    )
     assert_error("has no split 'test'; it has train", str(tmp_path / "one"), split="test")
     assert_error("revision got 'v1'", str(tmp_path / "one"), revision="v1")
 
@@ -175,14 +177,22 @@ def test_columns_are_detected_or_chosen(tmp_path):
     assert (shades([dataset[1]]), dataset[1]["text"]) == ([1], "c1")
     assert ImageTextDataset(path, caption_column="prompt")[0]["text"] == "p0"
     everything = "photo, prompt, caption, label"
-    assert_error(f"has no column 'image'; it has {everything}; set image_column", path, image_column="image")
-    assert_error(f"has no column 'txt'; it has {everything}; set caption_column", path, caption_column="txt")
     assert_error(
-        "column 'label' of .* expected text, or lists of texts; set caption_column",
+        f"has no column 'image'; it has {everything}; set --cfg-options image_column=NAME", path, image_column="image"
+    )
+    assert_error(
+        f"has no column 'txt'; it has {everything}; set --cfg-options caption_column=NAME", path, caption_column="txt"
+    )
+    assert_error(
+        "column 'label' of .* expected text, or lists of texts; it has .*; set --cfg-options caption_column=NAME",
         path,
         caption_column="label",
     )
-    assert_error("column 'prompt' of .* expected images; set image_column", path, image_column="prompt")
+    assert_error(
+        "column 'prompt' of .* expected images; it has .*; set --cfg-options image_column=NAME",
+        path,
+        image_column="prompt",
+    )
     assert_error("captions_from_file_names needs a folder of images", path, captions_from_file_names=True)
     assert_error("got caption and caption_column", path, caption="x", caption_column="prompt")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffengine.datasets import Crop, Flip, ImageTextDataset, Resize, SubjectDataset, ToTensor, UnreadableImage
+from diffengine.datasets import Crop, Flip, ImageTextDataset, Resize, SubjectDataset, ToTensor, UnreadableImage, inspect
+from diffengine.datasets.images import faded
 from diffengine.datasets.transforms import TokenRegion, TokenWeights
 from diffengine.errors import UserError
 from tests.support.photos import all_captions
@@ -76,13 +77,17 @@ def test_masks_that_cannot_be_used(tmp_path):
     mask = grey(tmp_path / "a.mask.png", size=(3, 4))
     dataset = ImageTextDataset(str(tmp_path), caption="x")
     expected = rf"{mask} has 3x4 px and its image {tmp_path / 'a.png'} 4x3; give both one size$"
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(UnreadableImage, match=expected):
         dataset[0]
-    assert not isinstance(caught.value, UnreadableImage)
+    assert (
+        inspect(dataset, seconds=0).images[0].problem
+        == f"{mask} has 3x4 px and its image {tmp_path / 'a.png'} 4x3; give both one size"
+    )
     for value, mode, problem in ((1, "L", "0 and 1"), ((255, 128), "LA", "transparent pixels")):
         grey(mask, value, mode=mode)
         with pytest.raises(UnreadableImage, match=rf"{mask} .*{problem}"):
             dataset[0]
+        assert problem in (inspect(dataset).unreadable[0].problem or "")
     grey(mask, (255, 255), mode="LA")
     grey(tmp_path / "a.mask.png", 0)
     assert values(dataset) == [0]  # black is a mask, too
@@ -113,9 +118,9 @@ def test_a_column_of_masks_in_metadata(tmp_path, ending):
         text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / f"metadata.{ending}").write_text(text)
     assert values(ImageTextDataset(str(tmp_path), mask_column="region")) == [200, 100, None]
-    with pytest.raises(UserError, match=r"1 of 4 images .* have no caption, the first is .*one.png"):
+    with pytest.raises(UserError, match=r"1 of 4 images .* have no caption: .*one.png"):
         ImageTextDataset(str(tmp_path))
-    with pytest.raises(UserError, match="has no column 'mask'; it has file_name, text, region; set mask_column"):
+    with pytest.raises(UserError, match=r"has no column 'mask'; it has file_name, text, region; .* mask_column=NAME"):
         ImageTextDataset(str(tmp_path), mask_column="mask")
     (tmp_path / f"metadata.{ending}").write_text(text.replace("b.mask.png", "d.png"))
     with pytest.raises(UserError, match=r"line . names the mask 'd.png', which does not exist"):
@@ -147,7 +152,7 @@ def test_a_column_of_masks_in_a_table(tmp_path, embedded):
     dataset = ImageTextDataset(str(path), **options)
     assert values(dataset) == [50, None]
     assert dataset[0].keys() == {"image", "text", "mask"}
-    with pytest.raises(UserError, match=r"column 'text' of .* holds .*; expected images; set mask_column"):
+    with pytest.raises(UserError, match=r"column 'text' of .* holds .*; expected images; .* mask_column=NAME"):
         ImageTextDataset(str(path), **{**options, "mask_column": "text"})
 
 
@@ -204,3 +209,16 @@ def test_a_tokens_weight_is_the_mean_over_its_pixels():
     assert TokenRegion(None)(sample, rng()).keys() == {"image"}
     with pytest.raises(UserError, match="made the image 8x8 px and left its mask 12x8"):
         TokenRegion(4)({**sample, "image": torch.zeros(3, 8, 8)}, rng())
+
+
+def test_what_is_not_learnt_is_faded(tmp_path):
+    """On the page of the data and, by tokens, on that of a run."""
+    shown = faded(Image.new("RGB", (8, 4), (200, 100, 0)), Image.fromarray(np.array([[255, 0]], np.uint8)))
+    assert [shown.getpixel((x, 2)) for x in (0, 3, 4, 7)] == [(200, 100, 0)] * 2 + [(241, 216, 191)] * 2
+    image(tmp_path / "a.png", 8, 8)
+    image(tmp_path / "b.png", 8, 8)
+    grey(tmp_path / "b.mask.png", 0, (8, 8))
+    thumbnails = {}
+    found = inspect(ImageTextDataset(str(tmp_path), caption="x"), each=thumbnails.__setitem__)
+    assert found.summary == "2 images (1 with a mask) of 8x8"
+    assert [thumbnails[index].getpixel((4, 4)) for index in range(2)] == [(0, 0, 0), (191, 191, 191)]

@@ -207,11 +207,12 @@ def test_every_dead_source_is_named(folders, tmp_path):
     dead = Sources([folders[0], str(empty), str(bare), missing])
     with pytest.raises(UserError) as caught:
         len(dead)
-    first, second, third = str(caught.value).split("; data[")
-    assert first.startswith(f"data[1] ('{empty}'): no images in {empty}")
-    assert second.startswith(f"2] ('{bare}'): ")
-    assert "caption" in second
-    assert third.startswith(f"3] ('{missing}'): no file or folder '{missing}'")
+    summary, *problems = caught.value.lines
+    assert summary == "data has 3 problems:"
+    first, third, second = sorted(problems, key=lambda line: "caption" in line)
+    assert first.startswith(f"  data[1] ('{empty}'): no images in {empty}")
+    assert second.startswith(f"  data[2] ('{bare}'): ")
+    assert third.startswith(f"  data[3] ('{missing}'): no file or folder '{missing}'")
     long = Sources([{"path": folders[0], "repeats": 10**6}] * 50)
     with pytest.raises(UserError, match=r"an epoch of 150,000,000 samples; expected at most 100,000,000"):
         Stream(long, [], [])

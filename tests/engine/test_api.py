@@ -141,7 +141,16 @@ def test_check_and_cache(toy: Toy, tmp_path: Path) -> None:
 def test_the_package_offers_them(run: Run) -> None:
     """And no others."""
     assert all(callable(getattr(diffengine, name)) for name in diffengine.__all__)
-    assert set(diffengine.__all__) == {"UserError", "build_cache", "check", "convert", "evaluate", "sample", "train"}
+    assert set(diffengine.__all__) == {
+        "UserError",
+        "build_cache",
+        "check",
+        "convert",
+        "evaluate",
+        "inspect_data",
+        "sample",
+        "train",
+    }
     with pytest.raises(AttributeError, match="has no attribute 'load'"):
         _ = diffengine.load
 

@@ -238,7 +238,7 @@ def test_the_micro_batch_is_halved(toy: Toy, tmp_path: Path, limit_memory: Any, 
     output = capsys.readouterr().out
     assert "images at once       2\n" in output
     assert output.splitlines()[-1] == (
-        "warning: memory ran out above 2 images at once, so steps will be split: set micro_batch_size=2"
+        "warning: memory ran out above 2 images at once, so steps are split: set --cfg-options micro_batch_size=2"
     )
 
 

@@ -52,14 +52,15 @@ def test_without_a_compiler(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         runs.build(path, tmp_path / "run", "compile=True")
     assert str(error.value) == (
-        "compile got True, but this machine has no compiler (g++, clang++ or CXX); install it, or set compile=auto"
+        "compile got True, but this machine has no compiler (g++, clang++ or CXX); install it, "
+        "or set --cfg-options compile=auto"
     )
     assert not (tmp_path / "run" / "config.py").exists()
 
 
 def test_a_model_without_blocks(toy: Toy, tmp_path: Path) -> None:
     path = toy.vq_config("vq_compiled", max_iters=1, log_every=1)
-    with pytest.raises(UserError, match="this model has no blocks to compile; set compile=False"):
+    with pytest.raises(UserError, match="this model has no blocks to compile; set --cfg-options compile=False"):
         runs.build(path, tmp_path, "train_cfg.compile=True")
 
 

@@ -81,7 +81,7 @@ def test_truncated_captions_are_reported(toy: Toy, tmp_path: Path, letters: int,
     caption = " ".join("x" * letters)
     run = build(toy.config("long"), tmp_path, f"train_dataloader.dataset.caption={caption}")
     run.announce()
-    line = "10 captions: 10 are longer than 64 tokens and are cut there; the longest has 65 and loses its last 1 word: "
+    line = "warning: 10 captions are longer than 64 tokens; the longest has 65 and loses its last 1 word: 'x'"
     assert (line in (tmp_path / "log.txt").read_text()) == warned
 
 

@@ -136,7 +136,7 @@ def test_one_image_does_not_fit(toy: Toy, tmp_path: Path, capsys: pytest.Capture
     error = capsys.readouterr().err
     assert error == (
         "diffengine train: error: even one image at a time does not fit into memory (CUDA out of memory. "
-        "Tried to allocate 2.00 GiB): set model.gradient_checkpointing=True, take an 8-bit optimizer "
+        "Tried to allocate 2.00 GiB): set --cfg-options model.gradient_checkpointing=True, take an 8-bit optimizer "
         "(bitsandbytes.optim.AdamW8bit), or train adapters (a config whose name ends in _lora)\n"
     )
     assert not list(tmp_path.glob("*.pth"))

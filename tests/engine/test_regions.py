@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffengine import distributed
 from diffengine.datasets import ImageTextDataset
-from diffengine.engine.facts import faded
+from diffengine.engine.facts import data_at_a_glance
 from diffengine.engine.loop import count_targets, targets_by
 from diffengine.errors import UserError
 from tests.engine import runs
@@ -190,11 +190,13 @@ def test_a_step_in_the_black_alone_learns_nothing(toy: Toy, tmp_path: Path) -> N
     assert all("bad_steps" not in line for line in metrics(tmp_path / "a"))
 
 
-def test_what_is_not_learnt_is_faded_on_the_runs_page() -> None:
-    image = Image.new("RGB", (8, 4), (200, 100, 0))
-    shown = faded(image, torch.tensor([[255, 0]], dtype=torch.uint8))
-    assert [shown.getpixel((x, 2)) for x in (0, 3, 4, 7)] == [(200, 100, 0)] * 2 + [(241, 216, 191)] * 2
-    assert faded(image, None) is image
+def test_thumbnails_of_the_runs_page_are_faded_where_nothing_is_learnt(toy: Toy, data: Path, tmp_path: Path) -> None:
+    means = []
+    for unmasked in (U, 1.0):
+        path = _config(toy, "thumbnails", data, unmasked_weight=unmasked)
+        found = data_at_a_glance(runs.build(path, tmp_path / str(unmasked)))["thumbnails"]
+        means.append([np.asarray(Image.open(tmp_path / str(unmasked) / item["file"])).mean() for item in found])
+    assert [masked > plain for masked, plain in zip(*means)] == [index % 3 > 0 for index in range(10)]
 
 
 def test_options_that_cannot_work(toy: Toy, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

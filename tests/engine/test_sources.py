@@ -124,7 +124,7 @@ def test_several_paths_on_the_command_line(
     assert main(["train", "--data", few, "--work-dir", str(tmp_path / "run")]) == 2
     assert "the following arguments are required: config" in capsys.readouterr().err
     assert main(["train", path, "--data", few, str(tmp_path / "run" / "previews"), "--work-dir", str(tmp_path / "run"),
-                 "--overwrite"]) == 2  # fmt: skip
+                 "--overwrite", "--cfg-options", "captions_from_file_names=True"]) == 2  # fmt: skip
     assert "which would be deleted" in capsys.readouterr().err
 
 
@@ -161,6 +161,7 @@ def _train_on_rank(toy: Toy, data: list[dict[str, Any]], out: Path) -> None:
 TWO_STEPS: dict[str, Any] = {"max_iters": 2, "log_every": 1, "validation_every": 2, "aspect": "keep", "seed": 3}
 
 
+@pytest.mark.soak
 def test_two_ranks_write_the_same_rows(toy: Toy, data: list[dict[str, Any]], tmp_path: Path) -> None:
     runs.on_ranks(2, _train_on_rank, toy, data, tmp_path / "two")
     assert train(config(toy, "alone", data, **TWO_STEPS), tmp_path / "one") == 0

@@ -372,3 +372,15 @@ def test_a_flipped_bit_is_found_by_every_reader(
     for call in (load_sampler, load_model):
         with pytest.raises(UserError, match="is damaged"):
             call(path)
+
+
+def test_a_damaged_name_in_the_zip_is_one_line(reference: Path, tmp_path: Path) -> None:
+    """A local header that says UTF-8 and is not: zipfile raises a UnicodeDecodeError."""
+    content = bytearray((reference / "iter_12.pth").read_bytes())
+    with zipfile.ZipFile(reference / "iter_12.pth") as file:
+        start = file.infolist()[5].header_offset
+    content[start + 7] |= 0x08  # the flag of UTF-8
+    content[start + 30] = 0xDA
+    (tmp_path / "iter_12.pth").write_bytes(content)
+    with pytest.raises(UserError, match="is broken or cut off"):
+        checkpoint.verify(tmp_path / "iter_12.pth")

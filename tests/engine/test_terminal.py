@@ -37,9 +37,11 @@ def says(**options: int) -> str:
     return f"custom_hooks=[{ {'type': 'tests.engine.test_terminal.Says', **options} }]"
 
 
-def logged(work_dir: Path) -> list[str]:
-    """The lines of log.txt without the time."""
-    return [line[len("2026-01-01 00:00:00 ") :] for line in (work_dir / "log.txt").read_text().splitlines()]
+def logged(work_dir: Path, data: Path) -> list[str]:
+    """The lines of log.txt without the time, that on the data first, where it is printed."""
+    lines = [line[len("2026-01-01 00:00:00 ") :] for line in (work_dir / "log.txt").read_text().splitlines()]
+    summary = next(line for line in lines if line.startswith("10 images of 40x40"))
+    return [f"{data}: {summary}", *(line for line in lines if line != summary)]
 
 
 def is_metrics(line: str) -> bool:
@@ -54,7 +56,7 @@ def test_a_live_line_below_plain_lines(toy: Toy, tmp_path: Path, monkeypatch: py
     settings = {"validation_data": str(tmp_path / "held_out"), "validation_every": 2, "preview_every": 2}
     path = toy.config("live", max_iters=4, log_every=1, prompts=["a cat"], cache=False, **settings)
     assert train(path, work_dir, "--cfg-options", says()) == 0
-    lines, values = logged(work_dir), runs.metrics(work_dir)
+    lines, values = logged(work_dir, toy.data), runs.metrics(work_dir)
     first, *others = [line for line in lines if is_metrics(line)]
     assert [line.split()[1] for line in [first, *others]] == ["1/4", "2/4", "3/4", "4/4"]
     assert "(ln 64 = 4.159)" in first
@@ -108,7 +110,7 @@ def test_plain_lines_where_there_is_no_terminal(
     assert "\x1b" not in output
     assert "\r" not in output
     printed = [line for line in output.splitlines() if line != CAPTION]
-    assert printed == logged(tmp_path)
+    assert printed == logged(tmp_path, toy.data)
     assert [line.split()[1] for line in printed if is_metrics(line)] == ["1/6", "3/6", "6/6"]
     assert [line["iter"] for line in runs.metrics(tmp_path)] == [1, 3, 6]
     paces = [line.split("  ") for line in printed if line.startswith("step ") and not is_metrics(line)]

@@ -119,7 +119,9 @@ def attempt(base: Path, folder: Path, case: corpus.Case) -> str:
     last = err.strip().rpartition("\n")[2][-500:]
     if code not in (0, 2):
         return f"ended with {code}: {last}"
-    if code == 2 and (err.count("\n") != 1 or not err.strip()):
+    first, *more = err.rstrip("\n").split("\n")
+    several = first.endswith(" problems:") and all(line.startswith("  ") for line in more)
+    if code == 2 and not (first.strip() and err.endswith("\n") and (several or not more)):
         return f"not one line: {err[-1500:]!r}"
     if raw := {char for char in out + err if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t\r"}:
         return f"raw {raw} in the output: {last!r}"

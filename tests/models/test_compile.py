@@ -55,7 +55,7 @@ def step(model: AmusedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, T
     [
         ({}, BLOCK_CLASSES),
         # The first block's input depends on no trained parameter: one more graph for its class.
-        ({"adapters": ADAPTERS, "gradient_checkpointing": True}, BLOCK_CLASSES + 1),
+        pytest.param({"adapters": ADAPTERS, "gradient_checkpointing": True}, BLOCK_CLASSES + 1, marks=pytest.mark.soak),
     ],
     ids=["full", "adapters, checkpointed"],
 )
@@ -149,11 +149,11 @@ def test_inductor(toy: Path, dropout: float) -> None:
 
 
 def test_no_more_graphs_than_shapes(toy: Path, counter: Any) -> None:
-    """Six shapes, in whole and in smaller micro-batches."""
+    """Four shapes, in whole and in smaller micro-batches."""
     model = AmusedModel(str(toy)).train()
     model.compile_blocks()
     batch = take(make_batch(), 3, 5)
-    shapes = [(32, 32), (24, 40), (40, 24), (16, 32), (32, 16), (24, 32)]
+    shapes = [(32, 32), (24, 40), (16, 32), (24, 32)]
     losses = []
     for rows in (3, 2):
         for width, height in shapes:

@@ -110,7 +110,7 @@ def test_images_that_cannot_be_read_are_named(toy: Toy, tmp_path: Path) -> None:
     damaged = sorted(data.glob("*.png"))[3]
     damaged.write_bytes(b"no image")
     path = toy.config("damaged", default_hooks={}, data=str(data))
-    assert train(path, tmp_path / "run", "--cfg-options", "train_dataloader.skip_unreadable=True") == 0
+    assert train(path, tmp_path / "run", "--cfg-options", "skip_unreadable=True") == 0
     known = facts(tmp_path / "run")["data"]
     assert (known["images"], known["unreadable"], len(known["thumbnails"])) == (10, 1, 9)
     assert str(damaged) in known["unreadable_files"][0]

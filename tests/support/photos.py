@@ -10,10 +10,12 @@ import csv
 import importlib.util
 import json
 import random
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from diffengine.datasets import ImageDataset
@@ -115,3 +117,59 @@ def write_photo_folder(
 def all_captions(dataset: ImageDataset) -> list[str]:
     """Every caption of a data set, in order."""
     return [text for texts in dataset.all_captions() for text in texts]
+
+
+SCRIPTS = (
+    "a portrait of an astronaut, smiling", "портрет астронавта, улыбка", "宇航员的肖像，微笑", "صورة لرائد فضاء يبتسم",
+    "एक अंतरिक्ष यात्री का चित्र", "πορτρέτο ενός αστροναύτη",
+)  # fmt: skip
+
+
+def write_newcomer_folder(path: Path) -> list[str]:
+    """About 40 images as they come: portraits, landscapes, alpha, EXIF, grey, 16 bits, several formats, two damaged.
+
+    Captions are in NAME.txt: in six scripts, one of 400 words, one empty. Returns the names of what cannot be read.
+    """
+    path.mkdir(parents=True)
+    rows, rng = captioned_photos(26), random.Random(1)
+    for number, (name, image, caption) in enumerate(rows):
+        width, height = image.size
+        if number % 3 == 0:
+            image = image.crop((0, 0, min(width, height * 2 // 3), height))
+        elif number % 3 == 1:
+            image = image.crop((0, 0, width, min(height, width * 9 // 16)))
+        image.thumbnail((900, 900) if number % 4 else (300, 300))
+        file = path / f"{name}.{('jpg', 'png', 'webp')[number % 3]}"
+        image.save(file, quality=88)
+        text = SCRIPTS[number % 6] + f", {caption}" if number % 2 else caption
+        file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    cat, coffee, rocket = (_photo(name) for name in ("cat", "coffee", "rocket"))
+    others = {
+        "alpha.png": Image.merge(
+            "RGBA", (*coffee.split(), coffee.convert("L").point(lambda level: 255 * (level > 60)))
+        ),
+        "grey.jpg": rocket.convert("L"),
+        "deep.png": Image.fromarray(np.asarray(cat.convert("L")).astype(np.uint16) * 257),
+        "frames.gif": cat.resize((225, 150)),
+        "tiny.png": cat.resize((90, 60)),
+        "wide.jpg": coffee.resize((1200, 300)),
+    }
+    for name, image in others.items():
+        image.save(path / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rocket.save(path / "turned.jpg", exif=exif)
+    cat.resize((1000, 666)).save(path / "again.jpg", quality=60)  # the cat, compressed again
+    shutil.copy(path / "grey.jpg", path / "grey copy.jpg")
+    cut = path / "cut.jpg"
+    coffee.save(cut)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+    (path / "page.png").write_text("<html>not found</html>")
+    for file in sorted(path.iterdir()):
+        if file.suffix != ".txt" and not (text := file.with_suffix(".txt")).exists():
+            text.write_text(rng.choice(SCRIPTS) + "\n", encoding="utf-8")
+    (path / "alpha.txt").write_text("")
+    words = " ".join(f"{word} {number}" for number, word in enumerate(["a cup", "of coffee"] * 100))
+    (path / "wide.txt").write_text(f"a wide cup of coffee {words}\n")
+    (path / "tiny.txt").write_text("<script>alert(1)</script> \x1b[31mred\u202e\n", encoding="utf-8")
+    return ["cut.jpg", "page.png"]

@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from diffengine import distributed
+from diffengine.datasets.findings import listed
 from diffengine.engine import checkpoint
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
@@ -18,6 +19,7 @@ from diffengine.terminal import LiveLine, Progressed
 from diffengine.text import format_bytes, format_duration, format_rate
 
 FIRST_STEPS = 50  # after which a loss above chance is a bad sign
+MOST_NAMED = 20  # images that were skipped, in one line
 NAMED = 8  # images of a bad step that are named
 QUIET = 60.0  # seconds without a line, where there is no terminal, after which one says how far the run is
 
@@ -68,6 +70,8 @@ class MetricsHook(Hook):
             self._described_memory = any("memory_weights_gb" in line for line in kept)
         if self._window is None:
             self._window = Window(run.job.device)
+        self._skipped: list[str] = []  # of this rank since the last line that names them
+        self._named: set[str] = set()
         self._loss: float | None = None  # of the last line
         self._before = 0, 0.0  # samples of the last line, and their seconds
         if distributed.rank() == 0:
@@ -77,6 +81,7 @@ class MetricsHook(Hook):
         assert self._window is not None
         self._began = min(self._began, time.perf_counter() - step.seconds["all"])
         self._window.add(step)
+        self._skipped += step.skipped_names
         self._learning_rate = step.learning_rate
         done = run.clock.done
         if done % self.every == 0 or done == 1 or run.clock.finished:
@@ -87,12 +92,23 @@ class MetricsHook(Hook):
     def _write_line(self, run: Run, window: Window) -> None:
         """Read the device, once, and write one line everywhere."""
         metrics, details, bad = self._read(run, window)
+        if metrics.get("skipped_pictures"):
+            self._name_skipped(run)
         samples, is_first = len(window) * run.clock.batch_size, self._loss is None
         self._loss, self._before = metrics["loss"], (samples, samples / metrics["images_per_second"])
         window.clear()
         if distributed.rank() == 0:
             self._record(run, metrics, details, is_first)
         self._judge(run, window, bad)
+
+    def _name_skipped(self, run: Run) -> None:
+        """Log each image that was skipped, once; on every rank, all of which know whether any was."""
+        names = dict.fromkeys(name for names in distributed.gathered(self._skipped) for name in names)
+        self._skipped = []
+        new = [name for name in names if name not in self._named]
+        self._named |= set(new)
+        if new:
+            run.logger.info(f"skipped what cannot be read: {listed(new, MOST_NAMED)}; {len(self._named)} so far")
 
     def _record(self, run: Run, metrics: dict[str, float], details: dict[str, float], is_first: bool) -> None:
         """Write a line everywhere; `is_first`: of this process."""

@@ -5,8 +5,8 @@ from typing import final
 
 from diffengine import distributed
 from diffengine.datasets import Sample, Stream, fixed_samples_of, open_dataset
+from diffengine.datasets.findings import spread
 from diffengine.datasets.split import FEWEST, MOST
-from diffengine.datasets.survey import spread
 from diffengine.engine.mmengine_seam import Hook
 from diffengine.engine.run import Run
 from diffengine.engine.step import Step
