@@ -290,8 +290,8 @@ def _loss_data(resolved: Mapping[str, Any]) -> LossData | None:
     @cache  # all sources have the same samples
     def read(multiple: int) -> Any:
         dataset = open_dataset(loader["dataset"])
-        shape = loader.get("aspect", "square"), loader.get("max_aspect", 2.0)
-        transforms = build_image_transforms(loader["image_transforms"], *shape, multiple)
+        shape = {name: loader[name] for name in ("aspect", "max_aspect") if name in loader}
+        transforms = build_image_transforms(loader["image_transforms"], multiple, **shape)
         if loader.get("unmasked_weight") == 1:
             transforms.append(TokenRegion(None))
         split, variations = hold_out(dataset, hook.held_out_share), loader.get("image_variations")

@@ -177,9 +177,8 @@ class TokenCache:
     @cached_property
     def folder(self) -> Path:
         """The folder, which need not exist yet. The same on all ranks."""
-        default = digest_of([without(self.data["dataset"], USE), self._key])[
-            :12
-        ]  # also for a path: all ranks need the key
+        key = self._key  # also for a path: all ranks need it
+        default = digest_of([without(self.data["dataset"], USE), key])[:12]
         return self.work_dir.parent / "cache" / default if self.path is None else expanded(self.path)
 
     @cached_property

@@ -188,15 +188,12 @@ def _page(
 
 def _notes(findings: "Findings") -> dict[int, list[str]]:
     """What is odd about which image."""
-    from diffengine.datasets.findings import scale_of
-
     notes: dict[int, list[str]] = {}
     for index in findings.empty:
         notes.setdefault(index, []).append("empty caption")
     for image in findings.enlarged:
         if image.size and findings.shapes:
-            scale = scale_of(image.size, findings.shapes.of(image.size))
-            notes.setdefault(image.index, []).append(f"enlarged {scale:.2g} times")
+            notes.setdefault(image.index, []).append(f"enlarged {findings.shapes.scale(image.size):.2g} times")
     for what, groups in (("copy", findings.duplicates), ("looks like another", findings.near_duplicates)):
         for image in (image for group in groups for image in group):
             notes.setdefault(image.index, []).append(what)

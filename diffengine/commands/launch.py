@@ -22,6 +22,7 @@ from diffengine.terminal import say
 from diffengine.text import how_it_ended, one_line, printable
 
 if TYPE_CHECKING:
+    from diffengine.datasets import ImageDataset
     from diffengine.engine.build import Job
 
 REQUEUE = 75  # exit code of a Slurm job that saved and is to be started again: EX_TEMPFAIL of sysexits.h
@@ -62,13 +63,14 @@ def run_job(options: argparse.Namespace, work: Callable[["Job"], object]) -> int
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a worker's fork
     with stopped_by_signals():
         import_from_here()
-        looked = LAUNCHED in os.environ or _look(options)
+        data = None if LAUNCHED in os.environ else _look(options)
+        looked = data is not None or LAUNCHED in os.environ
 
         from diffengine import distributed
 
         try:
             return (_run_rank if LAUNCHED in os.environ else _run_job)(
-                options, lambda job: work(replace(job, looked=looked))
+                options, lambda job: work(replace(job, looked=looked, dataset=data))
             )
         except Interrupted as error:
             if distributed.rank() == 0:
@@ -97,21 +99,21 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"data": data, "pretrained": options.pretrained, "work_dir": options.work_dir}
 
 
-def _look(options: argparse.Namespace) -> bool:
-    """Look at the images of a local folder or file; return whether it did. It imports no torch, which takes seconds."""
+def _look(options: argparse.Namespace) -> "ImageDataset | None":
+    """Look at the images of a local folder or file, if that is what the config has; return them.
+
+    It imports no torch, which takes seconds.
+    """
     from diffengine import config
     from diffengine.datasets.inspect import is_local, look_at_section
 
     if "RANK" in os.environ or options.launcher != "none":
-        return False  # an error on one rank must end all of them
+        return None  # an error on one rank must end all of them
     try:
         loader = config.unchecked(options.config, options.cfg_options, _settings(options)).get("train_dataloader")
     except UserError:  # reported with all other errors of the config
-        return False
-    if loader is None or not is_local(loader):
-        return False
-    look_at_section(loader)
-    return True
+        return None
+    return look_at_section(loader) if loader is not None and is_local(loader) else None
 
 
 def _run_rank(options: argparse.Namespace, work: Callable[["Job"], object]) -> int:

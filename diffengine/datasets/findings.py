@@ -89,7 +89,7 @@ class Findings:
         """Images that are clearly smaller than their shape, the smallest first."""
         if self.shapes is None:
             return []
-        small = [(scale_of(image.size, self.shapes.of(image.size)), image) for image in self.sized if image.size]
+        small = [(self.shapes.scale(image.size), image) for image in self.sized if image.size]
         return [image for scale, image in sorted(small, key=lambda pair: -pair[0]) if scale > ENLARGED]
 
     @cached_property
@@ -319,11 +319,6 @@ def listed(names: Iterable[str], most: int = NAMED) -> str:
     known = list(names)
     more = f" and {len(known) - most:,} more" if len(known) > most else ""
     return ", ".join(known[:most]) + more
-
-
-def scale_of(size: Size, shape: Size) -> float:
-    """By how much an image is enlarged, or reduced if below 1, to cover its shape."""
-    return max(shape[0] / size[0], shape[1] / size[1])
 
 
 def _are(things: Sequence[object], what: str) -> str:

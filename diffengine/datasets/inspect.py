@@ -19,7 +19,7 @@ from diffengine.datasets.base import ImageDataset, Sample, UnreadableImage
 from diffengine.datasets.findings import GOLDEN_RATIO, Findings, ImageFacts, Lengths, evenly
 from diffengine.datasets.folder import Problems, UnusableData
 from diffengine.datasets.images import check_mask_size, ends_early, faded, read_image, read_mask, read_size, read_small
-from diffengine.datasets.shapes import MULTIPLES, Shapes
+from diffengine.datasets.shapes import MAX_ASPECT, MULTIPLES, Shapes
 from diffengine.datasets.sources import open_dataset, paths_of
 from diffengine.errors import UserError
 from diffengine.files import expanded
@@ -48,13 +48,14 @@ def inspect(
     Args:
         dataset: to look at.
         shapes, lengths: as of `Findings`.
-        seconds: that decoding may take; images that look cut off come first. None: all are decoded.
+        seconds: that decoding may take; images that look cut off come first. None: all are decoded; 0: only headers
+            are read, so that equal files are not found.
         most: of more images than this, an evenly spaced sample is looked at. None: all.
         side: of the images that `each` gets with their index, in pixels.
     """
     indices = evenly(len(dataset), most or len(dataset))
     with ThreadPoolExecutor() as pool:
-        pairs = list(pool.map(lambda index: _header(dataset, index), indices))
+        pairs = list(pool.map(lambda index: _header(dataset, index, seconds != 0), indices))
         first = {image.name: image for image, _ in reversed(pairs)}  # a file may be there several times
         images = [image for image, _ in pairs if first[image.name] is image]
         suspect = {image.index for image, ends_early in pairs if ends_early}
@@ -123,7 +124,7 @@ def shapes_of(loader: Mapping[str, Any], multiple: int | None = None) -> Shapes 
     square = Shapes.made_by([build(item) for item in loader.get("image_transforms") or ()])
     if square is None or loader.get("aspect", "square") == "square" or (multiple is None and square.side % MULTIPLES):
         return square
-    return Shapes(square.side, multiple or square.side // MULTIPLES, loader.get("max_aspect", 2.0))
+    return Shapes(square.side, multiple or square.side // MULTIPLES, loader.get("max_aspect", MAX_ASPECT))
 
 
 def is_local(loader: Any) -> bool:
@@ -188,20 +189,22 @@ def _lacks_images(dataset: ImageDataset) -> bool:
         return True
 
 
-def _header(dataset: ImageDataset, index: int) -> tuple[ImageFacts, bool]:
-    """What an image's header says, and whether its file looks cut off."""
+def _header(dataset: ImageDataset, index: int, read_more: bool) -> tuple[ImageFacts, bool]:
+    """What an image's header says and, if more is to be read, its content's digest and whether it looks cut off."""
     image = ImageFacts(index, f"image {index}")
     try:
         image = ImageFacts(index, dataset.name(index))
         source = dataset.encoded(index)
         if source is None:
             return replace(image, size=dataset.size(index)), False
-        content = hashlib.blake2b(dataset.content(index) or b"", digest_size=16).digest()
         size, mask = read_size(*source), dataset.encoded_mask(index)
         if mask is not None:
             check_mask_size(mask[1], read_size(*mask), image.name, size)
-        image = replace(image, size=size, content=content, masked=mask is not None)
-        return image, ends_early(source[0])
+        image = replace(image, size=size, masked=mask is not None)
+        if not read_more:
+            return image, False
+        content = hashlib.blake2b(dataset.content(index) or b"", digest_size=16).digest()
+        return replace(image, content=content), ends_early(source[0])
     except UnreadableImage as error:
         return replace(image, problem=str(error)), False
     except UserError:  # an image that is still to be generated
@@ -221,12 +224,7 @@ def _decoded(
         mask = read_mask(*encoded_mask) if encoded_mask else None
     except UnreadableImage as error:
         return replace(image, problem=str(error))
-    except (
-        UserError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # as of `_header`; or no sample, which the stream reports
+    except (UserError, LookupError, TypeError, AttributeError):  # as of `_header`; or no sample: the stream reports it
         return image
     small.thumbnail((side, side))
     each(image.index, faded(small, mask))

@@ -14,6 +14,7 @@ from diffengine.errors import require
 
 Aspect = Literal["square", "keep"]
 MULTIPLES = 16  # along the side of aMUSEd's square
+MAX_ASPECT = 2.0  # of aspect="keep", if it is not set
 
 
 @final
@@ -70,11 +71,15 @@ class Shapes:
 
     def lost(self, sizes: Iterable[Size]) -> float:
         """The mean share of the area that images of these sizes lose when they are cropped to their shapes."""
-        return float(np.mean([1 - min(covered := _scales(size, self.of(size))) / max(covered) for size in sizes]))
+        return float(np.mean([1 - min(scales := _scales(size, self.of(size))) / max(scales) for size in sizes]))
 
     def enlarged(self, sizes: Iterable[Size]) -> float:
         """The share of images of these sizes that are smaller than their shapes."""
-        return float(np.mean([max(_scales(size, self.of(size))) > 1 for size in sizes]))
+        return float(np.mean([self.scale(size) > 1 for size in sizes]))
+
+    def scale(self, size: Size) -> float:
+        """By how much an image of this size is enlarged, or reduced if below 1, to cover its shape."""
+        return max(_scales(size, self.of(size)))
 
     @classmethod
     def made_by(cls, transforms: Sequence[AnyTransform]) -> "Shapes | None":

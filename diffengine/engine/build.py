@@ -29,6 +29,7 @@ from diffengine.datasets import (
     paths_of,
 )
 from diffengine.datasets.inspect import look_at_section
+from diffengine.datasets.shapes import MAX_ASPECT
 from diffengine.datasets.transforms import AnyTransform, TokenRegion, TokenWeights, Transform, effect_of
 from diffengine.engine.loop import StepLoop
 from diffengine.engine.mmengine_seam import REFUSED, AnyHook, BaseVisBackend
@@ -56,6 +57,7 @@ class Job:
     device: torch.device  # this process's
     init_from: Path | None = None  # a checkpoint whose weights the run starts from
     looked: bool = False  # whether the data was looked at before
+    dataset: ImageDataset | None = None  # the data that was looked at in this process
 
 
 def load_config(name: str, options: Iterable[str] = (), settings: Mapping | None = None) -> tuple[Plain, Plain]:
@@ -78,7 +80,7 @@ def build_dataset(job: Job) -> ImageDataset:
     if section.get("path"):
         _check_outside(paths, Path(section["path"]), "cache", "cache_path")
     try:
-        dataset = open_dataset(options)
+        dataset = open_dataset(options) if job.dataset is None else job.dataset
         if not job.looked and distributed.rank() == 0:
             look_at_section(job.resolved["train_dataloader"], dataset)
         len(dataset)  # opens all sources
@@ -147,7 +149,7 @@ def build_dataloader(
     caption_variations: Annotated[int, Between(1, 10**6)] | None = None,
     unmasked_weight: float = UNMASKED_WEIGHT,
     aspect: Aspect = "square",
-    max_aspect: Annotated[float, Between(1, 64)] = 2.0,
+    max_aspect: Annotated[float, Between(1, 64)] = MAX_ASPECT,
     *,
     model: TrainableModel,
     seed: int,
@@ -174,7 +176,7 @@ def build_dataloader(
         max_aspect: the largest ratio of the long to the short side with aspect="keep"; 1 is the square alone.
         model, seed, start_iter, split: given by the run; the last one says which images are trained.
     """
-    changes = build_image_transforms(image_transforms, aspect, max_aspect, model.size_multiple)
+    changes = build_image_transforms(image_transforms, model.size_multiple, aspect, max_aspect)
     others = _build_transforms(transforms or [])
     vary_caption = _vary_tags(shuffle_tags, drop_tags, keep_tags, tag_separator, caption_variations)
     data = open_dataset(dataset)
@@ -193,7 +195,9 @@ def build_dataloader(
     return make_loader(stream, sampler, num_workers, pin_memory=torch.cuda.is_available())
 
 
-def build_image_transforms(sections: Sequence, aspect: Aspect, max_aspect: float, multiple: int) -> list[AnyTransform]:
+def build_image_transforms(
+    sections: Sequence, multiple: int, aspect: Aspect = "square", max_aspect: float = MAX_ASPECT
+) -> list[AnyTransform]:
     """The `image_transforms` of a `train_dataloader` section; `multiple` is the model's `size_multiple`."""
     transforms = _build_transforms(sections)
     if aspect == "square":

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from diffengine.models.frozen import frozen_in
 
 ENTRY = 300  # bytes in a checkpoint for a tensor, apart from its values: its name, shape and offset
-CONFIG = (
-    3500  # and for the config; its length changes when a run is resumed with other options, and the estimate must not
-)
+CONFIG = 3500  # and for the config, whose length changes with a resumed run's options: the estimate must not
 
 
 def memory_of(

@@ -134,6 +134,7 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
 def build_optim_wrapper(
     optimizer: dict, precision: Precision = "auto", clip_grad: float | None = None,
     param_groups: list[dict] | None = None, cast_once: bool | Literal["auto"] = "auto", *, model: TrainableModel,
+    kept: str | None = None,
 ) -> "StepOptimWrapper":  # fmt: skip
     """The `optim_wrapper` section.
 
@@ -147,7 +148,7 @@ def build_optim_wrapper(
         cast_once: in bf16 and fp16, keep copies of trained weights that are cast once per step instead of at each use:
             the same bits, faster, for 2 bytes a weight. "auto": if these are at most a sixteenth of the device's
             memory, so that weights, gradients and AdamW's state (16 bytes a weight) take at most half of it.
-        model: given by the run.
+        model, kept: given by the run; the last one is the precision that a resumed run had.
     """
     require(clip_grad is None or clip_grad > 0, f"clip_grad got {clip_grad}; expected a number above 0, or None")
     device = next(model.parameters()).device
@@ -159,7 +160,7 @@ def build_optim_wrapper(
     copies = Copies(model)
     if cast_once == "auto":
         cast_once = 2 * copies.weights <= device_memory() / MEMORY_PER_COPY
-    choice = resolve_precision(precision, device)
+    choice = resolve_precision(precision, device, kept)
     return StepOptimWrapper(built, choice, clip_grad, device, optimizer, groups, copies if cast_once else None)
 
 

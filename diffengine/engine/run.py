@@ -128,15 +128,14 @@ def build_training(
     with distributed.all_ranks():
         model = build.build_model(resolved, assets, seed)
         wanted = resolved["optim_wrapper"].get("precision", "auto")
-        choice = resolve_precision(wanted, device, kept)
-        if choice[0] in DTYPES:
-            model.hold_frozen(DTYPES[choice[0]])
+        precision, _ = resolve_precision(wanted, device, kept)
+        if precision in DTYPES:
+            model.hold_frozen(DTYPES[precision])
         model.to(device).train()
         data = {**resolved["train_dataloader"], "dataset": dataset}
         dataloader = build.build_dataloader(**data, model=model, seed=seed, start_iter=start, split=split)
         loop = StepLoop(**resolved["train_cfg"], dataloader=dataloader)
-        optim = build.build_optim_wrapper(**resolved["optim_wrapper"], model=model)
-        optim.precision, optim.why = choice
+        optim = build.build_optim_wrapper(**resolved["optim_wrapper"], model=model, kept=kept)
         rates = resolved.get("param_scheduler", {})
         schedule = build.build_param_scheduler(**rates, optimizer=optim.optimizer, num_iters=loop.max_iters)
     generate_missing(dataset, model, optim)

@@ -102,20 +102,7 @@ function build() {
     ),
   ].filter(Boolean);
   const page = document.getElementById("page");
-  page.replaceChildren(
-    head(),
-    el(
-      "nav",
-      { "aria-label": "Sections" },
-      ...sections.map((item) => el("a", { href: `#${item.id}`, text: item.querySelector("h2").textContent })),
-    ),
-    ...sections,
-    el("p", {
-      class: "soft small",
-      style: { "margin-top": "32px" },
-      text: `Written by diffengine ${DATA.version}, ${moment(DATA.written)}.`,
-    }),
-  );
+  page.replaceChildren(head(), ...body(sections, ""));
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -68,6 +68,22 @@ function bars(title, rows) {
   );
 }
 
+function body(sections, credits) {
+  return [
+    el(
+      "nav",
+      { "aria-label": "Sections" },
+      ...sections.map((item) => el("a", { href: `#${item.id}`, text: item.querySelector("h2").textContent })),
+    ),
+    ...sections,
+    el("p", {
+      class: "soft small",
+      style: { "margin-top": "32px" },
+      text: `Written by diffengine ${DATA.version}, ${moment(DATA.written)}.${credits}`,
+    }),
+  ];
+}
+
 function pairs(rows) {
   return el(
     "dl",

@@ -909,19 +909,7 @@ function build() {
     section("config", "Config", each(configCard)),
     section("environment", "Time, memory and environment", each(environmentCard)),
   ].filter(Boolean);
-  page.append(
-    el(
-      "nav",
-      { "aria-label": "Sections" },
-      ...sections.map((item) => el("a", { href: `#${item.id}`, text: item.querySelector("h2").textContent })),
-    ),
-    ...sections,
-    el("p", {
-      class: "soft small",
-      style: { "margin-top": "32px" },
-      text: `Written by diffengine ${DATA.version}, ${moment(DATA.written)}. Curves by uPlot.`,
-    }),
-  );
+  page.append(...body(sections, " Curves by uPlot."));
   charts.forEach(makePlot);
   new ResizeObserver(() => {
     for (const { plot, box, spec } of charts) {
