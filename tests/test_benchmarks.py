@@ -256,7 +256,7 @@ def test_counted_memory_includes_weights_gradients_and_optimizer_state(tmp_path:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state = memory_of(model, optimizer, {})
+    state = memory_of(model, optimizer, {}, ())
     optimizer_type = resolved["optim_wrapper"]["optimizer"]["type"]
     assert counted.optimizer_bytes(model, optimizer_type) == pytest.approx(state["optimizer"], rel=0.01)
     assert sum(state.values()) < peaks[True] < peaks[False]

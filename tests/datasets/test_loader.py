@@ -77,7 +77,9 @@ def test_a_dead_worker_is_one_line(end, how):
 
     read = batches(before)
     assert next(read)["text"] == ["a photo"] * 2
-    with pytest.raises(UserError, match=f"^a worker of the data loader {how}; lower num_workers; with num_workers=0 "):
+    with pytest.raises(
+        UserError, match=f"^a worker of the data loader {how}; lower num_workers; with --cfg-options num_workers=0 "
+    ):
         list(read)
 
 
